@@ -1,0 +1,20 @@
+"""Sparse training as Optax transformations: one more link in the chain, and the network that comes out is sparse."""
+
+from jaxsparse import allocation, inspect, masks, schedules, selection, structures
+from jaxsparse._version import __version__
+from jaxsparse.allocation import erdos_renyi
+from jaxsparse.inspect import SparsityError, check, eval_params, get_masks, sparsify, summary
+from jaxsparse.links import chain
+from jaxsparse.masks import apply_masks, count, density, magnitude_masks, nonzero_masks, random_masks
+from jaxsparse.methods.mask_updates import mask_updates
+from jaxsparse.methods.sparse_momentum import momentum_regrowth, sparse_momentum
+from jaxsparse.schedules import cosine_prune_rate, linear_prune_rate
+from jaxsparse.selection import global_top_k_masks, top_k_mask
+from jaxsparse.structures import Prunable
+
+__all__ = [
+    "Prunable", "SparsityError", "__version__", "allocation", "apply_masks", "chain", "check", "cosine_prune_rate",
+    "count", "density", "erdos_renyi", "eval_params", "get_masks", "global_top_k_masks", "inspect", "linear_prune_rate",
+    "magnitude_masks", "mask_updates", "masks", "momentum_regrowth", "nonzero_masks", "random_masks", "schedules",
+    "selection", "sparse_momentum", "sparsify", "structures", "summary", "top_k_mask",
+]  # fmt: skip

@@ -1,0 +1,221 @@
+"""How many weights each layer keeps: budgets that add up exactly.
+
+The numbers here decide counts, so sums that could depend on the order of their
+terms are formed in integers or in fixed point: every layout of a computation (one
+device, many, sharded) reaches the same counts.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxsparse.selection import count_true, top_k_mask
+
+__all__ = ["apportion", "check_sparsity", "erdos_renyi", "exact_mean", "exact_sum", "layer_counts"]
+
+_FIXED_POINT_BITS = 23  # as many as a float32 has
+Sparsity: TypeAlias = float | jax.Array | Mapping[str, float] | Callable[[str, Any], float]
+
+
+def erdos_renyi(shapes: Any, density: ArrayLike, kernel: bool = True) -> Any:
+    """Layer densities by the Erdos-Renyi rule: small layers stay denser.
+
+    A layer's density is proportional to ``sum(shape) / prod(shape)``, scaled so
+    that the whole has the given density; layers that would exceed 1 are dense and
+    the others share the rest.
+
+    Args:
+      shapes: a sequence of shapes, or a mapping from names to shapes.
+      density: the fraction of all weights to keep, in [0, 1], possibly traced.
+      kernel: True for the kernel variant (ERK), in which a convolution's spatial
+        sizes count too; False for the original rule, which looks at the last two
+        dimensions only (inputs and outputs).
+
+    Returns:
+      The densities, in the container that ``shapes`` came in.
+
+    Raises:
+      ValueError: if a concrete ``density`` is outside [0, 1].
+
+    Examples:
+      >>> densities = erdos_renyi({"fc1": (784, 300), "fc2": (300, 10)}, 0.05)
+      >>> {name: round(float(d), 3) for name, d in densities.items()}
+      {'fc1': 0.039, 'fc2': 0.883}
+
+    References:
+      Mocanu et al., Scalable training of artificial neural networks with adaptive
+      sparse connectivity (SET), 2018; Evci et al., Rigging the Lottery, 2020 (ERK).
+    """
+    if isinstance(shapes, Mapping):
+        return dict(zip(shapes, erdos_renyi(list(shapes.values()), density, kernel), strict=True))
+    xp = _namespace(density)
+    if xp is np and not 0 <= density <= 1:  # type: ignore[operator]
+        raise ValueError(f"density must be between 0 and 1, got {density}")
+    shapes = [tuple(shape) for shape in shapes]
+    sizes = xp.asarray([float(np.prod(shape)) for shape in shapes])
+    seen = [shape if kernel else shape[-2:] for shape in shapes]
+    scores = xp.asarray([float(sum(shape) / np.prod(shape)) for shape in seen])
+    full = xp.zeros(len(shapes), bool)
+    scale = 0.0
+    for _ in shapes:  # each round finds at least one more full layer, or is the last
+        room = density * sizes.sum() - xp.where(full, sizes, 0).sum()
+        weight = xp.where(full, 0, scores * sizes).sum()
+        scale = xp.where(weight > 0, room / xp.where(weight > 0, weight, 1), 0)
+        full = full | (scale * scores >= 1)
+    return list(xp.where(full, 1.0, scale * scores))
+
+
+def layer_counts(params: dict[str, Any], sparsity: Sparsity, allocation: str = "uniform") -> jax.Array:
+    """How many weights each layer keeps.
+
+    The counts add up to the rounded total exactly, and each is within one of its
+    layer's share.
+
+    Args:
+      params: arrays (or shapes with ``shape`` and ``size``) by path.
+      sparsity: the fraction of zeros, in [0, 1), possibly traced; or one for each
+        layer, as a mapping from path to sparsity or a function of path and leaf.
+      allocation: how one number is shared among layers: "uniform" (every layer has
+        it), "erdos_renyi", or "erdos_renyi_kernel" (see :func:`erdos_renyi`).
+
+    Returns:
+      int32, one count a layer.
+
+    Raises:
+      ValueError: for an unknown allocation, a sparsity outside [0, 1), or a mapping
+        that leaves out a layer or names one that is not there.
+    """
+    if allocation not in ("uniform", "erdos_renyi", "erdos_renyi_kernel"):
+        options = ["uniform", "erdos_renyi", "erdos_renyi_kernel"]
+        raise ValueError(f"allocation must be one of {options}, got {allocation!r}")
+    if not params:
+        return jnp.zeros(0, jnp.int32)
+    sizes = np.asarray([leaf.size for leaf in params.values()])
+    if callable(sparsity):
+        sparsity = {path: sparsity(path, leaf) for path, leaf in params.items()}
+    if isinstance(sparsity, Mapping):
+        if set(sparsity) != set(params):
+            raise ValueError(
+                "sparsity must name every prunable leaf and no other: "
+                f"missing {sorted(set(params) - set(sparsity))}, unknown {sorted(set(sparsity) - set(params))} "
+                "(give 0.0 to one that starts dense, or leave it out of prunable=)"
+            )
+        per_layer = [sparsity[path] for path in params]
+        for path, value in zip(params, per_layer, strict=True):
+            check_sparsity(value, path)
+        xp = jnp if any(_namespace(value) is jnp for value in per_layer) else np
+        densities = 1 - xp.asarray(per_layer)
+    else:
+        check_sparsity(sparsity)
+        xp = _namespace(sparsity)
+        if allocation == "uniform":
+            densities = (1 - sparsity) * xp.ones(len(sizes))
+        else:
+            shapes = [leaf.shape for leaf in params.values()]
+            densities = xp.stack(erdos_renyi(shapes, 1 - sparsity, kernel=allocation == "erdos_renyi_kernel"))
+    quotas = densities * sizes
+    return apportion(quotas, xp.round(quotas.sum()).astype(np.int32), sizes)
+
+
+def apportion(quotas: ArrayLike, total: ArrayLike, capacity: ArrayLike) -> jax.Array:
+    """Shares out ``total`` whole weights near the given quotas, none above its capacity.
+
+    What does not fit into a full layer is shared equally by all that have room,
+    again and again until everything has a place; the last few weights that do not
+    divide go to the largest quotas.
+
+    Args:
+      quotas: what each layer should get, non-negative floats, shape (layers,).
+        Their sum should be near ``total``.
+      total: how many weights to share out, an integer below 2**31, possibly traced.
+      capacity: the most each layer can take, integers, shape (layers,).
+
+    Returns:
+      int32 of shape (layers,) that adds up to ``total``, or to the sum of the
+      capacities if that is less.
+
+    Examples:
+      >>> apportion([6.5, 2.0, 1.5], 10, [3, 9, 9]).tolist()
+      [3, 4, 3]
+    """
+    return _apportion(jnp.asarray(quotas, jnp.float32), jnp.asarray(total, jnp.int32), jnp.asarray(capacity, jnp.int32))
+
+
+@jax.jit
+def _apportion(quotas: jax.Array, total: jax.Array, capacity: jax.Array) -> jax.Array:
+    total = jnp.minimum(total, jnp.sum(capacity))
+    floors = jnp.minimum(jnp.floor(quotas), 2.0**30).astype(jnp.int32)  # so that no sum below overflows
+
+    def filled(level):
+        return jnp.clip(floors + level, 0, capacity)
+
+    # The highest level at which what is handed out does not exceed the total.
+    def halve(bounds):
+        low, high = bounds
+        middle = low + (high - low) // 2
+        fits = jnp.sum(filled(middle)) <= total
+        return jnp.where(fits, middle, low), jnp.where(fits, high, middle)
+
+    start = -jnp.max(floors, initial=0) - 1, jnp.max(capacity, initial=0) + 1
+    level, _ = jax.lax.while_loop(lambda bounds: bounds[0] + 1 < bounds[1], halve, start)
+    counts = filled(level)
+    # Fewer are left than layers with room, else the level would be one higher.
+    return counts + top_k_mask(quotas, total - jnp.sum(counts), where=counts < capacity)
+
+
+def exact_sum(values: jax.Array, where: jax.Array | None = None, axis: tuple[int, ...] | None = None) -> jax.Array:
+    """Sums magnitudes in fixed point: the same bits in whatever order the terms are added.
+
+    Args:
+      values: floats; their absolute values are summed. Those that are not finite count as zero.
+      where: bool, the shape of ``values``: only these are summed.
+      axis: axes to sum over, which are kept with length 1; ``None`` for all of them and a scalar result.
+
+    Returns:
+      float32. Each term is rounded down to a multiple of 2**-22 of the largest.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> float(exact_sum(jnp.array([1.0, -2.0, 0.5])))
+      3.5
+    """
+    values = jnp.abs(values.astype(jnp.float32))
+    usable = jnp.isfinite(values) if where is None else jnp.isfinite(values) & where
+    values = jnp.where(usable, values, 0)
+    # The unit is a power of two, so scaling by it rounds nothing.
+    top = jnp.maximum(jnp.max(values, initial=0), 2.0**-100)
+    exponent = jax.lax.bitcast_convert_type(top, jnp.int32) & 0x7F800000
+    unit = jax.lax.bitcast_convert_type(exponent, jnp.float32)
+    fixed = (values / unit * 2.0 ** (_FIXED_POINT_BITS - 1)).astype(jnp.int32)  # below 2**23
+    # Digits so short that as many of them as there are terms add up within an int32.
+    terms = values.size if axis is None else int(np.prod([values.shape[d] for d in axis]))
+    digit = max(1, min(_FIXED_POINT_BITS, 31 - max(terms, 1).bit_length()))
+    total = jnp.float32(0)
+    for shift in range(0, _FIXED_POINT_BITS, digit):
+        part = jnp.sum((fixed >> shift) & ((1 << digit) - 1), axis=axis, keepdims=axis is not None, dtype=jnp.int32)
+        total = total + part.astype(jnp.float32) * 2.0**shift
+    return total * (unit * 2.0 ** (1 - _FIXED_POINT_BITS))
+
+
+def exact_mean(values: jax.Array, where: jax.Array | None = None, axis: tuple[int, ...] | None = None) -> jax.Array:
+    """The mean of magnitudes, by :func:`exact_sum`; 0 where there is nothing to average."""
+    if where is None:
+        terms = values.size if axis is None else int(np.prod([values.shape[d] for d in axis]))
+        return exact_sum(values, axis=axis) / max(terms, 1)
+    return exact_sum(values, where, axis) / jnp.maximum(count_true(where, axis), 1)
+
+
+def check_sparsity(sparsity: Any, path: str | None = None) -> None:
+    """Raises a ValueError if a concrete sparsity is not in [0, 1); traced ones pass."""
+    if not isinstance(sparsity, jax.core.Tracer) and not 0 <= float(sparsity) < 1:
+        of_leaf = f" of {path}" if path else ""
+        raise ValueError(f"sparsity{of_leaf} is the fraction of zeros and must be in [0, 1), got {sparsity}")
+
+
+def _namespace(value: Any) -> Any:
+    """NumPy, in double precision, for concrete Python numbers; jax.numpy for the rest."""
+    return jnp if isinstance(value, jax.Array) else np

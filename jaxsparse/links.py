@@ -1,0 +1,293 @@
+"""What the links of a chain share: the chain itself, its signals, and how a link acts.
+
+A *link* is a transformation that stands last in the chain. It sees the update that
+the optimizer proposes and the params, and emits the update that lands on the masks.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from jaxsparse.structures import align, by_path, is_function, is_masked_node, leaf_paths
+
+__all__ = [
+    "LinkState",
+    "chain",
+    "land_on_masks",
+    "link_states",
+    "on_update_steps",
+    "refuse_replicated",
+    "require_params",
+]
+
+
+@runtime_checkable
+class LinkState(Protocol):
+    """What the accessors ask of a link's state, wherever it lies in an optimizer state."""
+
+    def sparse_masks(self) -> Any:
+        """The masks: bool arrays, ``optax.MaskedNode()`` for dense leaves."""
+
+    def wants_momentum(self) -> bool:
+        """Whether the link needs the momentum of an optimizer before it in the chain."""
+
+    def problems(self, params: Any | None) -> list[str]:
+        """The broken invariants, one sentence each. Runs outside of jit."""
+
+
+def link_states(opt_state: Any) -> list[Any]:
+    """The states of all sparse links in an optimizer state, however deep."""
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, LinkState))
+    return [leaf for leaf in leaves if isinstance(leaf, LinkState)]
+
+
+def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """``optax.chain`` whose members may also see the gradient and the momentum.
+
+    Members that accept extra args receive two more:
+
+    * ``grad``: the gradient as it entered the chain;
+    * ``momentum``: a function of no arguments that returns the momentum which the
+      members before have just stored. Made when it is called, it costs nothing on
+      the steps on which nobody asks.
+
+    The momentum of a leaf is SGD's ``trace``, the ``mu`` of Adam and its relatives
+    divided by ``sqrt(nu) + 1e-8`` (no bias correction), or ``ema``, looked up by these
+    names in the states of the earlier members, nested ones too (``chain``,
+    ``partition``, ``masked``, ``inject_hyperparams``, ``MultiSteps``), the latest first.
+    What the caller or an outer chain passes under these names wins.
+
+    Args:
+      *transforms: the members, in order; sparse links last.
+
+    Returns:
+      A gradient transformation, used like that of :func:`optax.chain`.
+
+    Raises:
+      ValueError: by ``init``, if a link needs a momentum that no member before it stores.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, jaxsparse
+      >>> params = {"kernel": jnp.ones((4, 5)), "bias": jnp.zeros(5)}
+      >>> tx = jaxsparse.chain(
+      ...     optax.sgd(0.1, momentum=0.9),
+      ...     jaxsparse.sparse_momentum(sparsity=0.5, update_every=100),
+      ... )
+      >>> opt_state = tx.init(params)
+      >>> params = jaxsparse.sparsify(params, opt_state)
+      >>> updates, opt_state = tx.update(params, opt_state, params)  # gradients of half the squared norm
+      >>> params = optax.apply_updates(params, updates)
+      >>> int((params["kernel"] != 0).sum())
+      10
+
+    .. warning::
+      What moves the params after a sparse link (a scale behind it,
+      ``optax.contrib.schedule_free``, ``optax.lookahead``, an average of the params)
+      brings pruned weights back. :func:`jaxsparse.check` finds it.
+    """
+    members = [optax.with_extra_args_support(t) for t in transforms]
+
+    def init_fn(params):
+        states: list[Any] = []
+        for member in members:
+            state = member.init(params)
+            for link in link_states(state):
+                if link.wants_momentum():
+                    _require_momentum(link, states, params)
+            states.append(state)
+        return tuple(states)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        if len(state) != len(members):
+            raise ValueError(f"the chain has {len(members)} members, but its state has {len(state)} parts")
+        extra_args.setdefault("grad", updates)
+        states: list[Any] = []
+        for member, member_state in zip(members, state, strict=True):
+            before = tuple(states)
+            signals = {"momentum": lambda before=before: stored_momentum(before, params), **extra_args}
+            updates, new_state = member.update(updates, member_state, params, **signals)
+            states.append(new_state)
+        return updates, tuple(states)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def stored_momentum(states: Any, params: Any) -> Any:
+    """The momentum in optimizer states, leaf by leaf.
+
+    Args:
+      states: optimizer states, later ones preferred.
+      params: the params that the states belong to.
+
+    Returns:
+      A pytree like ``params``, with ``optax.MaskedNode()`` where no state stores a momentum.
+    """
+    found: dict[str, jax.Array] = {}
+    names = leaf_paths(params)
+    shapes = dict(zip(names, map(jnp.shape, jax.tree.leaves(params)), strict=True))
+    for state in jax.tree.leaves(states, is_leaf=lambda node: _momentum_field(node) is not None):
+        field = _momentum_field(state)
+        if field is None:
+            continue
+        squares = by_path(state.nu) if field == "mu" and hasattr(state, "nu") else {}
+        for name, leaf in by_path(getattr(state, field)).items():
+            if shapes.get(name) != jnp.shape(leaf):
+                continue
+            if name in squares:
+                leaf = leaf / (jnp.sqrt(squares[name]) + 1e-8)
+            found[name] = leaf
+    treedef = jax.tree.structure(params)
+    return treedef.unflatten([found.get(name, optax.MaskedNode()) for name in names])
+
+
+def align_signal(signal: Any, params: Any, what: str) -> list[jax.Array | None]:
+    """The leaves of an extra arg (a tree, or a function that makes one) that belong to ``params``.
+
+    ``None`` where the extra arg has ``optax.MaskedNode()``.
+    """
+    tree = signal() if is_function(signal) else signal
+    tree = jax.tree.map(lambda leaf: _Absent() if is_masked_node(leaf) else leaf, tree, is_leaf=is_masked_node)
+    return [None if isinstance(leaf, _Absent) else leaf for leaf in align(tree, params, what)]
+
+
+def on_update_steps(due: jax.Array, compute: Callable[[], Any], otherwise: Any) -> Any:
+    """``compute()`` on the steps on which it is due, ``otherwise`` unchanged on the others, at no cost there.
+
+    Under ``vmap`` a plain ``lax.cond`` becomes a select that computes on every step.
+    Here the work is done only when some lane is due, and each lane then takes its own.
+
+    What ``compute`` reads should be the params, the masks and the optimizer state
+    just stored: anything that must first be made from these is best made inside.
+
+    Args:
+      due: bool scalar.
+      compute: makes the new values, a pytree like ``otherwise``.
+      otherwise: the old values.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> x = jnp.arange(3)
+      >>> on_update_steps(jnp.array(True), lambda: x + 1, x).tolist()
+      [1, 2, 3]
+    """
+
+    if not isinstance(due, jax.core.Tracer):  # outside of jit a cond would be compiled anew at every call
+        return compute() if due else otherwise
+
+    def taken():
+        return jax.tree.map(lambda new, old: jnp.where(due, new, old), compute(), otherwise)
+
+    return jax.lax.cond(_in_any_lane(due), taken, lambda: otherwise)
+
+
+@jax.custom_batching.custom_vmap
+def _in_any_lane(due: jax.Array) -> jax.Array:
+    return due
+
+
+@_in_any_lane.def_vmap
+def _in_any_lane_vmap(axis_size, in_batched, due):
+    del axis_size, in_batched
+    return jnp.any(due), False
+
+
+def land_on_masks(updates: Any, params: Any, masks: Any) -> Any:
+    """The update that leaves every pruned weight at exactly 0: ``-p``, since ``p + (-p)`` is 0.
+
+    Args:
+      updates: the proposed update, like ``params``.
+      params: the params.
+      masks: bool arrays, ``optax.MaskedNode()`` for dense leaves.
+
+    Returns:
+      The update, in the dtypes of the params.
+    """
+
+    def land(p, u, mask):
+        u = u.astype(p.dtype)
+        return u if is_masked_node(mask) else jnp.where(mask, u, -p)
+
+    leaves, treedef = jax.tree.flatten(params)
+    proposed, masks = treedef.flatten_up_to(updates), treedef.flatten_up_to(masks)
+    return treedef.unflatten([land(*each) for each in zip(leaves, proposed, masks, strict=True)])
+
+
+def require_params(params: Any, who: str) -> None:
+    """Raises a ValueError if ``update`` was called without params."""
+    if params is None:
+        raise ValueError(f"{who} needs the params: call tx.update(grads, opt_state, params)")
+
+
+def refuse_replicated(params: Any, who: str) -> None:
+    """Raises a ValueError if the params carry a leading axis with one copy for each device.
+
+    Such an axis would be taken for a dimension of the weights, and each device's copy
+    would be pruned differently.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(params) if hasattr(leaf, "shape")]
+    if leaves and all(map(_has_replica_axis, leaves)):
+        raise ValueError(
+            f"{who}: the params carry a leading axis of {leaves[0].shape[0]} replicas, one for each device. "
+            "Initialise the optimizer with the params of one device and replicate params and state after that: "
+            "opt_state = flax.jax_utils.replicate(tx.init(params))"
+        )
+
+
+def check_budget(masks: Any, budget: jax.Array, who: str) -> list[str]:
+    """Says if masks (of one replica, or with leading replica axes) do not add up to their budget."""
+    leaves = jax.tree.leaves(masks)
+    budget = jax.tree.leaves(budget)[0]  # flax.nnx wraps the leaves of an optimizer state
+    replica_axes = budget.ndim
+    kept = sum(m.sum(tuple(range(replica_axes, m.ndim)), dtype=jnp.int32) for m in leaves)
+    if leaves and bool(jnp.any(kept != budget)):
+        return [f"{who}: the masks keep {kept} weights, but the budget is {budget}"]
+    return []
+
+
+def check_zeros(masks: Any, params: Any, who: str) -> list[str]:
+    """Says which pruned weights are not zero, leaf by leaf."""
+    problems = []
+    weights = by_path(params)
+    for name, mask in by_path(masks).items():
+        if name not in weights:
+            raise ValueError(f"{who}: the params have no {name}, which the optimizer state has a mask for")
+        lost = int(jnp.sum(~mask & (weights[name] != 0)))
+        if lost:
+            problems.append(
+                f"{who}: {lost} pruned weights of {name} are not zero. Something moves the params after the link "
+                "(it must stand last, with no schedule_free, lookahead or averaging around it), or they were not "
+                "put on the masks before the first step (jaxsparse.sparsify)"
+            )
+    return problems
+
+
+class _Absent:
+    """A leaf that stands for a missing value (a MaskedNode has no leaves)."""
+
+
+def _momentum_field(node: Any) -> str | None:
+    fields = getattr(node, "_fields", ())
+    return next((name for name in ("trace", "mu", "ema") if name in fields), None)
+
+
+def _require_momentum(link: Any, states: list[Any], params: Any) -> None:
+    found = by_path(jax.eval_shape(lambda: stored_momentum(states, params)))
+    missing = [name for name in leaf_paths(link.sparse_masks()) if name not in found]
+    if missing:
+        raise ValueError(
+            f"no optimizer before the link in the chain stores a momentum (trace, mu or ema) of {missing[0]}"
+            f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}. Use one with momentum, such as "
+            "optax.sgd(0.1, momentum=0.9), or give the link its own: decay=0.9"
+        )
+
+
+def _has_replica_axis(leaf: ArrayLike) -> bool:
+    if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array) or leaf.ndim == 0:
+        return False
+    devices = leaf.sharding.device_set
+    split = leaf.sharding.shard_shape(leaf.shape)
+    return len(devices) > 1 and leaf.shape[0] == len(devices) and split == (1, *leaf.shape[1:])

@@ -1,0 +1,254 @@
+"""Mask pytrees: make, check, apply, count, pack to bits and back.
+
+Masks have the tree of the params: a bool array of the leaf's shape for a sparse
+leaf, and the scalar ``True``, which broadcasts, for a dense one. So
+``jax.tree.map(jnp.multiply, params, masks)`` and ``jax.tree.map(jnp.mean, masks)``
+just work. Inside an optimizer state a dense leaf holds ``optax.MaskedNode()``
+instead, which has no array to shard.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from jaxsparse import allocation as allocation_lib
+from jaxsparse.selection import count_true, global_top_k_masks, random_scores, top_k_masks
+from jaxsparse.structures import align, is_masked_node, leaf_paths, path_name, prunable_leaves
+
+__all__ = [
+    "apply_masks", "as_key", "count", "density", "magnitude_masks", "nonzero_masks", "pack_masks", "random_masks",
+    "unpack_masks", "validate_masks",
+]  # fmt: skip
+
+
+def random_masks(
+    params: Any,
+    sparsity: allocation_lib.Sparsity,
+    *,
+    allocation: str = "uniform",
+    prunable: Any = None,
+    key: ArrayLike = 0,
+) -> Any:
+    """Masks that keep a random choice of weights, with exact counts.
+
+    Args:
+      params: a pytree of arrays.
+      sparsity: the fraction of zeros among the prunable weights, in [0, 1), or one
+        for each leaf: a mapping from path to sparsity or a function of path and leaf.
+      allocation: "uniform", "erdos_renyi" or "erdos_renyi_kernel".
+      prunable: which leaves get a mask, see :func:`jaxsparse.structures.prunable_leaves`.
+      key: an int or a PRNG key, possibly traced.
+
+    Returns:
+      A pytree like ``params``: bool arrays, the scalar True for dense leaves.
+
+    Raises:
+      ValueError: for options out of range, naming the leaf or the option.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> masks = random_masks({"kernel": jnp.ones((8, 5)), "bias": jnp.zeros(5)}, 0.75)
+      >>> jax.tree.map(lambda m: int(m.sum()), masks)
+      {'bias': 1, 'kernel': 10}
+    """
+    chosen = jax.tree.leaves(prunable_leaves(params, prunable))
+    leaves, treedef = jax.tree.flatten(params)
+    sparse = {path: leaf for path, leaf, c in zip(leaf_paths(params), leaves, chosen, strict=True) if c}
+    counts = allocation_lib.layer_counts(sparse, sparsity, allocation)
+    key = as_key(key)
+    scores = [random_scores(jax.random.fold_in(key, i), leaf.shape) for i, leaf in enumerate(sparse.values())]
+    kept = iter(top_k_masks(scores, counts))
+    return treedef.unflatten([next(kept) if c else jnp.ones((), bool) for c in chosen])
+
+
+def magnitude_masks(
+    params: Any, sparsity: allocation_lib.Sparsity, *, allocation: str = "uniform", prunable: Any = None
+) -> Any:
+    """Masks that keep the weights of largest magnitude, for instance of a pretrained network.
+
+    Args:
+      params: a pytree of arrays.
+      sparsity: as for :func:`random_masks`.
+      allocation: as for :func:`random_masks`, or "global": the largest weights
+        of the whole network, in whatever layer they are.
+      prunable: as for :func:`random_masks`.
+
+    Returns:
+      A pytree like ``params``: bool arrays, the scalar True for dense leaves.
+
+    Raises:
+      ValueError: for options out of range, naming the leaf or the option.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> magnitude_masks({"w": jnp.array([[0.1, -3.0], [2.0, 0.5]])}, 0.5)["w"].tolist()
+      [[False, True], [True, False]]
+    """
+    chosen = jax.tree.leaves(prunable_leaves(params, prunable))
+    leaves, treedef = jax.tree.flatten(params)
+    sparse = {path: leaf for path, leaf, c in zip(leaf_paths(params), leaves, chosen, strict=True) if c}
+    everywhere = allocation == "global"
+    counts = allocation_lib.layer_counts(sparse, sparsity, "uniform" if everywhere else allocation)
+    scores = [jnp.abs(leaf) for leaf in sparse.values()]
+    kept = iter(global_top_k_masks(scores, jnp.sum(counts)) if everywhere else top_k_masks(scores, counts))
+    return treedef.unflatten([next(kept) if c else jnp.ones((), bool) for c in chosen])
+
+
+def nonzero_masks(params: Any, *, prunable: Any = None) -> Any:
+    """Masks of the weights that are not zero: to go on from a network that is sparse already.
+
+    Args:
+      params: a pytree of arrays.
+      prunable: which leaves get a mask, see :func:`jaxsparse.structures.prunable_leaves`.
+
+    Returns:
+      A pytree like ``params``: bool arrays, the scalar True for dense leaves.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> nonzero_masks({"w": jnp.array([[0.0, -3.0]])})["w"].tolist()
+      [[False, True]]
+    """
+    return jax.tree.map(lambda x, c: x != 0 if c else jnp.ones((), bool), params, prunable_leaves(params, prunable))
+
+
+def apply_masks(tree: Any, masks: Any) -> Any:
+    """Sets what is masked out to exactly 0, whatever it was (NaN too). Dtypes are kept.
+
+    Args:
+      tree: a pytree of arrays.
+      masks: a pytree like ``tree``: bool arrays, and the scalar True or
+        ``MaskedNode`` for dense leaves, which pass unchanged.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> apply_masks({"w": jnp.array([1.0, jnp.nan])}, {"w": jnp.array([True, False])})["w"].tolist()
+      [1.0, 0.0]
+    """
+
+    def apply(mask, x):
+        return x if is_masked_node(mask) or jnp.ndim(mask) < jnp.ndim(x) else jnp.where(mask, x, jnp.zeros_like(x))
+
+    return jax.tree.map(apply, masks, tree, is_leaf=is_masked_node)
+
+
+def count(masks: Any) -> jax.Array:
+    """How many weights the masked leaves keep, an int32 scalar. Dense leaves do not count.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> int(count({"kernel": jnp.array([[True, False]]), "bias": jnp.array(True)}))
+      1
+    """
+    return sum((count_true(jnp.asarray(m)) for m in _sparse_leaves(masks)), jnp.int32(0))
+
+
+def density(masks: Any) -> jax.Array:
+    """The share of weights that the masked leaves keep, a float32 scalar; 1 if no leaf is masked.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> float(density({"kernel": jnp.array([[True, False]]), "bias": jnp.array(True)}))
+      0.5
+    """
+    size = sum(m.size for m in _sparse_leaves(masks))
+    return count(masks) / jnp.float32(size) if size else jnp.float32(1)
+
+
+def pack_masks(masks: Any) -> Any:
+    """Packs bool masks to one bit a weight: uint8 arrays of shape (ceil(size / 8),).
+
+    Scalars (dense leaves) become arrays of one byte. The shapes are not kept:
+    give them to :func:`unpack_masks`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> pack_masks({"w": jnp.ones((3, 4), bool)})["w"].tolist()
+      [255, 240]
+    """
+    return jax.tree.map(lambda m: jnp.packbits(jnp.asarray(m, bool).ravel()), masks)
+
+
+def unpack_masks(packed: Any, like: Any) -> Any:
+    """Undoes :func:`pack_masks`.
+
+    Args:
+      packed: what :func:`pack_masks` returned.
+      like: a pytree with the shapes of the masks (dense leaves scalar), for instance ``jax.eval_shape`` of them.
+
+    Raises:
+      ValueError: naming the leaf whose number of bytes does not fit its shape.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> masks = {"w": jnp.array([[True, False, True]])}
+      >>> unpack_masks(pack_masks(masks), masks)["w"].tolist()
+      [[True, False, True]]
+    """
+
+    def unpack(path, bits, shape):
+        size = int(np.prod(shape.shape))
+        if bits.shape != ((size + 7) // 8,) or bits.dtype != jnp.uint8:
+            raise ValueError(
+                f"packed mask of {path_name(path)}: expected uint8 of shape ({(size + 7) // 8},) for a mask of "
+                f"shape {shape.shape}, got {bits.dtype} of shape {bits.shape}"
+            )
+        return jnp.unpackbits(bits, count=size).astype(bool).reshape(shape.shape)
+
+    return jax.tree_util.tree_map_with_path(unpack, packed, like)
+
+
+def validate_masks(masks: Any, params: Any, what: str = "masks") -> Any:
+    """Checks masks against params and puts them into the form that optimizer states hold.
+
+    Args:
+      masks: a pytree like ``params``: bool arrays of the leaf's shape, the scalar True for dense leaves.
+      params: the params.
+      what: what to call them in an error.
+
+    Returns:
+      A pytree like ``params``: bool arrays, ``optax.MaskedNode()`` for dense leaves.
+
+    Raises:
+      ValueError: naming the leaf, what was expected and what came.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    if not any(map(is_masked_node, jax.tree.leaves(masks, is_leaf=is_masked_node))):
+        values = align(masks, params, what)
+    else:  # already in the form of a state
+        values = treedef.flatten_up_to(masks)
+    checked = []
+    for (path, leaf), mask in zip(leaves, values, strict=True):
+        if is_masked_node(mask):
+            checked.append(mask)
+            continue
+        if not hasattr(mask, "dtype"):
+            mask = np.asarray(mask)
+        if mask.dtype != jnp.bool_ or (mask.shape != leaf.shape and mask.shape != ()):
+            raise ValueError(
+                f"{what} of {path_name(path)}: expected bool of shape {leaf.shape} (or the scalar True for a "
+                f"dense leaf), got {mask.dtype} of shape {mask.shape}"
+            )
+        if mask.shape == () and leaf.shape != ():
+            if not isinstance(mask, jax.core.Tracer) and not bool(mask):
+                raise ValueError(f"{what} of {path_name(path)}: the scalar False would remove the whole leaf")
+            checked.append(optax.MaskedNode())
+        else:
+            checked.append(optax.MaskedNode() if leaf.shape == () else mask)
+    return treedef.unflatten(checked)
+
+
+def as_key(key: ArrayLike) -> jax.Array:
+    """A typed PRNG key from an int, a typed key or raw key data; traced values too."""
+    key = jnp.asarray(key)
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    return jax.random.key(key) if key.ndim == 0 else jax.random.wrap_key_data(key)
+
+
+def _sparse_leaves(masks: Any) -> list[jax.Array]:
+    return [m for m in jax.tree.leaves(masks) if jnp.ndim(m) > 0]

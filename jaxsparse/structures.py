@@ -1,0 +1,171 @@
+"""Which parts of a network a method may drop: which leaves, and what unit within a leaf.
+
+A leaf is *prunable* or *dense*. What is kept or dropped as one inside a
+prunable leaf is its *structure*: here a single weight.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+__all__ = [
+    "Prunable", "align", "by_path", "is_function", "is_masked_node", "leaf_paths", "path_name", "prunable_leaves",
+    "resolve_structure",
+]  # fmt: skip
+
+logger = logging.getLogger("jaxsparse")
+
+# What wrappers of leaves are called (flax.nnx); the name of the leaf is the one before.
+_WRAPPER_NAMES = {"value", "raw_value"}
+_STRUCTURES = ("weight",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prunable:
+    """Chooses the leaves that a method may prune by a predicate on path and leaf.
+
+    Not a bare function, because :func:`optax.inject_hyperparams` takes every
+    callable argument for a schedule.
+
+    Attributes:
+      predicate: called with the path of a leaf, such as ``"fc1/kernel"``, and the
+        leaf; returns whether it may be pruned.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> params = {"fc1": {"kernel": jnp.ones((4, 3))}, "fc2": {"kernel": jnp.ones((3, 2))}}
+      >>> prunable_leaves(params, Prunable(lambda path, leaf: not path.startswith("fc2")))
+      {'fc1': {'kernel': True}, 'fc2': {'kernel': False}}
+    """
+
+    predicate: Callable[[str, Any], bool]
+
+
+def is_masked_node(node: Any) -> bool:
+    """Whether a node is the :class:`optax.MaskedNode` that stands for what a transformation does not see."""
+    return isinstance(node, optax.MaskedNode)
+
+
+def path_name(path: tuple) -> str:
+    """The name of a leaf's path: ``"fc1/kernel"``."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def leaf_paths(tree: Any) -> list[str]:
+    """The names of all leaves, in the order of ``jax.tree.leaves``."""
+    return [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by the names of their paths."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def is_function(value: Any) -> bool:
+    """Whether a value is a function rather than a tree: the modules of Equinox are callable trees."""
+    return callable(value) and jax.tree_util.all_leaves([value])
+
+
+def align(tree: Any, params: Any, what: str) -> list[Any]:
+    """The values of ``tree`` that belong to the leaves of ``params``, matched by path.
+
+    Inside ``optax.masked`` and ``optax.partition`` a transformation sees params of
+    which parts are replaced by ``MaskedNode``, while what the user gave (masks, extra
+    args) still has every leaf: what belongs to no leaf of ``params`` is left out there.
+
+    Args:
+      tree: a pytree with a leaf for every leaf of ``params``.
+      params: the params as the transformation sees them.
+      what: what ``tree`` is, for the error.
+
+    Returns:
+      One value a leaf of ``params``, in their order.
+
+    Raises:
+      ValueError: naming the leaves that ``tree`` lacks, or has beyond those of ``params``.
+    """
+    values = by_path(tree)
+    wanted = leaf_paths(params)
+    missing = [name for name in wanted if name not in values]
+    if missing:
+        raise ValueError(f"{what} must have the tree of the params, but has nothing for {_listed(missing)}")
+    partial = not wanted or any(map(is_masked_node, jax.tree.leaves(params, is_leaf=is_masked_node)))
+    extra = sorted(set(values) - set(wanted))
+    if extra and not partial:
+        raise ValueError(f"{what} must have the tree of the params, but has {_listed(extra)} beyond them")
+    return [values[name] for name in wanted]
+
+
+def prunable_leaves(params: Any, prunable: Any = None) -> Any:
+    """Decides for every leaf whether a method may prune it, and logs what was chosen.
+
+    Args:
+      params: a pytree of arrays.
+      prunable: ``None`` for every floating-point leaf with two or more dimensions
+        whose name does not end in "bias" or "scale" (so the two-dimensional
+        biases of attention layers stay dense too); a pytree of bools like the params;
+        or a :class:`Prunable`.
+
+    Returns:
+      A pytree of Python bools like ``params``.
+
+    Raises:
+      ValueError: if ``prunable`` chooses nothing, is neither of the above, or
+        does not cover the params.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    if prunable is None:
+        chosen = [_prunable_by_default(path, leaf) for path, leaf in leaves]
+    elif isinstance(prunable, Prunable):
+        chosen = [bool(prunable.predicate(path_name(path), leaf)) for path, leaf in leaves]
+    elif is_function(prunable):
+        raise ValueError("wrap the predicate of prunable=: jaxsparse.Prunable(lambda path, leaf: ...)")
+    else:
+        chosen = align(prunable, params, "prunable")
+        for (path, _), value in zip(leaves, chosen, strict=True):
+            if not isinstance(value, bool | np.bool_):
+                raise ValueError(f"prunable must hold a bool for every leaf, got {value!r} for {path_name(path)}")
+        chosen = [bool(value) for value in chosen]
+    for (path, leaf), choice in zip(leaves, chosen, strict=True):
+        if choice and not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(f"prunable chooses {path_name(path)} of dtype {leaf.dtype}: only floats have masks")
+    if leaves and not any(chosen):
+        raise ValueError(f"prunable matches none of the params, which are {_listed([path_name(p) for p, _ in leaves])}")
+    if leaves:
+        sparse = [path_name(path) for (path, _), choice in zip(leaves, chosen, strict=True) if choice]
+        dense = [path_name(path) for (path, _), choice in zip(leaves, chosen, strict=True) if not choice]
+        logger.info("prunable: %s; dense: %s", ", ".join(sparse), ", ".join(dense) or "nothing")
+    return treedef.unflatten(chosen)
+
+
+def resolve_structure(structure: str) -> str:
+    """Checks the unit that is kept or dropped as one.
+
+    Args:
+      structure: ``"weight"``, every weight by itself.
+
+    Raises:
+      ValueError: for an unknown structure.
+    """
+    if structure not in _STRUCTURES:
+        raise ValueError(f"structure must be one of {list(_STRUCTURES)}, got {structure!r}")
+    return structure
+
+
+def _prunable_by_default(path: tuple, leaf: Any) -> bool:
+    names = [jax.tree_util.keystr((key,), simple=True).lower() for key in path]
+    while names and names[-1] in _WRAPPER_NAMES:
+        names.pop()
+    name = names[-1] if names else ""
+    return leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating) and not name.endswith(("bias", "scale"))
+
+
+def _listed(names: list[str], at_most: int = 8) -> str:
+    more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
+    return ", ".join(names[:at_most]) + more

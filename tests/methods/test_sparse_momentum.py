@@ -1,0 +1,473 @@
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jaxsparse
+from jaxsparse.methods import sparse_momentum as module
+from tests.problems import SPARSE_SIZE, gradients, make_params, make_step
+
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
+
+
+def random_problem(seed, shapes, density):
+    """Weights on masks of the given densities, and dense momenta."""
+    masks, weights, momenta = {}, {}, {}
+    for i, shape in enumerate(shapes):
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), i), 3)
+        name = f"layer{i}"
+        size = int(np.prod(shape))
+        masks[name] = jaxsparse.top_k_mask(jax.random.uniform(keys[0], shape), round(density[i] * size))
+        weights[name] = jnp.where(masks[name], jax.random.normal(keys[1], shape), 0)
+        momenta[name] = jax.random.normal(keys[2], shape) * (1 + i)
+    return weights, momenta, masks
+
+
+def total(masks):
+    return int(jaxsparse.count(masks))
+
+
+# --- Against the authors' code ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", sorted(GOLDEN.glob("sparse_momentum_*.npz")), ids=lambda f: f.stem)
+def test_golden_mask_updates(file):
+    data = np.load(file)
+    meta = json.loads(str(data["meta"]))
+
+    def part(prefix):
+        return {name.split("/")[1]: jnp.asarray(data[name]) for name in data.files if name.startswith(f"{prefix}/")}
+
+    weights, momentum, before, after = map(part, ("weights", "momentum", "mask_before", "mask_after"))
+    modes = {name: meta[name] for name in ("growth", "redistribution", "prune")}
+    new = jax.jit(lambda *args: jaxsparse.momentum_regrowth(*args, **modes))(
+        weights, momentum, before, meta["prune_rate"]
+    )
+    assert total(new) == total(before)
+    for name, theirs in after.items():
+        ours = np.asarray(new[name])
+        # Their rounding lets layer counts drift by a few; where the counts agree, the positions are theirs exactly.
+        difference = int(theirs.sum()) - int(ours.sum())
+        assert abs(difference) <= 2, name
+        assert int((ours != np.asarray(theirs)).sum()) == abs(difference), name
+        # And so are the weights: a weight pruned and regrown at once keeps its value, a new one starts from 0.
+        where_both = ours & np.asarray(theirs)
+        np.testing.assert_array_equal(np.asarray(weights[name])[where_both], data[f"weights_after/{name}"][where_both])
+
+
+# --- The rule, step by step -------------------------------------------------------------------------------------------
+
+
+def test_by_hand_prune_redistribute_regrow():
+    # Mean momentum of existing weights: a 1, b 3, so of the 2 + 2 pruned, a regrows 1 and b 3.
+    weights = {"a": jnp.array([[4.0, 3.0, 0.2, 0.1, 0, 0, 0, 0]]), "b": jnp.array([[9.0, 8.0, 0.5, 0.4, 0, 0, 0, 0]])}
+    momentum = {"a": jnp.array([[1.0, 1, 1, -1, 5, 0, 6, 0]]), "b": jnp.array([[3.0, 3, -3, 3, 0, -7, 8, 9]])}
+    masks = {name: w != 0 for name, w in weights.items()}
+    new = jaxsparse.momentum_regrowth(weights, momentum, masks, 0.5)
+    assert new["a"].tolist() == [[True, True, False, False, False, False, True, False]]
+    assert new["b"].tolist() == [[True, True, False, False, False, True, True, True]]
+
+
+def test_a_just_pruned_weight_may_return_and_keeps_its_value():
+    weights = {"w": jnp.array([[4.0, 3.0, 0.2, 0.1, 0, 0, 0, 0]])}
+    momentum = {"w": jnp.array([[0.0, 0, 9, 8, 1, 1, 1, 1]])}
+    tx = jaxsparse.sparse_momentum(0.5, 1, masks={"w": weights["w"] != 0})
+    state = tx.init(weights)
+    state = state._replace(count=jnp.int32(1))
+    updates, state = tx.update(jax.tree.map(jnp.zeros_like, weights), state, weights, momentum=momentum)
+    np.testing.assert_array_equal(optax.apply_updates(weights, updates)["w"], weights["w"])
+
+
+def test_full_layers_share_what_does_not_fit():
+    # All momentum is in the small layer, which has 6 of 10 places left after pruning; 99% of that is 5.
+    weights, momentum, masks = random_problem(0, [(1, 10), (10, 30), (10, 30)], [0.8, 0.2, 0.2])
+    momentum["layer0"] = momentum["layer0"] * 1e6
+    new = jaxsparse.momentum_regrowth(weights, momentum, masks, 0.5)
+    kept = [int(new[f"layer{i}"].sum()) for i in range(3)]
+    assert kept[0] == 4 + 5
+    assert sum(kept) == 8 + 60 + 60
+    assert abs(kept[1] - kept[2]) <= 1  # the rest is shared equally
+
+
+def test_a_dense_growing_layer_prunes_at_most_its_sparsity():
+    # 95 of 100 kept, sparsity 0.05, and almost all of the momentum: ceil(0.05 * 95) = 5 go, not 48.
+    weights, momentum, masks = random_problem(1, [(10, 10), (20, 20)], [0.95, 0.1])
+    momentum["layer1"] = momentum["layer1"] * 1e-3
+    new = jaxsparse.momentum_regrowth(weights, momentum, masks, 0.5)
+    smallest = np.sort(np.abs(np.asarray(weights["layer0"]))[np.asarray(masks["layer0"])])
+    stays = np.abs(np.asarray(weights["layer0"])) > smallest[4]
+    assert np.asarray(new["layer0"])[stays].all()
+    # With as little momentum as the other, it prunes at the full rate.
+    momentum["layer1"] = momentum["layer1"] * 1e9
+    new = jaxsparse.momentum_regrowth(weights, momentum, masks, 0.5)
+    assert int(new["layer0"].sum()) < 60
+
+
+def test_without_momentum_every_layer_regrows_what_it_lost():
+    weights, momentum, masks = random_problem(2, [(10, 10), (20, 20)], [0.5, 0.1])
+    new = jaxsparse.momentum_regrowth(weights, jax.tree.map(jnp.zeros_like, momentum), masks, 0.4)
+    assert {k: int(m.sum()) for k, m in new.items()} == {k: int(m.sum()) for k, m in masks.items()}
+
+
+def test_prune_rate_zero_changes_nothing():
+    weights, momentum, masks = random_problem(3, [(10, 10), (20, 20)], [0.5, 0.1])
+    new = jaxsparse.momentum_regrowth(weights, momentum, masks, 0.0)
+    for name in masks:
+        np.testing.assert_array_equal(new[name], masks[name])
+
+
+def test_even_the_smallest_rate_swaps_a_weight_in_every_layer():
+    weights, momentum, masks = random_problem(4, [(10, 10), (20, 20)], [0.5, 0.1])
+    new = jaxsparse.momentum_regrowth(weights, momentum, masks, 0.005, redistribution="none")
+    smallest = {n: int(jnp.argmin(jnp.where(masks[n], jnp.abs(weights[n]), jnp.inf))) for n in masks}
+    gone = [not bool(new[n].ravel()[i]) for n, i in smallest.items()]
+    assert any(gone)
+    assert total(new) == total(masks)
+
+
+def test_redistribution_statistics_set_the_shares():
+    # One statistic a mode: mean momentum, mean weight, number of nonzeros, size. Two layers, 20 + 20 pruned.
+    masks = {"a": jnp.arange(400).reshape(20, 20) < 40, "b": jnp.arange(1200).reshape(20, 60) < 40}
+    weights = {"a": jnp.where(masks["a"], 3.0, 0.0), "b": jnp.where(masks["b"], 1.0, 0.0)}
+    weights["b"] = weights["b"].at[0, :20].set(0.0)  # 20 of b's existing weights are exactly 0
+    momentum = {"a": jnp.ones((20, 20)), "b": jnp.full((20, 60), 4.0)}
+    gains = {}
+    for mode in module.REDISTRIBUTION:
+        new = jaxsparse.momentum_regrowth(weights, momentum, masks, 0.5, redistribution=mode)
+        gains[mode] = int(new["a"].sum()) - 20
+        assert total(new) == 80
+    # a's shares of 40: 1/5, 3/3.5 (34.3, and the one that is left), 40/60 and 400/1600.
+    assert gains == {"momentum": 8, "magnitude": 35, "nonzeros": 27, "none": 10}
+
+
+def test_SET_prunes_half_the_smallest_and_half_the_most_negative():
+    weights = {"w": jnp.array([[0.1, -0.2, 0.3, -5.0, -4.0, 6.0, 7.0, 8.0, 0.0, 0.0, 0.0, 0.0]])}
+    masks = {"w": weights["w"] != 0}
+    momentum = {"w": jnp.where(masks["w"], 0.0, 1.0)}
+    new = jaxsparse.momentum_regrowth(weights, momentum, masks, 0.5, prune="SET")
+    assert new["w"][0, :8].tolist() == [False, False, True, False, False, True, True, True]
+    assert total(new) == 8
+
+
+def test_global_magnitude_prunes_the_smallest_of_the_whole_network():
+    weights, momentum, masks = random_problem(5, [(20, 20), (20, 20)], [0.25, 0.25])
+    weights["layer0"] = weights["layer0"] * 1e-3
+    new = jaxsparse.momentum_regrowth(weights, momentum, masks, 0.3, prune="global_magnitude")
+    assert np.asarray(new["layer1"])[np.asarray(masks["layer1"])].all()  # 60 go, all of layer0's 100
+    assert total(new) == 200
+
+
+def test_momentum_neuron_grows_every_unit_by_its_share():
+    # Two units; the second has 3 times the momentum of the first and so 3 times its growth: 15 and 45 of 60.
+    size = 400
+    masks = {"w": jnp.stack([jnp.arange(size) < 60, jnp.arange(size) < 60], axis=1)}
+    weights = {"w": jnp.where(masks["w"], 1.0 + jnp.arange(size)[:, None], 0.0)}
+    ramp = 1 + jnp.arange(size) / size
+    momentum = {"w": jnp.stack([ramp, 3 * ramp], axis=1)}
+    new = jaxsparse.momentum_regrowth(weights, momentum, masks, 0.5, growth="momentum_neuron")
+    grown = np.asarray(new["w"]).sum(0) - 30
+    assert abs(grown - [15, 45]).max() <= 1
+    assert grown.sum() == 60
+    # Without that, all of the growth goes to the second.
+    new = jaxsparse.momentum_regrowth(weights, momentum, masks, 0.5)
+    assert np.asarray(new["w"]).sum(0).tolist() == [30, 90]
+
+
+def test_random_growth_depends_on_the_key_alone():
+    weights, momentum, masks = random_problem(6, [(20, 20)], [0.25])
+    grow = [
+        jaxsparse.momentum_regrowth(weights, momentum, masks, 0.5, growth="random", key=key)["layer0"]
+        for key in (1, 1, 2)
+    ]
+    assert (grow[0] == grow[1]).all()
+    assert (grow[0] != grow[2]).any()
+
+
+@settings(max_examples=12, deadline=None)  # each combination compiles for seconds
+@given(
+    seed=st.integers(0, 1000),
+    densities=st.lists(st.sampled_from([0.0, 0.02, 0.2, 0.5, 0.9, 1.0]), min_size=3, max_size=3),
+    rate=st.floats(0, 1),
+    growth=st.sampled_from(module.GROWTH),
+    redistribution=st.sampled_from(module.REDISTRIBUTION),
+    prune=st.sampled_from(module.PRUNE),
+)
+def test_the_budget_is_exact_whatever_happens(seed, densities, rate, growth, redistribution, prune):
+    weights, momentum, masks = random_problem(seed, [(4, 5), (3, 3, 2, 8), (20, 30)], densities)
+    new = regrown(growth, redistribution, prune)(weights, momentum, masks, rate, seed)
+    assert total(new) == total(masks)
+
+
+_compiled = {}
+
+
+def regrown(*modes):
+    if modes not in _compiled:
+        names = ("growth", "redistribution", "prune")
+        _compiled[modes] = jax.jit(
+            lambda w, m, masks, rate, key: jaxsparse.momentum_regrowth(
+                w, m, masks, rate, key=key, **dict(zip(names, modes, strict=True))
+            )
+        )
+    return _compiled[modes]
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_non_finite_momentum_keeps_the_budget(bad):
+    weights, momentum, masks = random_problem(7, [(10, 10), (20, 20)], [0.5, 0.1])
+    momentum["layer0"] = momentum["layer0"].at[:5].set(bad)
+    new = jaxsparse.momentum_regrowth(weights, momentum, masks, 0.5)
+    assert total(new) == total(masks)
+
+
+def test_nan_scores_are_counted_and_reported():
+    params = make_params()
+    tx = jaxsparse.chain(optax.sgd(0.05, momentum=0.9), jaxsparse.sparse_momentum(0.75, 1))
+    opt_state = tx.init(params)
+    params = jaxsparse.sparsify(params, opt_state)
+    step = make_step(tx)
+    params, opt_state = step(params, opt_state, 0)
+    jaxsparse.check(opt_state)
+    poisoned = jax.tree.map(lambda t: t.at[0].set(jnp.nan) if t.ndim > 1 else t, opt_state[0][0].trace)
+    opt_state = ((opt_state[0][0]._replace(trace=poisoned), opt_state[0][1]), opt_state[1])
+    params, opt_state = step(params, opt_state, 1)
+    with pytest.raises(jaxsparse.SparsityError, match=r"\d+ NaN among the weights and momenta"):
+        jaxsparse.check(opt_state)
+    assert total(jaxsparse.get_masks(opt_state)) == SPARSE_SIZE // 4
+
+
+# --- The link ---------------------------------------------------------------------------------------------------------
+
+
+def train(tx, steps, params=None):
+    params = make_params() if params is None else params
+    opt_state = tx.init(params)
+    params = jaxsparse.sparsify(params, opt_state)
+    step = make_step(tx)
+    for count in range(steps):
+        params, opt_state = step(params, opt_state, count)
+    return params, opt_state
+
+
+def test_equals_the_steps_done_by_hand():
+    params = make_params()
+    link = jaxsparse.sparse_momentum(0.75, 3, prune_rate=lambda count: 0.4 / (1.0 + count))
+    inner = optax.sgd(0.05, momentum=0.9)
+    tx = jaxsparse.chain(inner, link)
+    trained, opt_state = train(tx, 5)
+    masks = jaxsparse.get_masks(tx.init(params))
+    params, state = jaxsparse.apply_masks(params, masks), inner.init(params)
+    for count in range(5):
+        updates, state = inner.update(gradients(params, count), state, params)
+        if count == 3:  # the first step after the boundary, from the params that came in and the momentum just stored
+            masks = jaxsparse.momentum_regrowth(params, state[0].trace, masks, 0.1)
+        params = jaxsparse.apply_masks(optax.apply_updates(params, updates), masks)
+    for a, b in zip(jax.tree.leaves(jaxsparse.get_masks(opt_state)), jax.tree.leaves(masks), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_the_momentum_of_adam_is_mu_over_root_nu():
+    seen = {}
+
+    def spy(updates, state, params=None, *, momentum=None, grad=None, **extra):
+        seen["momentum"], seen["grad"] = momentum(), grad
+        return updates, state
+
+    probe = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), spy)
+    params = make_params()
+    tx = jaxsparse.chain(optax.clip(0.1), optax.adam(0.1), probe)
+    state = tx.init(params)
+    grads = gradients(params)
+    _, state = tx.update(grads, state, params)
+    adam = state[1][0]
+    for m, mu, nu in zip(*map(jax.tree.leaves, (seen["momentum"], adam.mu, adam.nu)), strict=True):
+        np.testing.assert_allclose(m, mu / (np.sqrt(nu) + 1e-8), rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(seen["grad"]), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_start_at_and_stop_at_bound_the_mask_updates():
+    tx = jaxsparse.chain(optax.sgd(0.05, momentum=0.9), jaxsparse.sparse_momentum(0.75, 2, start_at=3, stop_at=6))
+    params = make_params()
+    opt_state = tx.init(params)
+    params = jaxsparse.sparsify(params, opt_state)
+    step, when = make_step(tx), []
+    for count in range(10):
+        before = opt_state[-1].masks
+        params, opt_state = step(params, opt_state, count)
+        if any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (before, opt_state[-1].masks)), strict=True)):
+            when.append(count)
+    assert when == [4]
+
+
+def test_inject_hyperparams_around_the_link():
+    def tx(rate):
+        link = optax.inject_hyperparams(jaxsparse.sparse_momentum)(sparsity=0.75, update_every=2, prune_rate=rate)
+        return jaxsparse.chain(optax.sgd(0.05, momentum=0.9), link)
+
+    params, opt_state = train(tx(0.3), 5)
+    jaxsparse.check(opt_state, params)
+    plain = jaxsparse.chain(optax.sgd(0.05, momentum=0.9), jaxsparse.sparse_momentum(0.75, 2, prune_rate=0.3))
+    _, plain_state = train(plain, 5)
+    ours, theirs = jaxsparse.get_masks(opt_state), jaxsparse.get_masks(plain_state)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b)
+    params, opt_state = train(tx(jaxsparse.linear_prune_rate(0.5, 10)), 5)
+    jaxsparse.check(opt_state, params)
+    assert total(jaxsparse.get_masks(opt_state)) == SPARSE_SIZE // 4
+
+
+def test_given_masks_set_the_budget():
+    params = make_params()
+    masks = jaxsparse.magnitude_masks(params, 0.9, allocation="global")
+    tx = jaxsparse.chain(optax.sgd(0.05, momentum=0.9), jaxsparse.sparse_momentum(0.0, 2, masks=masks))
+    opt_state = tx.init(params)
+    for a, b in zip(jax.tree.leaves(jaxsparse.get_masks(opt_state)), jax.tree.leaves(masks), strict=True):
+        np.testing.assert_array_equal(a, b)
+    params, opt_state = train(tx, 5)
+    assert total(jaxsparse.get_masks(opt_state)) == round(0.1 * SPARSE_SIZE)
+    jaxsparse.check(opt_state, params)
+
+
+def test_sparsity_by_leaf():
+    params = make_params()
+    wanted = {"attention/kernel": 0.5, "conv/kernel": 0.0, "dense/kernel": 0.9}
+    for sparsity in (wanted, lambda path, leaf: wanted[path]):
+        state = jaxsparse.sparse_momentum(sparsity, 10).init(params)
+        kept = [int(m.sum()) for m in jax.tree.leaves(state.masks)]
+        assert kept == [128, 144, 38]
+
+
+def test_the_state_is_one_byte_a_weight():
+    params = {"kernel": jnp.ones((512, 256)), "bias": jnp.ones(256)}
+    size = sum(x.nbytes for x in jax.tree.leaves(jaxsparse.sparse_momentum(0.9, 10).init(params)))
+    assert size <= 512 * 256 + 64
+
+
+def test_a_copy_of_the_weights_only_with_decay():
+    params = {"kernel": jnp.ones((512, 256), jnp.bfloat16), "bias": jnp.ones(256)}
+    state = jaxsparse.sparse_momentum(0.9, 10, decay=0.9).init(params)
+    assert [x.dtype for x in jax.tree.leaves(state.momentum)] == [jnp.bfloat16]
+
+
+def test_own_momentum_is_the_average_of_the_gradients():
+    params = make_params()
+    tx = jaxsparse.chain(optax.scale(-0.1), jaxsparse.sparse_momentum(0.75, 10, decay=0.9))
+    state = tx.init(params)
+    first, second = gradients(params, 0), gradients(params, 1)
+    _, state = tx.update(first, state, params)
+    _, state = tx.update(second, state, params)
+    expected = 0.9 * (0.1 * first["dense"]["kernel"]) + 0.1 * second["dense"]["kernel"]
+    np.testing.assert_allclose(state[1].momentum["dense"]["kernel"], expected, rtol=1e-5)
+    assert state[1].momentum["dense"]["bias"] == optax.MaskedNode()
+
+
+# --- Bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsity": 1.0}, r"sparsity is the fraction of zeros and must be in \[0, 1\), got 1.0"),
+        ({"sparsity": -0.1}, "got -0.1"),
+        ({"sparsity": float("nan")}, "got nan"),
+        ({"sparsity": {"dense/kernel": 2.0}}, "got 2.0"),
+        ({"update_every": 0}, "update_every must be at least 1, got 0"),
+        ({"prune_rate": 1.5}, "prune_rate must be at least 0 and at most 1, got 1.5"),
+        ({"decay": 1.0}, "decay must be at least 0 and below 1, got 1.0"),
+        ({"start_at": -1}, "start_at must be at least 0"),
+        ({"growth": "momentun"}, r"growth must be one of \['momentum', 'random', 'momentum_neuron'\], got 'momentun'"),
+        ({"redistribution": "nonzero"}, "redistribution must be one of .*'nonzeros'.* got 'nonzero'"),
+        ({"prune": "set"}, "prune must be one of .*'SET'.* got 'set'"),
+        ({"allocation": "erk"}, "allocation must be one of .*'erdos_renyi_kernel'.* got 'erk'"),
+        ({"structure": "row"}, r"structure must be one of \['weight'\], got 'row'"),
+    ],
+)
+def test_options_are_checked_when_the_link_is_made(options, message):
+    with pytest.raises(ValueError, match=message):
+        jaxsparse.sparse_momentum(**{"sparsity": 0.9, "update_every": 10, **options})
+
+
+def with_leaf(path, value):
+    """Masks of the shared problem, one of them replaced."""
+    masks = jaxsparse.random_masks(make_params(), 0.5)
+    masks[path[0]][path[1]] = value
+    return masks
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"masks": with_leaf(("dense", "kernel"), jnp.ones((16, 23), bool))},
+         r"masks of dense/kernel: expected bool of shape \(16, 24\).* got bool of shape \(16, 23\)"),
+        ({"masks": with_leaf(("conv", "kernel"), jnp.ones((3, 3, 2, 8)))}, "masks of conv/kernel.* got float32"),
+        ({"masks": {"dense": {"kernel": jnp.ones((16, 24), bool)}}}, "has nothing for attention"),
+        ({"prunable": jaxsparse.Prunable(lambda path, leaf: False)}, "prunable matches none of the params"),
+        ({"prunable": lambda path, leaf: True}, "wrap the predicate"),
+        ({"prunable": {"dense": True}}, "prunable must have the tree of the params"),
+        ({"sparsity": {"dense/kernel": 0.5, "dense/kernle": 0.5}},
+         r"missing \['attention/kernel', 'conv/kernel'\], unknown \['dense/kernle'\]"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_the_params_is_named_by_init(options, message):
+    link = jaxsparse.sparse_momentum(**{"sparsity": 0.9, "update_every": 10, **options})
+    with pytest.raises(ValueError, match=message):
+        link.init(make_params())
+
+
+@pytest.mark.parametrize("inner", [optax.sgd(0.1), optax.rmsprop(0.1), optax.adafactor(0.1), optax.sm3(0.1)])
+def test_an_optimizer_without_momentum_is_named_by_init(inner):
+    tx = jaxsparse.chain(inner, jaxsparse.sparse_momentum(0.9, 10))
+    with pytest.raises(ValueError, match=r"stores a momentum .* of attention/kernel and 2 more.*decay=0.9"):
+        tx.init(make_params())
+    # One that comes after the link does not count.
+    tx = jaxsparse.chain(inner, jaxsparse.sparse_momentum(0.9, 10), optax.trace(0.9))
+    with pytest.raises(ValueError, match="stores a momentum"):
+        tx.init(make_params())
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        optax.sgd(0.1, momentum=0.9), optax.adam(0.1), optax.amsgrad(0.1), optax.adamax(0.1), optax.lamb(0.1),
+        optax.lion(0.1), optax.novograd(0.1), optax.rmsprop(0.1, momentum=0.9), optax.adafactor(0.1, momentum=0.9),
+        optax.chain(optax.clip(1.0), optax.chain(optax.trace(0.9), optax.scale(-0.1))),
+        optax.inject_hyperparams(optax.adam)(learning_rate=0.1),
+        optax.contrib.muon(0.1),
+        optax.apply_if_finite(optax.adam(0.1), 3),
+        optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation(),
+        optax.partition({"a": optax.adam(0.1), "b": optax.sgd(0.1, momentum=0.9)},
+                        {"attention": "a", "conv": "b", "dense": "a", "temperature": "b"}),
+    ],
+)  # fmt: skip
+def test_momentum_is_found_in(inner):
+    params = make_params()
+    tx = jaxsparse.chain(inner, jaxsparse.sparse_momentum(0.75, 1))
+    opt_state = tx.init(params)
+    params = jaxsparse.sparsify(params, opt_state)
+    for count in range(2):
+        updates, opt_state = tx.update(gradients(params, count), opt_state, params)
+        params = optax.apply_updates(params, updates)
+    jaxsparse.check(opt_state, params)
+
+
+def test_momentum_of_the_wrong_shape_is_named():
+    params = make_params()
+    tx = jaxsparse.sparse_momentum(0.75, 1)
+    momentum = jax.tree.map(lambda p: p[..., :1], {**params, "temperature": jnp.ones(1)})
+    with pytest.raises(ValueError, match="momentum of attention/kernel: expected shape"):
+        jax.jit(tx.update)(gradients(params), tx.init(params), params, momentum=momentum)
+
+
+def test_random_growth_needs_a_key():
+    weights, momentum, masks = random_problem(0, [(4, 4)], [0.5])
+    with pytest.raises(ValueError, match="needs a key"):
+        jaxsparse.momentum_regrowth(weights, momentum, masks, 0.5, growth="random")

@@ -1,0 +1,501 @@
+"""The contract that every method keeps. A new method adds one row to METHODS."""
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import jax_utils, nnx
+
+import jaxsparse
+from tests.problems import SPARSE, SPARSE_SIZE, bits, gradients, make_params, make_step, signature
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+UPDATE_EVERY = 2
+
+
+class Method(NamedTuple):
+    make: Callable[..., optax.GradientTransformation]  # (params, own_momentum, prunable) -> the link
+    changes: bool  # whether its masks change
+    random: bool  # whether its masks depend on key=
+
+
+def fixed(params, own_momentum=False, prunable=None, key=0):
+    del own_momentum
+    return jaxsparse.mask_updates(jaxsparse.random_masks(params, 0.75, prunable=prunable, key=key))
+
+
+def sparse_momentum(**options):
+    def make(params, own_momentum=False, prunable=None, key=0):
+        del params
+        decay = 0.9 if own_momentum else None
+        return jaxsparse.sparse_momentum(0.75, UPDATE_EVERY, decay=decay, prunable=prunable, key=key, **options)
+
+    return make
+
+
+METHODS = {
+    "mask_updates": Method(fixed, changes=False, random=True),
+    "sparse_momentum": Method(sparse_momentum(), changes=True, random=True),
+}
+ABLATIONS = {
+    "sparse_momentum_random_SET": Method(
+        sparse_momentum(growth="random", prune="SET", redistribution="magnitude", allocation="erdos_renyi_kernel"),
+        changes=True,
+        random=True,
+    ),
+    "sparse_momentum_neuron_global": Method(
+        sparse_momentum(growth="momentum_neuron", prune="global_magnitude", redistribution="nonzeros"),
+        changes=True,
+        random=True,
+    ),
+}
+ALL = METHODS | ABLATIONS
+BUDGET = SPARSE_SIZE // 4
+
+# Inner optimizers: (the optimizer, whether it stores a momentum).
+INNERS = {
+    "sgd": (lambda: optax.sgd(0.05), False),
+    "nesterov": (lambda: optax.sgd(0.05, momentum=0.9, nesterov=True), True),
+    "adamw": (lambda: optax.adamw(0.01, weight_decay=0.1), True),
+    "lion": (lambda: optax.lion(0.01), True),
+    "rmsprop": (lambda: optax.rmsprop(0.01), False),
+    "adafactor": (lambda: optax.adafactor(0.01), False),
+}
+
+
+def sgd():
+    return optax.sgd(0.05, momentum=0.9)
+
+
+def chosen(params, *names):
+    """A bool tree: the leaves of these paths."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/") in names, params
+    )
+
+
+def in_optax_chain(method, params):
+    return optax.chain(optax.clip(1.0), jaxsparse.chain(sgd(), method.make(params))), BUDGET
+
+
+def in_jaxsparse_chain_of_chains(method, params):
+    return jaxsparse.chain(optax.clip(1.0), optax.chain(sgd(), optax.scale(0.5)), method.make(params)), BUDGET
+
+
+def link_masked(method, params):
+    seen = chosen(params, "conv/kernel", "conv/bias", "dense/kernel")
+    link = method.make(params, prunable=chosen(params, "conv/kernel", "dense/kernel"))
+    return jaxsparse.chain(sgd(), optax.masked(link, seen)), (144 + 384) // 4
+
+
+def all_masked(method, params):
+    seen = {"attention": False, "conv": True, "dense": True, "temperature": False}  # whole subtrees
+    link = method.make(params, prunable=chosen(params, "conv/kernel", "dense/kernel"))
+    return optax.masked(jaxsparse.chain(sgd(), link), seen), (144 + 384) // 4
+
+
+def partition_of_links(method, params):
+    labels = {"attention": "a", "conv": "b", "dense": "b", "temperature": "a"}
+    links = {
+        "a": method.make(params, prunable=chosen(params, "attention/kernel"), key=1),
+        "b": method.make(params, prunable=chosen(params, "conv/kernel", "dense/kernel"), key=2),
+    }
+    return jaxsparse.chain(sgd(), optax.partition(links, labels)), BUDGET
+
+
+def partition_of_chains(method, params):
+    labels = jax.tree.map(lambda chosen: "b" if chosen else "a", chosen(params, "dense/kernel", "dense/bias"))
+    chains = {
+        "a": jaxsparse.chain(sgd(), method.make(params, prunable=chosen(params, "attention/kernel", "conv/kernel"))),
+        "b": jaxsparse.chain(
+            optax.adam(0.01), method.make(params, prunable=chosen(params, "dense/kernel"), own_momentum=True)
+        ),
+    }
+    return optax.partition(chains, labels), BUDGET
+
+
+def multi_steps_outside(method, params):
+    return optax.MultiSteps(jaxsparse.chain(sgd(), method.make(params)), 2).gradient_transformation(), BUDGET
+
+
+def multi_steps_inside(method, params):
+    return jaxsparse.chain(optax.MultiSteps(sgd(), 2).gradient_transformation(), method.make(params)), BUDGET
+
+
+def apply_if_finite(method, params):
+    return optax.apply_if_finite(jaxsparse.chain(sgd(), method.make(params)), 3), BUDGET
+
+
+def inject_around_chain(method, params):
+    def factory(learning_rate):
+        return jaxsparse.chain(optax.sgd(learning_rate, momentum=0.9), method.make(params))
+
+    return optax.inject_hyperparams(factory)(learning_rate=optax.linear_schedule(0.1, 0.01, 10)), BUDGET
+
+
+WRAPPERS = [
+    in_optax_chain,
+    in_jaxsparse_chain_of_chains,
+    link_masked,
+    all_masked,
+    partition_of_links,
+    partition_of_chains,
+    multi_steps_outside,
+    multi_steps_inside,
+    apply_if_finite,
+    inject_around_chain,
+]
+
+
+def run(tx, params, steps=7, donate=False):
+    """Trains, checks what must hold after every step, and returns the masks of all steps."""
+    opt_state = tx.init(params)
+    params = jaxsparse.sparsify(params, opt_state)
+    step = make_step(tx, donate)
+    history = [jax.device_get(jaxsparse.get_masks(opt_state, params))]
+    types = signature(params), signature(opt_state)
+    budget = int(jaxsparse.count(history[0]))
+    for count in range(steps):
+        before = jax.device_get(params)
+        params, opt_state = step(params, opt_state, jnp.int32(count))
+        masks = jax.device_get(jaxsparse.get_masks(opt_state, params))
+        for p, mask in zip(jax.tree.leaves(params), jax.tree.leaves(masks), strict=True):
+            assert mask.shape == (p.shape if mask.ndim else ())
+            np.testing.assert_array_equal(np.asarray(p)[~np.broadcast_to(mask, p.shape)], 0)
+        assert int(jaxsparse.count(masks)) == budget
+        # State types do not change; nor is anything recompiled.
+        assert (signature(params), signature(opt_state)) == types
+        jaxsparse.check(opt_state, params)
+        history.append(masks)
+    assert step._cache_size() == 1
+    # It trains: the last step moved every leaf.
+    moved = [
+        bool((np.asarray(a) != np.asarray(b)).any())
+        for a, b in zip(*map(jax.tree.leaves, (before, params)), strict=True)
+    ]
+    return history, params, opt_state, moved
+
+
+def changed(a, b):
+    return any((x != y).any() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "inner"),
+    [(name, inner) for name in METHODS for inner in INNERS] + [(name, "nesterov") for name in ABLATIONS],
+)
+def test_every_method_with_every_inner_optimizer(name, inner):
+    method, params = ALL[name], make_params()
+    optimizer, stores_momentum = INNERS[inner]
+    tx = jaxsparse.chain(optimizer(), method.make(params, own_momentum=not stores_momentum))
+    history, _, opt_state, moved = run(tx, params)
+    assert int(jaxsparse.count(history[0])) == BUDGET
+    assert all(moved)
+    # Masks change on the first step after every boundary (count 2, 4, 6), and on no other.
+    seen = [changed(a, b) for a, b in itertools.pairwise(history)]
+    assert seen == [method.changes and count in (2, 4, 6) for count in range(7)]
+    # Dense leaves are dense, in the accessor and in the state.
+    masks = history[-1]
+    for path, mask in jax.tree_util.tree_flatten_with_path(masks)[0]:
+        assert (mask.ndim > 0) == (jax.tree_util.keystr(path, simple=True, separator="/") in SPARSE)
+    chex.assert_trees_all_equal_structs(masks, params)
+    # The library's own map over params-like state, a no-op here, keeps the state.
+    mapped = optax.tree.map_params(tx, lambda leaf: leaf, opt_state)
+    for a, b in zip(bits(mapped), bits(opt_state), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS, ids=lambda w: w.__name__)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_in_every_wrapper(name, wrapper):
+    method, params = METHODS[name], make_params()
+    tx, budget = wrapper(method, params)
+    history, _, opt_state, _ = run(tx, params)
+    assert int(jaxsparse.count(history[0])) == budget
+    assert changed(history[0], history[-1]) == method.changes
+    # Also without the params, the masks are found and merged.
+    assert int(jaxsparse.count(jaxsparse.get_masks(opt_state))) == budget
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_bfloat16_params_stay_bfloat16(name):
+    method, params = METHODS[name], make_params(jnp.bfloat16)
+    for own_momentum in (False, True):
+        _, params_out, _, _ = run(jaxsparse.chain(sgd(), method.make(params, own_momentum=own_momentum)), params)
+        chex.assert_trees_all_equal_dtypes(params, params_out)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_updates_come_in_the_dtype_of_the_params(name):
+    params = make_params(jnp.bfloat16)
+    tx = optax.chain(METHODS[name].make(params))
+    wide = jax.tree.map(lambda g: g.astype(jnp.float32), gradients(params))
+    updates, _ = tx.update(wide, tx.init(params), params)
+    chex.assert_trees_all_equal_dtypes(updates, params)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_works_in_a_plain_optax_chain_and_takes_unknown_extra_args(name):
+    method, params = METHODS[name], make_params()
+    tx = optax.chain(optax.sgd(0.05, momentum=0.9), method.make(params))
+    history, params, opt_state, _ = run(tx, params)
+    assert changed(history[0], history[-1]) == method.changes
+    tx.update(gradients(params), opt_state, params, value=1.0, something_else=None)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_without_params_the_error_says_so(name):
+    params = make_params()
+    tx = jaxsparse.chain(sgd(), METHODS[name].make(params))
+    with pytest.raises(ValueError, match="needs the params: call tx.update"):
+        tx.update(gradients(params), tx.init(params))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_donation_consumes_the_old_buffers_and_nothing_of_the_caller(name):
+    method, params = METHODS[name], make_params()
+    tx = jaxsparse.chain(sgd(), method.make(params))
+    first = tx.init(params)
+    put = jaxsparse.sparsify(jax.tree.map(jnp.copy, params), first)
+    step = make_step(tx, donate=True)
+    new_params, new_state = step(put, first, 0)
+    masks = [m for m in jax.tree.leaves(first) if m.dtype == bool]
+    assert masks
+    assert all(m.is_deleted() for m in masks)
+    assert all(p.is_deleted() for p in jax.tree.leaves(put) if p.ndim)
+    step(new_params, new_state, 1)
+    # A second init from the same transformation still has its masks.
+    again = tx.init(params)
+    assert int(jaxsparse.count(jaxsparse.get_masks(again))) == BUDGET
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_vmap_over_seeds_with_different_masks(name):
+    method, params = ALL[name], make_params()
+
+    def train(seed):
+        tx = jaxsparse.chain(sgd(), method.make(params, key=seed))
+        opt_state = tx.init(params)
+        start = jaxsparse.get_masks(opt_state, params)
+
+        def step(carry, count):
+            p, s = carry
+            updates, s = tx.update(gradients(p, count), s, p)
+            return (optax.apply_updates(p, updates), s), None
+
+        carry, _ = jax.lax.scan(step, (jaxsparse.sparsify(params, opt_state), opt_state), jnp.arange(5))
+        return start, *carry
+
+    seeds = jnp.arange(3)
+    starts, trained, states = jax.jit(jax.vmap(train))(seeds)
+    jaxsparse.check(states, trained)
+
+    def lane(tree, i):
+        return jax.tree.map(lambda x: x[i] if x.ndim else x, tree)
+
+    lanes = [lane(starts, i) for i in range(3)]
+    assert changed(lanes[0], lanes[1]) == method.random
+    # Each lane is what its seed gives alone.
+    for i in range(3):
+        start, alone, state = jax.jit(train)(seeds[i])
+        chex.assert_trees_all_equal(lanes[i], start)
+        chex.assert_trees_all_equal(lane(jaxsparse.get_masks(states), i), jaxsparse.get_masks(state))
+        chex.assert_trees_all_close(lane(trained, i), alone, rtol=1e-6)
+
+
+def test_a_vmapped_mask_update_is_not_paid_on_other_steps():
+    # Under vmap a plain cond would turn into a select, and no conditional would be left.
+    params = make_params()
+    tx = jaxsparse.chain(sgd(), METHODS["sparse_momentum"].make(params))
+    states = jax.vmap(lambda seed: tx.init(params))(jnp.arange(3))
+    batch = jax.tree.map(lambda p: jnp.stack([p] * 3), params)
+    update = jax.vmap(lambda p, s: tx.update(gradients(p), s, p))
+    jaxpr = jax.make_jaxpr(update)(batch, states)
+    assert " cond[" in str(jaxpr)
+
+
+# --- Many devices -----------------------------------------------------------------------------------------------------
+
+
+def final_masks(tx, params, steps=9):
+    """On one device: the reference."""
+    step = make_step(tx)
+    opt_state = tx.init(params)
+    params = jaxsparse.sparsify(params, opt_state)
+    for count in range(steps):
+        params, opt_state = step(params, opt_state, count)
+    return jaxsparse.get_masks(opt_state), params
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_pmapped_masks_are_bit_equal(name):
+    method, params = ALL[name], make_params()
+    tx = jaxsparse.chain(sgd(), method.make(params))
+    masks, _ = final_masks(tx, params)
+
+    def step(p, s, count):
+        grads = jax.lax.pmean(gradients(p, count), "devices")
+        updates, s = tx.update(grads, s, p)
+        return optax.apply_updates(p, updates), s
+
+    step = jax.pmap(step, axis_name="devices", in_axes=(0, 0, None), donate_argnums=(0, 1))
+    opt_state = tx.init(params)
+    devices = jax.local_device_count()
+    assert devices == 8
+    replicas, states = jax_utils.replicate((jaxsparse.sparsify(params, opt_state), opt_state))
+    for count in range(9):
+        replicas, states = step(replicas, states, count)
+    jaxsparse.check(states, replicas)
+    for device in range(devices):
+        seen = jax.tree.map(lambda x, d=device: x[d] if x.ndim else x, jaxsparse.get_masks(states))
+        chex.assert_trees_all_equal(seen, masks)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_sharded_masks_are_bit_equal(name):
+    method, params = ALL[name], make_params()
+    tx = jaxsparse.chain(sgd(), method.make(params))
+    masks, trained = final_masks(tx, params)
+    mesh = jax.make_mesh((8,), ("d",))
+
+    def shard(x):
+        axes = [None] * x.ndim
+        for d, size in enumerate(x.shape):
+            if size % 8 == 0:
+                axes[d] = "d"
+                break
+        return jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)))
+
+    opt_state = tx.init(params)
+    params, opt_state = jax.tree.map(shard, (jaxsparse.sparsify(params, opt_state), opt_state))
+    placed = jax.tree.map(lambda x: x.sharding, (params, opt_state))
+    assert not params["dense"]["kernel"].sharding.is_fully_replicated
+    step = jax.jit(make_step(tx), out_shardings=placed)
+    for count in range(9):
+        params, opt_state = step(params, opt_state, count)
+    chex.assert_trees_all_equal(jax.device_get(jaxsparse.get_masks(opt_state)), jax.device_get(masks))
+    chex.assert_trees_all_equal(jax.device_get(params), jax.device_get(trained))
+    jaxsparse.check(opt_state, params)
+
+
+# --- Other libraries' params ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_linen(name):
+    model = nn.Sequential([nn.Dense(16), nn.LayerNorm(), nn.relu, nn.Dense(8)])
+    params = model.init(jax.random.key(0), jnp.ones((1, 12)))["params"]
+    history, *_ = run(jaxsparse.chain(sgd(), METHODS[name].make(params)), params)
+    assert int(jaxsparse.count(history[0])) == (12 * 16 + 16 * 8) // 4
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_nnx(name):
+    model = nnx.Sequential(nnx.Linear(12, 16, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(16, 8, rngs=nnx.Rngs(1)))
+    params = nnx.state(model, nnx.Param)
+    link = METHODS[name].make(params)
+    optimizer = nnx.Optimizer(model, jaxsparse.chain(sgd(), link), wrt=nnx.Param)
+    nnx.update(model, jaxsparse.sparsify(params, optimizer.opt_state))
+
+    @nnx.jit
+    def step(model, optimizer):
+        grads = nnx.grad(lambda m: jnp.mean(m(jnp.ones((4, 12))) ** 2))(model)
+        optimizer.update(model, grads)
+
+    for _ in range(5):
+        step(model, optimizer)
+    params = nnx.state(model, nnx.Param)
+    jaxsparse.check(optimizer.opt_state, params)
+    assert int(jaxsparse.count(jaxsparse.get_masks(optimizer.opt_state, params))) == (12 * 16 + 16 * 8) // 4
+    assert int((model.layers[0].kernel[...] != 0).sum() + (model.layers[2].kernel[...] != 0).sum()) <= 80
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_equinox(name):
+    eqx = pytest.importorskip("equinox")
+    model = eqx.nn.MLP(12, 8, 16, 1, key=jax.random.key(0))
+    params, static = eqx.partition(model, eqx.is_array)
+    tx = jaxsparse.chain(sgd(), METHODS[name].make(params))
+    opt_state = tx.init(params)
+    params = jaxsparse.sparsify(params, opt_state)
+
+    @jax.jit
+    def step(params, opt_state):
+        def loss(p):
+            return jnp.mean(jax.vmap(eqx.combine(p, static))(jnp.ones((4, 12))) ** 2)
+
+        updates, opt_state = tx.update(jax.grad(loss)(params), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    for _ in range(5):
+        params, opt_state = step(params, opt_state)
+    jaxsparse.check(opt_state, params)
+    assert int(jaxsparse.count(jaxsparse.get_masks(opt_state, params))) == (12 * 16 + 16 * 8) // 4
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_haiku(name):
+    hk = pytest.importorskip("haiku")
+    net = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([16, 8])(x)))
+    params = net.init(jax.random.key(0), jnp.ones((1, 12)))
+    history, *_ = run(jaxsparse.chain(sgd(), METHODS[name].make(params)), params)
+    assert int(jaxsparse.count(history[0])) == (12 * 16 + 16 * 8) // 4
+
+
+# --- What check catches -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_check_catches_what_moves_the_params_afterwards(name):
+    method, params = METHODS[name], make_params()
+
+    def train(tx, move=lambda p: p):
+        opt_state = tx.init(params)
+        p = jaxsparse.sparsify(params, opt_state)
+        for count in range(3):
+            updates, opt_state = tx.update(gradients(p, count), opt_state, p)
+            p = move(optax.apply_updates(p, updates))
+        return opt_state, p
+
+    scaled = jaxsparse.chain(sgd(), method.make(params), optax.add_noise(0.1, 0.5, 0))
+    with pytest.raises(jaxsparse.SparsityError, match="pruned weights of attention/kernel are not zero"):
+        jaxsparse.check(*train(scaled))
+    averaged = optax.contrib.schedule_free(jaxsparse.chain(sgd(), method.make(params)), learning_rate=0.1)
+    with pytest.raises(jaxsparse.SparsityError, match="schedule_free"):
+        jaxsparse.check(*train(averaged, lambda p: jax.tree.map(lambda x: x + 0.01, p)))
+    jaxsparse.check(*train(jaxsparse.chain(sgd(), method.make(params))))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_replicated_params_are_refused(name):
+    params = make_params()
+    link = METHODS[name].make(params)
+    with pytest.raises(ValueError, match="leading axis of 8 replicas"):
+        link.init(jax_utils.replicate(params))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_nan_gradients_inside_apply_if_finite_change_nothing(name):
+    method, params = METHODS[name], make_params()
+    tx = optax.apply_if_finite(jaxsparse.chain(sgd(), method.make(params)), max_consecutive_errors=100)
+    opt_state = tx.init(params)
+    params = jaxsparse.sparsify(params, opt_state)
+
+    @jax.jit
+    def step(params, opt_state, poison):
+        grads = jax.tree.map(lambda g: jnp.where(poison, jnp.nan, g), gradients(params))
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    for count in range(8):
+        params, opt_state = step(params, opt_state, count % 2 == 1)
+        assert int(jaxsparse.count(jaxsparse.get_masks(opt_state))) == BUDGET
+        jaxsparse.check(opt_state, params)
+    assert all(bool(jnp.isfinite(p).all()) for p in jax.tree.leaves(params))

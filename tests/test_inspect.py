@@ -1,0 +1,110 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxsparse
+from tests.problems import SPARSE_SIZE, make_params
+
+
+def sparse_state(params=None, **options):
+    tx = jaxsparse.chain(optax.sgd(0.1, momentum=0.9), jaxsparse.sparse_momentum(0.75, 10, **options))
+    return tx.init(make_params() if params is None else params)
+
+
+def test_get_masks_has_the_tree_of_the_params():
+    params = make_params()
+    masks = jaxsparse.get_masks(sparse_state(), params)
+    assert jax.tree.structure(masks) == jax.tree.structure(params)
+    assert masks["temperature"].shape == masks["dense"]["bias"].shape == ()
+    assert masks["dense"]["kernel"].shape == (16, 24)
+    assert masks["dense"]["kernel"].dtype == bool
+
+
+def test_sparsify_and_eval_params_put_the_params_on_the_masks():
+    params, state = make_params(), sparse_state()
+    sparse = jaxsparse.sparsify(params, state)
+    assert int((sparse["dense"]["kernel"] != 0).sum()) == 16 * 24 // 4
+    assert sparse["dense"]["bias"] is params["dense"]["bias"]
+    for a, b in zip(*map(jax.tree.leaves, (jaxsparse.eval_params(state, sparse), sparse)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "access", [jaxsparse.get_masks, jaxsparse.check, lambda s: jaxsparse.sparsify(make_params(), s)]
+)
+def test_a_state_without_a_sparse_link_is_refused(access):
+    with pytest.raises(ValueError, match="there is no sparse link in this optimizer state"):
+        access(optax.sgd(0.1).init(make_params()))
+
+
+def test_two_links_on_one_leaf_are_refused():
+    params = make_params()
+    with pytest.raises(ValueError, match="two sparse links mask the same leaf: attention/kernel"):
+        jaxsparse.get_masks((sparse_state(), sparse_state()), params)
+    with pytest.raises(ValueError, match="two sparse links mask the same leaf"):
+        jaxsparse.get_masks((sparse_state(), sparse_state()))
+
+
+def test_masks_of_other_params_are_refused():
+    with pytest.raises(ValueError, match="masks of leaves that the params lack: attention/kernel"):
+        jaxsparse.get_masks(sparse_state(), {"dense": make_params()["dense"]})
+
+
+def test_check_says_what_is_wrong():
+    params, (inner, link) = make_params(), sparse_state()
+    sparse = jaxsparse.sparsify(params, (inner, link))
+    jaxsparse.check((inner, link), sparse)
+    with pytest.raises(jaxsparse.SparsityError, match="pruned weights of dense/kernel are not zero"):
+        jaxsparse.check((inner, link), params)
+    full = jax.tree.map(jnp.ones_like, link.masks)
+    with pytest.raises(
+        jaxsparse.SparsityError, match=f"masks keep {SPARSE_SIZE} weights, but the budget is {SPARSE_SIZE // 4}"
+    ):
+        jaxsparse.check((inner, link._replace(masks=full)))
+    with pytest.raises(jaxsparse.SparsityError, match="3 NaN"):
+        jaxsparse.check((inner, link._replace(nan_scores=jnp.int32(3))))
+
+
+def test_summary_counts_and_prints():
+    params, state = make_params(), sparse_state()
+    table = jaxsparse.summary(params, state)
+    assert str(table) == str(jaxsparse.summary(params, jaxsparse.get_masks(state)))
+    assert {row.path: row.kept for row in table.layers if row.sparse} == {
+        "attention/kernel": 64, "conv/kernel": 36, "dense/kernel": 96,
+    }  # fmt: skip
+    lines = str(table).splitlines()
+    assert lines[0].split() == ["layer", "shape", "weights", "kept", "density"]
+    assert "dense/kernel 16x24 384 96 25.00%" in " ".join(str(table).split())
+    assert lines[-2].split()[-3:] == ["784", "196", "25.00%"]
+    shapes = jax.eval_shape(make_params)
+    assert str(jaxsparse.summary(shapes, state)) == str(table)
+
+
+def test_summary_of_masks_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"masks of w: expected bool of shape \(2, 2\)"):
+        jaxsparse.summary({"w": jnp.ones((2, 2))}, {"w": jnp.ones((3, 2), bool)})
+
+
+def test_plot_masks_draws_every_sparse_leaf(tmp_path):
+    masks = jaxsparse.get_masks(sparse_state(), make_params())
+    figure = jaxsparse.inspect.plot_masks(masks)
+    assert [axes.get_title().split("\n")[0] for axes in figure.axes] == [
+        "attention/kernel",
+        "conv/kernel",
+        "dense/kernel",
+    ]
+    image = figure.axes[2].images[0].get_array()
+    np.testing.assert_array_equal(image, masks["dense"]["kernel"])
+    figure.savefig(tmp_path / "masks.png")
+    assert (tmp_path / "masks.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="no leaf has a mask"):
+        jaxsparse.inspect.plot_masks({"b": jnp.array(True)})
+
+
+def test_large_masks_are_drawn_by_the_density_of_tiles():
+    masks = {"w": jnp.arange(100 * 30).reshape(100, 30) % 2 == 0}
+    image = jaxsparse.inspect.plot_masks(masks, max_side=10).axes[0].images[0].get_array()
+    assert image.shape == (10, 10)
+    assert abs(image.mean() - 0.5) < 1e-6

@@ -1,0 +1,123 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxsparse
+from jaxsparse.links import align_signal, land_on_masks, on_update_steps, stored_momentum
+from tests.problems import gradients, make_params
+
+
+def recorder():
+    """A link that keeps the extra args it was given."""
+    seen = {}
+
+    def update(updates, state, params=None, **extra_args):
+        seen.update(extra_args)
+        return updates, state
+
+    return seen, optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def test_a_chain_of_plain_transformations_is_optax_chain():
+    params = make_params()
+    members = (optax.clip(1.0), optax.add_decayed_weights(0.1), optax.adam(0.01))
+    ours, theirs = jaxsparse.chain(*members), optax.chain(*members)
+    a, b = ours.init(params), theirs.init(params)
+    for count in range(3):
+        u, a = ours.update(gradients(params, count), a, params)
+        v, b = theirs.update(gradients(params, count), b, params)
+        for x, y in zip(jax.tree.leaves((u, a)), jax.tree.leaves((v, b)), strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+def test_members_see_the_gradient_that_entered():
+    params = make_params()
+    seen, link = recorder()
+    tx = jaxsparse.chain(optax.scale(3.0), link)
+    grads = gradients(params)
+    tx.update(grads, tx.init(params), params)
+    assert seen["grad"] is grads
+
+
+def test_the_callers_signals_win_and_other_extra_args_pass():
+    params = make_params()
+    seen, link = recorder()
+    tx = jaxsparse.chain(optax.sgd(0.1, momentum=0.9), jaxsparse.chain(link))
+    tx.update(gradients(params), tx.init(params), params, grad="mine", momentum="mine too", value=1.0)
+    assert seen == {"grad": "mine", "momentum": "mine too", "value": 1.0}
+
+
+def test_an_inner_chain_sees_the_signals_of_the_outer():
+    params = make_params()
+    seen, link = recorder()
+    tx = jaxsparse.chain(optax.sgd(0.1, momentum=0.9), jaxsparse.chain(optax.scale(2.0), link))
+    grads = gradients(params)
+    tx.update(grads, tx.init(params), params)
+    assert seen["grad"] is grads
+    # sgd's trace after its first step is the gradient.
+    for m, g in zip(jax.tree.leaves(seen["momentum"]()), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_array_equal(m, g)
+
+
+def test_the_nearest_momentum_before_a_member_is_taken():
+    params = {"w": jnp.ones((2, 2))}
+    states = (optax.TraceState({"w": jnp.zeros((2, 2))}), optax.EmaState(jnp.int32(0), {"w": jnp.ones((2, 2))}))
+    assert stored_momentum(states, params)["w"].tolist() == [[1, 1], [1, 1]]
+    assert stored_momentum(states[::-1], params)["w"].tolist() == [[0, 0], [0, 0]]
+
+
+def test_momenta_of_another_shape_are_not_taken():
+    params = {"w": jnp.ones((2, 2))}
+    assert stored_momentum((optax.TraceState({"w": jnp.zeros(4)}),), params)["w"] == optax.MaskedNode()
+
+
+def test_a_state_of_another_chain_is_refused():
+    params = make_params()
+    tx = jaxsparse.chain(optax.sgd(0.1))
+    with pytest.raises(ValueError, match="the chain has 1 members, but its state has 2 parts"):
+        tx.update(gradients(params), (*tx.init(params), optax.EmptyState()), params)
+
+
+def test_align_signal_takes_trees_and_functions():
+    params = {"a": jnp.ones(2), "b": optax.MaskedNode()}
+    tree = {"a": jnp.zeros(2), "b": jnp.ones(3)}
+    assert align_signal(tree, params, "x")[0] is tree["a"]
+    assert align_signal(lambda: tree, params, "x")[0] is tree["a"]
+    assert align_signal({"a": optax.MaskedNode(), "b": 1}, params, "x") == [None]
+
+
+def test_on_update_steps_computes_only_when_due():
+    @jax.jit
+    def step(due, x):
+        return on_update_steps(due, lambda: {"x": x["x"] + 1, "key": jax.random.split(x["key"])[0]}, x)
+
+    x = {"x": jnp.zeros(3), "key": jax.random.key(0)}
+    assert step(True, x)["x"].tolist() == [1, 1, 1]
+    assert step(False, x)["x"].tolist() == [0, 0, 0]
+    assert step(False, x)["key"] == x["key"]
+
+
+def test_on_update_steps_under_vmap_gives_each_lane_its_own():
+    due, x = jnp.array([True, False, True]), jnp.arange(3.0)
+    step = jax.vmap(lambda d, v: on_update_steps(d, lambda: v + 10, v))
+    assert jax.jit(step)(due, x).tolist() == [10, 1, 12]
+    assert step(due, x).tolist() == [10, 1, 12]
+    nested = jax.vmap(step, in_axes=(None, 0))
+    assert jax.jit(nested)(due, jnp.stack([x, x + 1])).tolist() == [[10, 1, 12], [11, 2, 13]]
+    assert " cond[" in str(jax.make_jaxpr(step)(due, x))
+
+
+def test_on_update_steps_is_a_plain_branch_outside_of_jit():
+    calls = []
+    on_update_steps(jnp.array(False), lambda: calls.append(1), None)
+    assert not calls
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_landing_is_exact_in_every_dtype(dtype):
+    p = jnp.asarray(np.random.default_rng(0).normal(size=1000) * 10.0 ** np.arange(-4, 4).repeat(125), dtype)
+    updates = land_on_masks({"w": jnp.full(1000, jnp.nan)}, {"w": p}, {"w": jnp.zeros(1000, bool)})
+    assert updates["w"].dtype == dtype
+    assert (optax.apply_updates({"w": p}, updates)["w"] == 0).all()

@@ -1,0 +1,113 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import jaxsparse
+from jaxsparse import masks as module
+from tests.problems import SPARSE, SPARSE_SIZE, make_params
+
+
+def kept(masks):
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): int(m.sum())
+        for path, m in jax.tree_util.tree_flatten_with_path(masks)[0]
+        if m.ndim
+    }
+
+
+@settings(max_examples=30, deadline=None)
+@given(sparsity=st.floats(0, 0.999), allocation=st.sampled_from(["uniform", "erdos_renyi", "erdos_renyi_kernel"]))
+def test_random_masks_have_exact_counts(sparsity, allocation):
+    masks = jaxsparse.random_masks(make_params(), sparsity, allocation=allocation)
+    assert sum(kept(masks).values()) == round((1 - sparsity) * SPARSE_SIZE)
+    assert set(kept(masks)) == set(SPARSE)
+
+
+def test_uniform_masks_are_within_one_of_their_share():
+    masks = jaxsparse.random_masks(make_params(), 0.87)
+    for count, size in zip(kept(masks).values(), (256, 144, 384), strict=True):
+        assert abs(count - 0.13 * size) < 1
+
+
+def test_seeds_give_different_masks_traced_or_not():
+    params = make_params()
+    one, two = (jaxsparse.random_masks(params, 0.5, key=key) for key in (1, 2))
+    assert (one["dense"]["kernel"] != two["dense"]["kernel"]).any()
+    traced = jax.jit(lambda key: jaxsparse.random_masks(params, 0.5, key=key))
+    for key in (1, jax.random.key(1), jax.random.PRNGKey(1)):
+        np.testing.assert_array_equal(traced(key)["dense"]["kernel"], one["dense"]["kernel"])
+
+
+def test_a_traced_sparsity():
+    params = make_params()
+    count = jax.jit(lambda s: jaxsparse.count(jaxsparse.random_masks(params, s)))
+    assert [int(count(s)) for s in (0.0, 0.5, 0.75)] == [SPARSE_SIZE, SPARSE_SIZE // 2, SPARSE_SIZE // 4]
+
+
+def test_magnitude_masks_keep_the_largest():
+    params = make_params()
+    masks = jaxsparse.magnitude_masks(params, 0.8)
+    for path in SPARSE:
+        layer, name = path.split("/")
+        w, m = np.abs(params[layer][name]), np.asarray(masks[layer][name])
+        assert w[m].min() >= w[~m].max()
+    masks = jaxsparse.magnitude_masks(params, 0.8, allocation="global")
+    every = [(np.abs(params[p.split("/")[0]]["kernel"]), np.asarray(masks[p.split("/")[0]]["kernel"])) for p in SPARSE]
+    assert min(w[m].min() for w, m in every) >= max(w[~m].max() for w, m in every)
+    assert sum(kept(masks).values()) == round(0.2 * SPARSE_SIZE)
+
+
+def test_nonzero_masks_find_the_zeros():
+    params = jaxsparse.apply_masks(make_params(), jaxsparse.random_masks(make_params(), 0.5))
+    masks = jaxsparse.nonzero_masks(params)
+    assert sum(kept(masks).values()) == SPARSE_SIZE // 2
+    assert masks["temperature"].shape == ()
+
+
+def test_apply_masks_clears_nan_and_keeps_dtypes():
+    tree = {"w": jnp.array([[jnp.nan, 2.0]], jnp.bfloat16), "b": jnp.ones(3)}
+    out = jaxsparse.apply_masks(tree, {"w": jnp.array([[False, True]]), "b": jnp.array(True)})
+    assert out["w"].tolist() == [[0.0, 2.0]]
+    assert out["w"].dtype == jnp.bfloat16
+    assert out["b"] is tree["b"]
+
+
+def test_the_two_lines_of_the_contract():
+    params, masks = make_params(), jaxsparse.random_masks(make_params(), 0.5)
+    product = jax.tree.map(jnp.multiply, params, masks)
+    assert float(jnp.mean(product["dense"]["kernel"] != 0)) == 0.5
+    densities = jax.tree.map(jnp.mean, masks)
+    assert float(densities["dense"]["kernel"]) == 0.5
+    assert float(densities["dense"]["bias"]) == 1.0
+
+
+def test_count_and_density():
+    masks = jaxsparse.random_masks(make_params(), 0.75)
+    assert int(jaxsparse.count(masks)) == SPARSE_SIZE // 4
+    assert float(jax.jit(jaxsparse.density)(masks)) == 0.25
+    assert float(jaxsparse.density({"b": jnp.array(True)})) == 1.0
+
+
+@settings(max_examples=20, deadline=None)
+@given(mask=hnp.arrays(bool, hnp.array_shapes(min_dims=0, max_dims=3, max_side=9)))
+def test_packing_and_back(mask):
+    packed = module.pack_masks({"w": mask})
+    assert packed["w"].nbytes == -(-mask.size // 8)
+    np.testing.assert_array_equal(module.unpack_masks(packed, {"w": mask})["w"], mask)
+
+
+def test_unpacking_into_the_wrong_shape_is_named():
+    packed = module.pack_masks({"w": jnp.ones((3, 4), bool)})
+    with pytest.raises(
+        ValueError, match=r"packed mask of w: expected uint8 of shape \(4,\).* got uint8 of shape \(2,\)"
+    ):
+        module.unpack_masks(packed, {"w": jnp.ones((5, 6), bool)})
+
+
+def test_unknown_allocation():
+    with pytest.raises(ValueError, match=r"allocation must be one of \['uniform', .*\], got 'best'"):
+        jaxsparse.random_masks(make_params(), 0.5, allocation="best")

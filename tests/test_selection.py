@@ -1,0 +1,153 @@
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxsparse.selection import count_true, global_top_k_masks, random_scores, top_k_mask, top_k_masks
+
+DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
+
+
+def expected(scores, k, where=None):
+    """The definition: sort by score descending, NaN last, ties by index; only where allowed."""
+    scores = np.asarray(scores).astype(np.float64).ravel()
+    allowed = np.ones(scores.shape, bool) if where is None else np.asarray(where).ravel()
+    order = sorted(
+        np.flatnonzero(allowed), key=lambda i: (np.isnan(scores[i]), 0 if np.isnan(scores[i]) else -scores[i], i)
+    )
+    mask = np.zeros(scores.shape, bool)
+    mask[order[: max(k, 0)]] = True
+    return mask
+
+
+floats = st.one_of(
+    st.floats(width=16),  # includes NaN, infinities, both zeros; many equal values after rounding
+    st.sampled_from([0.0, -0.0, 1.0, -1.0, float("inf"), float("-inf"), float("nan")]),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), dtype=st.sampled_from(DTYPES))
+def test_top_k_mask_is_the_sorted_choice(data, dtype):
+    # Few shapes, so that few programs are compiled.
+    shape = data.draw(st.sampled_from([(1,), (12,), (3, 4), (2, 3, 2)]))
+    scores = jnp.asarray(data.draw(hnp.arrays(np.float64, shape, elements=floats)), dtype)
+    k = data.draw(st.integers(0, scores.size))
+    where = data.draw(st.one_of(st.none(), hnp.arrays(bool, shape)))
+    mask = jitted_top_k(scores, k, where)
+    np.testing.assert_array_equal(np.asarray(mask).ravel(), expected(scores, k, where))
+
+
+jitted_top_k = jax.jit(lambda scores, k, where: top_k_mask(scores, k, where=where))
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_global_top_k_ranks_all_leaves_together(data):
+    arrays = [
+        jnp.asarray(data.draw(hnp.arrays(np.float64, shape, elements=floats)), dtype)
+        for shape, dtype in [((5,), jnp.float32), ((2, 3), jnp.bfloat16), ((4,), jnp.float32)]
+    ]
+    k = data.draw(st.integers(0, 15))
+    masks = jax.jit(global_top_k_masks)(arrays, k)
+    flat = np.concatenate([np.asarray(a).astype(np.float64).ravel() for a in arrays])
+    np.testing.assert_array_equal(np.concatenate([np.asarray(m).ravel() for m in masks]), expected(flat, k))
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_top_k_along_an_axis_is_top_k_of_every_slice(data):
+    scores = jnp.asarray(data.draw(hnp.arrays(np.float64, (3, 2, 4), elements=floats)), jnp.float32)
+    where = data.draw(hnp.arrays(bool, (3, 2, 4)))
+    k = data.draw(hnp.arrays(np.int32, (4,), elements=st.integers(0, 6)))
+    mask = jax.jit(lambda s, k, w: top_k_mask(s, k, where=w, axis=-1))(scores, k, where)
+    for j in range(4):
+        np.testing.assert_array_equal(np.asarray(mask)[..., j].ravel(), expected(scores[..., j], k[j], where[..., j]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_large_array_against_a_sort(dtype):
+    scores = jnp.abs(jax.random.normal(jax.random.key(0), (300, 700))).astype(dtype)
+    for k in (0, 1, 1000, 209_999, 210_000):
+        mask = np.asarray(jitted_top_k(scores, k, None))
+        assert mask.sum() == k
+        np.testing.assert_array_equal(mask.ravel(), expected(scores, k))
+
+
+def test_top_k_masks_takes_a_k_for_every_leaf():
+    tree = {"a": jnp.array([3.0, 1.0, 2.0]), "b": jnp.array([[1.0, 1.0], [5.0, 1.0]])}
+    masks = top_k_masks(tree, jnp.array([2, 3]))
+    assert masks["a"].tolist() == [True, False, True]
+    assert masks["b"].tolist() == [[True, True], [True, False]]
+
+
+def test_k_is_traced_under_vmap():
+    scores = jax.random.normal(jax.random.key(1), (20,))
+    ks = jnp.arange(21)
+    masks = jax.jit(jax.vmap(lambda k: top_k_mask(scores, k)))(ks)
+    np.testing.assert_array_equal(masks.sum(1), ks)
+    np.testing.assert_array_equal(masks[7], expected(scores, 7))
+
+
+def test_empty_leaves_and_trees():
+    assert global_top_k_masks({}, 0) == {}
+    masks = global_top_k_masks({"a": jnp.zeros((0, 3)), "b": jnp.ones(2)}, 1)
+    assert masks["a"].shape == (0, 3)
+    assert masks["b"].tolist() == [True, False]
+
+
+def test_random_scores_choose_uniformly():
+    # 200 draws of 5 of 20: every entry near 50 times; 6 standard deviations are 37.
+    draws = jax.vmap(lambda key: top_k_mask(random_scores(key, (20,)), 5))(jax.random.split(jax.random.key(0), 200))
+    frequency = np.asarray(draws).sum(0)
+    assert (draws.sum(1) == 5).all()
+    assert abs(frequency - 50).max() < 37
+
+
+def test_count_true_is_exact_where_float32_would_not_be():
+    assert int(count_true(jnp.ones((1 << 12, (1 << 12) + 1), bool))) == (1 << 24) + (1 << 12)
+    assert int(count_true(jnp.ones((1 << 24) + 1, bool))) == (1 << 24) + 1
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: top_k_mask(jnp.arange(3), 1), "scores must be floats, got an array of dtype int32"),
+        (lambda: top_k_mask(jnp.ones(3), 4), "k must be between 0 and the number of entries, 3, got 4"),
+        (lambda: top_k_mask(jnp.ones(3), -1), "got -1"),
+        (
+            lambda: top_k_mask(jnp.ones(3), 1, where=jnp.ones(2, bool)),
+            r"scores' shape \(3,\), got bool of shape \(2,\)",
+        ),
+        (lambda: top_k_mask(jnp.ones(3), 1, where=jnp.ones(3)), "got float32"),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("spec", [PartitionSpec("x", None), PartitionSpec(None, "x"), PartitionSpec("x", "y")])
+def test_sharded_selection_gathers_nothing(spec):
+    shape = (4, 2) if "y" in spec else (8,)
+    mesh = jax.make_mesh(shape, ("x", "y")[: len(shape)])
+    sharding = NamedSharding(mesh, spec)
+    # Rounded, so that ties are broken across the devices.
+    scores = jnp.round(jax.random.normal(jax.random.key(0), (64, 96)), 1)
+    sharded = jax.device_put(scores, sharding)
+    select = jax.jit(top_k_mask, out_shardings=sharding)
+    text = select.lower(sharded, 1000).compile().as_text()
+    assert "all-gather" not in text
+    assert "all-to-all" not in text
+    assert "collective-permute" not in text
+    # Every all-reduce is of scalars.
+    reduced = re.findall(r"= (\S+) all-reduce", text)
+    assert reduced
+    assert all(re.fullmatch(r"(\()?\w+\[\](,.*)?", kind) for kind in reduced), reduced
+    np.testing.assert_array_equal(select(sharded, 1000), top_k_mask(scores, 1000))
