@@ -5,7 +5,7 @@ terms are formed in integers or in fixed point: every layout of a computation (o
 device, many, sharded) reaches the same counts.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from jaxsparse.selection import count_true, top_k_mask
 
-__all__ = ["apportion", "check_sparsity", "erdos_renyi", "exact_mean", "exact_sum", "layer_counts"]
+__all__ = ["apportion", "check_sparsity", "check_total", "erdos_renyi", "exact_mean", "exact_sum", "layer_counts"]
 
 _FIXED_POINT_BITS = 23  # as many as a float32 has
 Sparsity: TypeAlias = float | jax.Array | Mapping[str, float] | Callable[[str, Any], float]
@@ -94,7 +94,8 @@ def layer_counts(params: dict[str, Any], sparsity: Sparsity, allocation: str = "
         raise ValueError(f"allocation must be one of {options}, got {allocation!r}")
     if not params:
         return jnp.zeros(0, jnp.int32)
-    sizes = np.asarray([leaf.size for leaf in params.values()])
+    sizes = np.asarray([leaf.size for leaf in params.values()], np.int64)
+    check_total(sizes)
     if callable(sparsity):
         sparsity = {path: sparsity(path, leaf) for path, leaf in params.items()}
     if isinstance(sparsity, Mapping):
@@ -118,7 +119,7 @@ def layer_counts(params: dict[str, Any], sparsity: Sparsity, allocation: str = "
             shapes = [leaf.shape for leaf in params.values()]
             densities = xp.stack(erdos_renyi(shapes, 1 - sparsity, kernel=allocation == "erdos_renyi_kernel"))
     quotas = densities * sizes
-    return apportion(quotas, xp.round(quotas.sum()).astype(np.int32), sizes)
+    return apportion(quotas, xp.round(quotas.sum()).astype(np.int32), sizes.astype(np.int32))
 
 
 def apportion(quotas: ArrayLike, total: ArrayLike, capacity: ArrayLike) -> jax.Array:
@@ -148,7 +149,7 @@ def apportion(quotas: ArrayLike, total: ArrayLike, capacity: ArrayLike) -> jax.A
 @jax.jit
 def _apportion(quotas: jax.Array, total: jax.Array, capacity: jax.Array) -> jax.Array:
     total = jnp.minimum(total, jnp.sum(capacity))
-    floors = jnp.minimum(jnp.floor(quotas), 2.0**30).astype(jnp.int32)  # so that no sum below overflows
+    floors = jnp.minimum(jnp.floor(quotas), 2.0**29).astype(jnp.int32)  # so that no sum below overflows
 
     def filled(level):
         return jnp.clip(floors + level, 0, capacity)
@@ -176,7 +177,7 @@ def exact_sum(values: jax.Array, where: jax.Array | None = None, axis: tuple[int
       axis: axes to sum over, which are kept with length 1; ``None`` for all of them and a scalar result.
 
     Returns:
-      float32. Each term is rounded down to a multiple of 2**-22 of the largest.
+      float32. Each term is rounded down to a multiple of 2**-22 of the largest (and cut off at 2**101).
 
     Examples:
       >>> import jax.numpy as jnp
@@ -186,11 +187,11 @@ def exact_sum(values: jax.Array, where: jax.Array | None = None, axis: tuple[int
     values = jnp.abs(values.astype(jnp.float32))
     usable = jnp.isfinite(values) if where is None else jnp.isfinite(values) & where
     values = jnp.where(usable, values, 0)
-    # The unit is a power of two, so scaling by it rounds nothing.
-    top = jnp.maximum(jnp.max(values, initial=0), 2.0**-100)
+    # In units of a power of two, so that scaling rounds nothing.
+    top = jnp.clip(jnp.max(values, initial=0), 2.0**-100, 2.0**100)
     exponent = jax.lax.bitcast_convert_type(top, jnp.int32) & 0x7F800000
     unit = jax.lax.bitcast_convert_type(exponent, jnp.float32)
-    fixed = (values / unit * 2.0 ** (_FIXED_POINT_BITS - 1)).astype(jnp.int32)  # below 2**23
+    fixed = jnp.minimum(values / unit * 2.0 ** (_FIXED_POINT_BITS - 1), 2.0**_FIXED_POINT_BITS - 1).astype(jnp.int32)
     # Digits so short that as many of them as there are terms add up within an int32.
     terms = values.size if axis is None else int(np.prod([values.shape[d] for d in axis]))
     digit = max(1, min(_FIXED_POINT_BITS, 31 - max(terms, 1).bit_length()))
@@ -214,6 +215,15 @@ def check_sparsity(sparsity: Any, path: str | None = None) -> None:
     if not isinstance(sparsity, jax.core.Tracer) and not 0 <= float(sparsity) < 1:
         of_leaf = f" of {path}" if path else ""
         raise ValueError(f"sparsity{of_leaf} is the fraction of zeros and must be in [0, 1), got {sparsity}")
+
+
+def check_total(sizes: Iterable[int]) -> None:
+    """Raises a ValueError if there are more weights than an int32 counts."""
+    if (total := sum(map(int, sizes))) >= 1 << 31:
+        raise ValueError(
+            f"weights are counted in int32: one link can prune fewer than 2**31 of them, got {total}. Use several "
+            "links, each for a part of the params, under optax.partition"
+        )
 
 
 def _namespace(value: Any) -> Any:

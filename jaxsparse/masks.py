@@ -93,8 +93,11 @@ def magnitude_masks(
     sparse = {path: leaf for path, leaf, c in zip(leaf_paths(params), leaves, chosen, strict=True) if c}
     everywhere = allocation == "global"
     counts = allocation_lib.layer_counts(sparse, sparsity, "uniform" if everywhere else allocation)
-    scores = [jnp.abs(leaf) for leaf in sparse.values()]
-    kept = iter(global_top_k_masks(scores, jnp.sum(counts)) if everywhere else top_k_masks(scores, counts))
+    leaves = list(sparse.values())
+    if everywhere:
+        kept = iter(global_top_k_masks(leaves, jnp.sum(counts), absolute=True))
+    else:
+        kept = iter(top_k_masks(leaves, counts, absolute=True))
     return treedef.unflatten([next(kept) if c else jnp.ones((), bool) for c in chosen])
 
 

@@ -31,7 +31,12 @@ _EXACT_IN_FLOAT32 = 1 << 24
 
 
 def top_k_mask(
-    scores: ArrayLike, k: ArrayLike, *, where: ArrayLike | None = None, axis: int | None = None
+    scores: ArrayLike,
+    k: ArrayLike,
+    *,
+    where: ArrayLike | None = None,
+    absolute: bool = False,
+    axis: int | None = None,
 ) -> jax.Array:
     """Marks the ``k`` largest entries of one array.
 
@@ -43,6 +48,7 @@ def top_k_mask(
         number for each index of that axis.
       where: bool, the shape of ``scores``: only these entries may be marked. If
         there are fewer than ``k``, all of them are.
+      absolute: rank by absolute value, without a copy of the array.
       axis: ``None`` marks the ``k`` largest of the whole array; a number marks the
         ``k[j]`` largest of every slice ``j`` along that axis.
 
@@ -61,16 +67,16 @@ def top_k_mask(
     """
     scores = jnp.asarray(scores)
     if axis is None:
-        return top_k_masks([scores], [k], where=None if where is None else [where])[0]
+        return top_k_masks([scores], [k], where=None if where is None else [where], absolute=absolute)[0]
     axis = range(scores.ndim)[axis]
     shape = [1] * scores.ndim
     shape[axis] = scores.shape[axis]
     ks = jnp.asarray(k, jnp.int32).reshape(shape)
     others = tuple(d for d in range(scores.ndim) if d != axis)
-    return _select([[_checked(scores, where)]], [ks], others)[0][0]
+    return _select([[_checked(scores, where)]], [ks], absolute, others)[0][0]
 
 
-def top_k_masks(scores: Any, ks: Any, *, where: Any | None = None) -> Any:
+def top_k_masks(scores: Any, ks: Any, *, where: Any | None = None, absolute: bool = False) -> Any:
     """Marks the ``k`` largest entries of every leaf, each leaf with its own ``k``.
 
     The same as :func:`top_k_mask` leaf by leaf, but all leaves share one loop,
@@ -81,6 +87,7 @@ def top_k_masks(scores: Any, ks: Any, *, where: Any | None = None) -> Any:
       ks: one integer a leaf, possibly traced: a pytree like ``scores`` or an
         array of shape (number of leaves,).
       where: a pytree like ``scores`` of bool arrays: only these may be marked.
+      absolute: rank by absolute value.
 
     Returns:
       A pytree like ``scores`` of bool arrays.
@@ -99,10 +106,10 @@ def top_k_masks(scores: Any, ks: Any, *, where: Any | None = None) -> Any:
     ks = list(ks) if isinstance(ks, (jax.Array, np.ndarray)) else treedef.flatten_up_to(ks)
     groups = [[_checked(x, w)] for x, w in zip(leaves, eligible, strict=True)]
     ks = [_checked_k(k, group[0][0].size) for k, group in zip(ks, groups, strict=True)]
-    return treedef.unflatten([masks[0] for masks in _select(groups, ks)])
+    return treedef.unflatten([masks[0] for masks in _select(groups, ks, absolute)])
 
 
-def global_top_k_masks(scores: Any, k: ArrayLike, *, where: Any | None = None) -> Any:
+def global_top_k_masks(scores: Any, k: ArrayLike, *, where: Any | None = None, absolute: bool = False) -> Any:
     """Marks the ``k`` largest entries of a whole tree, all leaves ranked together.
 
     Args:
@@ -110,6 +117,7 @@ def global_top_k_masks(scores: Any, k: ArrayLike, *, where: Any | None = None) -
         compared in the type they promote to.
       k: how many to mark in all, an integer, possibly traced.
       where: a pytree like ``scores`` of bool arrays: only these may be marked.
+      absolute: rank by absolute value.
 
     Returns:
       A pytree like ``scores`` of bool arrays with exactly ``k`` entries True in
@@ -132,7 +140,7 @@ def global_top_k_masks(scores: Any, k: ArrayLike, *, where: Any | None = None) -
     dtype = jnp.result_type(*leaves)
     group = [_checked(jnp.asarray(x, dtype), w) for x, w in zip(leaves, eligible, strict=True)]
     k = _checked_k(k, sum(x.size for x, _ in group))
-    return treedef.unflatten(_select([group], [k])[0])
+    return treedef.unflatten(_select([group], [k], absolute)[0])
 
 
 def random_scores(key: jax.Array, shape: Sequence[int]) -> jax.Array:
@@ -191,113 +199,127 @@ def _checked(scores: ArrayLike, where: ArrayLike | None) -> tuple[jax.Array, jax
     return scores, where
 
 
-def _keys(scores: jax.Array, where: jax.Array | None) -> jax.Array:
+def _keys(scores: jax.Array, where: jax.Array | None, absolute: bool) -> jax.Array:
     """Integers ordered like the scores; NaN is the lowest but one, ineligible the lowest."""
-    integer = jnp.dtype(f"int{8 * scores.dtype.itemsize}")
+    integer = _integer(scores)
     lowest = jnp.iinfo(integer).min
     bits = jax.lax.bitcast_convert_type(scores, integer)
     # Sign and magnitude to two's complement: -0.0 and 0.0 both become 0.
-    keys = jnp.where(bits < 0, lowest - bits, bits)
+    keys = bits & ~lowest if absolute else jnp.where(bits < 0, lowest - bits, bits)
     keys = jnp.where(jnp.isnan(scores), jnp.asarray(lowest + 1, integer), keys)
-    return keys if where is None else jnp.where(where, keys, jnp.asarray(lowest, integer))
+    if where is None:
+        return keys
+    # Compared as a byte: on a CPU, XLA's select on a stored bool is not vectorised.
+    return jnp.where(where.astype(jnp.uint8) != 0, keys, jnp.asarray(lowest, integer))
 
 
-@functools.partial(jax.jit, static_argnames="axes")  # jitted, so that an eager call compiles once for each shape
-def _select(groups: list[list[tuple]], ks: list[jax.Array], axes: tuple[int, ...] | None = None):
+@functools.partial(jax.jit, static_argnames=("absolute", "axes"))  # jitted: an eager call compiles once for a shape
+def _select(groups: list[list[tuple]], ks: list[jax.Array], absolute: bool, axes: tuple[int, ...] | None = None):
     """Masks of the ``ks[g]`` largest of each group of (scores, where); a group's arrays are ranked together.
 
     With ``axes`` the arrays are reduced over those axes only, and ``ks[g]`` has
     the reduced shape (axes kept): one selection for each remaining index.
-
-    Keys and indices are made anew inside each pass: computing them costs less
-    than holding them in memory would.
     """
     if not groups:
         return []
+    extents = [[_extent(scores.shape, axes) for scores, _ in group] for group in groups]
+    groups = [
+        [(scores, where, sum(extent[:i])) for i, (scores, where) in enumerate(group)]
+        for group, extent in zip(groups, extents, strict=True)
+    ]
 
-    def count(group, hit, at=0):
-        hits, offset = [], 0
-        for scores, where in group:
-            # Bound to the candidate, so that XLA does not lift keys and indices out of the loop into memory.
-            scores, where, zero, at = jax.lax.optimization_barrier((scores, where, 0, at))
-            hits.append(count_true(hit(_keys(scores, where), _index(scores.shape, axes, offset + zero), at), axes))
-            offset += _extent(scores.shape, axes)
+    def count(group, hit, at):
+        """How many entries satisfy ``hit(key, index, at)``.
+
+        Keys and indices are made anew in each pass, which costs less than to hold them in memory. The barrier binds
+        them to the candidate, or XLA would lift them out of the loop.
+        """
+        hits = []
+        for scores, where, start in group:
+            scores, where, start, at = jax.lax.optimization_barrier((scores, where, start, at))
+            hits.append(count_true(hit(_keys(scores, where, absolute), _index(scores.shape, axes, start), at), axes))
         return sum(hits[1:], hits[0])
 
-    # --- The threshold. Kept true all along: count(keys >= low) >= k >= count(keys >= high).
-    low, high, at_low, at_high, chosen = [], [], [], [], []
+    # The threshold: the highest that at least k entries reach; the search ends early where exactly k do.
+    low, high, wanted = [], [], []
     for group, k in zip(groups, ks, strict=True):
-        info = jnp.iinfo(f"int{8 * group[0][0].dtype.itemsize}")
-        eligible = count(group, lambda x, _, at, lowest=info.min: x > lowest)
-        low.append(jnp.full(eligible.shape, info.min + 1, info.dtype))
-        high.append(jnp.full(eligible.shape, info.max, info.dtype))  # above infinity
-        at_low.append(eligible)
-        at_high.append(jnp.zeros_like(eligible))
-        chosen.append(jnp.clip(k, 0, eligible))
-    ks = chosen
+        integer = _integer(group[0][0])
+        lowest, highest = (jnp.asarray(end, integer) for end in (jnp.iinfo(integer).min, jnp.iinfo(integer).max))
+        eligible = count(group, lambda key, _, at: key > at, lowest)
+        k = jnp.clip(k, 0, eligible)
+        # Not even infinity reaches the highest; all that is eligible, NaN too, reaches the lowest but one.
+        low.append(jnp.where(k == 0, highest, lowest + 1))
+        high.append(jnp.where(k == eligible, low[-1], highest))
+        wanted.append(k)
+    low, high, above = _search(
+        lambda i, at: count(groups[i], lambda key, _, at: key >= at, at), jnp.greater, wanted, low, high
+    )
 
-    def tied(at_low, at_high):
-        return [(a != k) & (b != k) for k, a, b in zip(ks, at_low, at_high, strict=True)]
-
-    def unresolved(bounds):
-        low, high, at_low, at_high = bounds
-        return _any(t & (lo + 1 < hi) for t, lo, hi in zip(tied(at_low, at_high), low, high, strict=True))
-
-    def halve(bounds):
-        halves = []
-        for group, k, lo, hi, a, b in zip(groups, ks, *bounds, strict=True):
-            middle = (lo & hi) + ((lo ^ hi) >> 1)  # the mean, without overflow
-            n = count(group, lambda x, _, at: x >= at, middle)
-            up = n >= k
-            halves.append(
-                (jnp.where(up, middle, lo), jnp.where(up, hi, middle), jnp.where(up, n, a), jnp.where(up, b, n))
-            )
-        return tuple(list(column) for column in zip(*halves, strict=True))
-
-    low, high, at_low, at_high = jax.lax.while_loop(unresolved, halve, (low, high, at_low, at_high))
-
-    # --- Ties: of the entries in [low, high), all equal there, those whose index is below a cutoff.
-    need = [k - b for k, b in zip(ks, at_high, strict=True)]
-    extents = [sum(_extent(scores.shape, axes) for scores, _ in group) for group in groups]
-    split = tied(at_low, at_high)  # elsewhere it is all of them or none
-    none = [jnp.where(s | (n == 0), 0, e) for s, n, e in zip(split, need, extents, strict=True)]
-    every = [jnp.where(s, e, c) for s, c, e in zip(split, none, extents, strict=True)]
-
-    def unsettled(cuts):
-        return _any(a < b for a, b in zip(*cuts, strict=True))
-
-    def halve_cut(cuts):
-        halves = []
-        for group, lo, hi, n, a, b in zip(groups, low, high, need, *cuts, strict=True):
-            middle = a + (b - a) // 2
-            reached = count(group, lambda x, i, at, lo=lo, hi=hi: (x >= lo) & (x < hi) & (i < at), middle)
-            halves.append((jnp.where((reached < n) & (a < b), middle + 1, a), jnp.where(reached < n, b, middle)))
-        return tuple(list(column) for column in zip(*halves, strict=True))
-
-    cuts, _ = jax.lax.while_loop(unsettled, halve_cut, (none, every))
+    # Where more than k reach it, those equal to it compete for what is left: the lowest indices win.
+    tied = [lo < hi for lo, hi in zip(low, high, strict=True)]
+    room = [k - n for k, n in zip(wanted, above, strict=True)]
+    every = [jnp.full_like(k, sum(extent)) for k, extent in zip(wanted, extents, strict=True)]
+    cut, _, _ = _search(
+        lambda i, at: count(groups[i], lambda key, index, at: (key == low[i]) & (index < at), at),
+        jnp.less,
+        room,
+        [jnp.where(t, 0, n) for t, n in zip(tied, every, strict=True)],
+        [jnp.where(t, n + 1, n) for t, n in zip(tied, every, strict=True)],
+    )
 
     masks: list[list[jax.Array]] = []
-    for group, lo, hi, cut in zip(groups, low, high, cuts, strict=True):
+    for group, threshold, end in zip(groups, low, cut, strict=True):
         masks.append([])
-        offset = 0
-        for scores, where in group:
-            x = _keys(scores, where)
-            masks[-1].append((x >= hi) | ((x >= lo) & (_index(scores.shape, axes, offset) < cut)))
-            offset += _extent(scores.shape, axes)
+        for scores, where, start in group:
+            key = _keys(scores, where, absolute)
+            masks[-1].append((key > threshold) | ((key == threshold) & (_index(scores.shape, axes, start) < end)))
     return masks
 
 
-def _any(flags) -> jax.Array:
-    return jnp.any(jnp.stack([jnp.any(flag) for flag in flags]))
+def _search(count, further, targets, low, high):
+    """Bisects integers between each ``low`` and ``high`` for where ``count(i, at)`` is the target.
+
+    Args:
+      count: the count of group i at a candidate, monotone in it.
+      further: ``further(n, target)``: whether to look above a candidate with count n.
+      targets, low, high: one array a group, all of one shape; nothing is sought where low >= high - 1.
+
+    Returns:
+      low, high, and the count at high. Where some candidate has the target's count, low == high, else low + 1 == high.
+    """
+
+    def sought(bounds):
+        return jnp.any(jnp.stack([jnp.any(lo < hi - 1) for lo, hi in zip(bounds[0], bounds[1], strict=True)]))
+
+    def narrow(bounds):
+        narrower = []
+        for i, (target, lo, hi, at_high) in enumerate(zip(targets, *bounds, strict=True)):
+            going = lo < hi - 1  # (lo + 1 could overflow)
+            middle = (lo & hi) + ((lo ^ hi) >> 1)  # the mean, without overflow
+            # Groups that are done are not counted while others go on.
+            n = jax.lax.cond(jnp.any(going), lambda i=i, at=middle: count(i, at), lambda n=at_high: n)
+            found, up = going & (n == target), going & further(n, target)
+            down = going & ~up
+            narrower.append(
+                (jnp.where(found | up, middle, lo), jnp.where(down, middle, hi), jnp.where(down, n, at_high))
+            )
+        return tuple(list(column) for column in zip(*narrower, strict=True))
+
+    return jax.lax.while_loop(sought, narrow, (low, high, [jnp.zeros_like(t) for t in targets]))
+
+
+def _integer(scores: jax.Array) -> np.dtype:
+    """The integers of the same width as the scores."""
+    return jnp.dtype(f"int{8 * scores.dtype.itemsize}")
 
 
 def _extent(shape: tuple[int, ...], axes: tuple[int, ...] | None) -> int:
     return int(np.prod(shape if axes is None else [shape[d] for d in axes], dtype=np.int64))
 
 
-def _index(shape: tuple[int, ...], axes: tuple[int, ...] | None, offset: int) -> jax.Array:
+def _index(shape: tuple[int, ...], axes: tuple[int, ...] | None, start: int | jax.Array) -> jax.Array:
     """Row-major index within the group, built from iotas: nothing moves between devices."""
-    index, stride = jnp.full(shape, offset, jnp.int32), 1
+    index, stride = jnp.full(shape, start, jnp.int32), 1
     for d in reversed(range(len(shape)) if axes is None else axes):
         index = index + stride * jax.lax.broadcasted_iota(jnp.int32, shape, d)
         stride *= shape[d]

@@ -310,15 +310,25 @@ def test_vmap_over_seeds_with_different_masks(name):
         chex.assert_trees_all_close(lane(trained, i), alone, rtol=1e-6)
 
 
-def test_a_vmapped_mask_update_is_not_paid_on_other_steps():
-    # Under vmap a plain cond would turn into a select, and no conditional would be left.
+@pytest.mark.parametrize("name", METHODS)
+def test_the_update_can_be_differentiated(name):
+    # Meta-learning takes gradients through the optimizer; masks have none.
     params = make_params()
-    tx = jaxsparse.chain(sgd(), METHODS["sparse_momentum"].make(params))
-    states = jax.vmap(lambda seed: tx.init(params))(jnp.arange(3))
-    batch = jax.tree.map(lambda p: jnp.stack([p] * 3), params)
-    update = jax.vmap(lambda p, s: tx.update(gradients(p), s, p))
-    jaxpr = jax.make_jaxpr(update)(batch, states)
-    assert " cond[" in str(jaxpr)
+    tx = jaxsparse.chain(sgd(), METHODS[name].make(params))
+    opt_state = tx.init(params)
+
+    @jax.jit
+    @jax.grad
+    def meta_gradient(rate, params):
+        state = opt_state
+        for count in range(4):
+            grads = jax.tree.map(lambda g: rate * g, gradients(params, count))
+            updates, state = tx.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return sum(jnp.sum(p**2) for p in jax.tree.leaves(params))
+
+    assert np.isfinite(meta_gradient(0.5, jaxsparse.sparsify(params, opt_state)))
+    assert meta_gradient(0.5, jaxsparse.sparsify(params, opt_state)) != 0
 
 
 # --- Many devices -----------------------------------------------------------------------------------------------------

@@ -90,28 +90,52 @@ def test_align_signal_takes_trees_and_functions():
 
 def test_on_update_steps_computes_only_when_due():
     @jax.jit
-    def step(due, x):
-        return on_update_steps(due, lambda: {"x": x["x"] + 1, "key": jax.random.split(x["key"])[0]}, x)
+    def step(due, old):
+        return on_update_steps(due, lambda o: {"x": o["x"] + 1, "key": jax.random.split(o["key"])[0]}, old)
 
-    x = {"x": jnp.zeros(3), "key": jax.random.key(0)}
-    assert step(True, x)["x"].tolist() == [1, 1, 1]
-    assert step(False, x)["x"].tolist() == [0, 0, 0]
-    assert step(False, x)["key"] == x["key"]
+    old = {"x": jnp.zeros(3), "key": jax.random.key(0)}
+    assert step(True, old)["x"].tolist() == [1, 1, 1]
+    assert step(True, old)["key"] != old["key"]
+    assert step(False, old)["x"].tolist() == [0, 0, 0]
+    assert step(False, old)["key"] == old["key"]
 
 
-def test_on_update_steps_under_vmap_gives_each_lane_its_own():
-    due, x = jnp.array([True, False, True]), jnp.arange(3.0)
-    step = jax.vmap(lambda d, v: on_update_steps(d, lambda: v + 10, v))
-    assert jax.jit(step)(due, x).tolist() == [10, 1, 12]
-    assert step(due, x).tolist() == [10, 1, 12]
-    nested = jax.vmap(step, in_axes=(None, 0))
-    assert jax.jit(nested)(due, jnp.stack([x, x + 1])).tolist() == [[10, 1, 12], [11, 2, 13]]
-    assert " cond[" in str(jax.make_jaxpr(step)(due, x))
+def test_on_update_steps_under_vmap_gives_each_lane_its_own_and_computes_only_if_one_is_due():
+    calls = []
+
+    def compute(x):
+        jax.debug.callback(lambda: calls.append(1))
+        return x + 10
+
+    step = jax.vmap(lambda due, x: on_update_steps(due, compute, x))
+    x = jnp.arange(3.0)
+    for run in (jax.jit(step), step):
+        assert run(jnp.array([True, False, True]), x).tolist() == [10, 1, 12]
+        jax.effects_barrier()
+        assert calls
+        calls.clear()
+        assert run(jnp.zeros(3, bool), x).tolist() == [0, 1, 2]
+        jax.effects_barrier()
+        assert not calls
+    nested = jax.jit(jax.vmap(step, in_axes=(None, 0)))
+    assert nested(jnp.array([True, False, True]), jnp.stack([x, x + 1])).tolist() == [[10, 1, 12], [11, 2, 13]]
+
+
+def test_on_update_steps_copies_nothing_on_other_steps():
+    # The reason for its form: donated, the old values stay where they are.
+    def step(old, count):
+        return on_update_steps(count == 7, lambda o: jnp.flip(o), old), count + 1
+
+    old = jnp.zeros((64, 64), bool)
+    text = jax.jit(step, donate_argnums=0).lower(old, 0).compile().as_text()
+    entry = text[text.index("ENTRY") :]
+    assert "while(" in entry
+    assert "pred[64,64]{1,0} copy(" not in entry
 
 
 def test_on_update_steps_is_a_plain_branch_outside_of_jit():
     calls = []
-    on_update_steps(jnp.array(False), lambda: calls.append(1), None)
+    assert on_update_steps(jnp.array(False), calls.append, 3) == 3
     assert not calls
 
 

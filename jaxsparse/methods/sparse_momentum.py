@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from jaxsparse.allocation import Sparsity, apportion, check_sparsity, exact_mean, exact_sum
+from jaxsparse.allocation import Sparsity, apportion, check_sparsity, check_total, exact_mean, exact_sum
 from jaxsparse.links import (
     align_signal,
     check_budget,
@@ -198,6 +198,7 @@ def sparse_momentum(
                 random_masks(params, sparsity, allocation=allocation, prunable=chosen, key=mask_key), params
             )
         else:
+            check_total(mask.size for mask in jax.tree.leaves(validate_masks(masks, params)))
             # Copies: the state may be donated, the caller's masks must survive that.
             start = jax.tree.map(lambda mask: jnp.array(mask, copy=True), validate_masks(masks, params))
         return SparseMomentumState(
@@ -218,12 +219,13 @@ def sparse_momentum(
             own = _averaged(own, gradients, decay, jax.tree.structure(params))
         signal = own if decay is not None else updates if momentum is None else momentum
 
-        def changed():
-            next_key, draw = jax.random.split(state.rng_key)
+        def changed(old):
+            masks, nan_scores, rng_key = old
+            rng_key, draw = jax.random.split(rng_key)
             rate = prune_rate(state.count) if callable(prune_rate) else prune_rate
-            flat = _Leaves.of(params, signal, state.masks)
+            flat = _Leaves.of(params, signal, masks)
             new, nans = _regrow(flat.weights, flat.momenta, flat.masks, rate, growth, redistribution, prune, draw)
-            return flat.rebuild(new), state.nan_scores + nans, next_key
+            return flat.rebuild(new), nan_scores + nans, rng_key
 
         due = (state.count > 0) & (state.count % update_every == 0) & (state.count >= start_at)
         if stop_at is not None:
@@ -307,16 +309,15 @@ def _regrow(weights, momenta, masks, prune_rate, growth, redistribution, prune, 
         return [], jnp.int32(0)
     sizes = np.asarray([mask.size for mask in masks], np.int32)
     kept = jnp.stack([count_true(mask) for mask in masks])
-    magnitudes, forces = [jnp.abs(w) for w in weights], [jnp.abs(m) for m in momenta]
 
     # 1. Shares of the regrowth (Section 4, "momentum redistribution"), on the masks before pruning.
     statistic = {
-        "momentum": lambda f, _, mask: exact_mean(f, mask),
+        "momentum": lambda m, _, mask: exact_mean(m, mask),
         "magnitude": lambda _, w, mask: exact_mean(w, mask),
         "nonzeros": lambda _, w, mask: count_true(mask & (w != 0)).astype(jnp.float32),
         "none": lambda _, __, mask: jnp.float32(mask.size),
     }[redistribution]
-    values = jnp.stack([statistic(*leaf) for leaf in zip(forces, magnitudes, masks, strict=True)])
+    values = jnp.stack([statistic(*leaf) for leaf in zip(momenta, weights, masks, strict=True)])
     total = exact_sum(values)
     shares = values / jnp.where(total > 0, total, 1)
 
@@ -328,15 +329,16 @@ def _regrow(weights, momenta, masks, prune_rate, growth, redistribution, prune, 
     # 3. Prune. Exactly ceil(rate * kept) of each layer, or of the whole.
     lose = jnp.minimum(jnp.ceil(rates * kept).astype(jnp.int32), kept)
     if prune == "magnitude":
-        survivors = top_k_masks(magnitudes, kept - lose, where=masks)
+        survivors = top_k_masks(weights, kept - lose, where=masks, absolute=True)
     elif prune == "SET":
         # The authors' code keeps only the most negative in its second half, a slip; this is what was meant.
-        survivors = top_k_masks(magnitudes, kept - (lose + 1) // 2, where=masks)
-        survivors = top_k_masks(list(weights), kept - lose, where=survivors)
+        survivors = top_k_masks(weights, kept - (lose + 1) // 2, where=masks, absolute=True)
+        survivors = top_k_masks(weights, kept - lose, where=survivors)
     else:
         everything = jnp.sum(kept)
         lose_all = jnp.ceil(jnp.asarray(prune_rate, jnp.float32) * everything).astype(jnp.int32)
-        survivors = global_top_k_masks(magnitudes, everything - jnp.minimum(lose_all, everything), where=masks)
+        lose_all = jnp.minimum(lose_all, everything)
+        survivors = global_top_k_masks(weights, everything - lose_all, where=masks, absolute=True)
     surviving = jnp.stack([count_true(mask) for mask in survivors])
     lost = kept - surviving
 
@@ -351,30 +353,30 @@ def _regrow(weights, momenta, masks, prune_rate, growth, redistribution, prune, 
     # 5. Which ones return.
     missing = [~mask for mask in survivors]
     if growth == "momentum":
-        grown = top_k_masks(forces, gains, where=missing)
+        grown = top_k_masks(momenta, gains, where=missing, absolute=True)
     elif growth == "random":
         draws = [random_scores(jax.random.fold_in(key, i), mask.shape) for i, mask in enumerate(masks)]
         grown = top_k_masks(draws, gains, where=missing)
     else:
-        grown = [_grow_by_neuron(*leaf) for leaf in zip(forces, missing, gains, strict=True)]
-    nans = sum(count_true(jnp.isnan(w) & m) for w, m in zip(magnitudes, masks, strict=True))
-    nans += sum(count_true(jnp.isnan(f)) for f in forces)
+        grown = [_grow_by_neuron(*leaf) for leaf in zip(momenta, missing, gains, strict=True)]
+    nans = sum(count_true(jnp.isnan(w) & m) for w, m in zip(weights, masks, strict=True))
+    nans += sum(count_true(jnp.isnan(m)) for m in momenta)
     return [s | g for s, g in zip(survivors, grown, strict=True)], nans
 
 
-def _grow_by_neuron(force: jax.Array, missing: jax.Array, gain: jax.Array) -> jax.Array:
+def _grow_by_neuron(momentum: jax.Array, missing: jax.Array, gain: jax.Array) -> jax.Array:
     """Each output unit grows by its share of the mean momentum; what is left over goes to the largest that remain."""
-    if force.ndim < 2:
-        return top_k_mask(force, gain, where=missing)
-    inputs = tuple(range(force.ndim - 1))
-    means = exact_mean(force, axis=inputs).reshape(-1)
+    if momentum.ndim < 2:
+        return top_k_mask(momentum, gain, where=missing, absolute=True)
+    inputs = tuple(range(momentum.ndim - 1))
+    means = exact_mean(momentum, axis=inputs).reshape(-1)
     total = exact_sum(means)
     # A little less than the share, lest rounding hands out more than there is.
     shares = means / jnp.where(total > 0, total, 1) * (1 - 2.0**-20)
     quotas = jnp.floor(shares * gain.astype(jnp.float32)).astype(jnp.int32)
     quotas = jnp.where(quotas < _SMALLEST_NEURON_QUOTA, 0, quotas)
-    grown = top_k_mask(force, quotas, where=missing, axis=-1)
-    return grown | top_k_mask(force, gain - count_true(grown), where=missing & ~grown)
+    grown = top_k_mask(momentum, quotas, where=missing, absolute=True, axis=-1)
+    return grown | top_k_mask(momentum, gain - count_true(grown), where=missing & ~grown, absolute=True)
 
 
 class _Leaves(NamedTuple):

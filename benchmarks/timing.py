@@ -1,0 +1,44 @@
+"""Side-by-side timing: alternatives take turns in one process, medians and their ratios are what counts."""
+
+import datetime
+import importlib.metadata
+import os
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+def interleaved(alternatives: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Runs each alternative once a round, in turn, after one round that does not count; returns median seconds."""
+    seconds: dict[str, list[float]] = {name: [] for name in alternatives}
+    for i in range(rounds + 1):
+        for name, run in alternatives.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            if i:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def machine() -> str:
+    """Device, cores, versions, date."""
+    device = jax.devices()[0]
+    kind = device.device_kind if device.platform != "cpu" else f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "optax"))
+    return f"{kind}; {versions}, Python {platform.python_version()}; {datetime.date.today()}"
+
+
+def save(name: str, title: str, header: list[str], rows: list[list[str]], notes: str) -> None:
+    """Prints a table and keeps it as ``benchmarks/results/NAME_PLATFORM.md``."""
+    table = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    table += ["| " + " | ".join(row) + " |" for row in rows]
+    text = f"# {title}\n\n`python -m benchmarks.{name}` on {machine()}.\n\n" + "\n".join(table) + f"\n\n{notes}\n"
+    print(text)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}_{jax.default_backend()}.md").write_text(text)

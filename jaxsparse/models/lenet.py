@@ -1,0 +1,121 @@
+"""The two LeNets on which pruning papers report MNIST results, initialised as PyTorch initialises them."""
+
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from jaxsparse.models.layers import Conv, fan_in_uniform, max_pool
+
+__all__ = ["LeNet5Caffe", "LeNet300100"]
+
+
+class LeNet300100(nn.Module):
+    """Two hidden layers of 300 and 100 units with ReLU: 266,200 weights and 410 biases for MNIST's 784 pixels.
+
+    Images of any shape are flattened. Kernels and biases start from U(-1/sqrt(fan_in), 1/sqrt(fan_in)). The model
+    returns logits; the papers' log-softmax followed by the negative log-likelihood is the softmax cross-entropy of
+    these logits.
+
+    Attributes:
+      num_classes: number of logits, int >= 1.
+      dtype: dtype of the computation and of the logits; None promotes input and parameters. Parameters are float32.
+
+    Raises:
+      ValueError: if the input has no batch axis.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jaxsparse import models
+      >>> model = models.LeNet300100()
+      >>> params = model.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
+      >>> {name: layer["kernel"].shape for name, layer in params.items()}
+      {'fc1': (784, 300), 'fc2': (300, 100), 'fc3': (100, 10)}
+      >>> model.apply({"params": params}, jnp.zeros((5, 28, 28, 1))).shape
+      (5, 10)
+
+    References:
+      LeCun et al., *Gradient-based learning applied to document recognition*, 1998.
+    """
+
+    num_classes: int = 10
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Logits (batch, num_classes) of ``images`` (batch, ...)."""
+        if images.ndim < 2:
+            raise ValueError(f"LeNet300100 needs images of shape (batch, ...), got {images.shape}")
+        x = images.reshape(images.shape[0], -1)
+        x = nn.relu(_dense(x, 300, self.dtype, "fc1"))
+        x = nn.relu(_dense(x, 100, self.dtype, "fc2"))
+        return _dense(x, self.num_classes, self.dtype, "fc3")
+
+
+class LeNet5Caffe(nn.Module):
+    """LeNet-5 as Caffe has it: 430,500 weights and 580 biases for MNIST's 28 x 28 x 1 images.
+
+    Convolution 20@5x5, ReLU, max-pool 2, convolution 50@5x5, ReLU, max-pool 2, 500 units with ReLU, the logits. No
+    padding. Kernels and biases start from U(-1/sqrt(fan_in), 1/sqrt(fan_in)). The model returns logits; the papers'
+    log-softmax followed by the negative log-likelihood is the softmax cross-entropy of these logits.
+
+    Attributes:
+      num_classes: number of logits, int >= 1.
+      dtype: dtype of the computation and of the logits; None promotes input and parameters. Parameters are float32.
+      implementation: form of convolution and max-pool, as in :func:`jaxsparse.models.layers.conv`; None takes the
+        fastest.
+
+    Raises:
+      ValueError: if the input is not (batch, height, width, channels), or smaller than 16 x 16.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jaxsparse import models
+      >>> model = models.LeNet5Caffe()
+      >>> params = model.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
+      >>> {name: layer["kernel"].shape for name, layer in params.items()}
+      {'conv1': (5, 5, 1, 20), 'conv2': (5, 5, 20, 50), 'fc1': (800, 500), 'fc2': (500, 10)}
+      >>> model.apply({"params": params}, jnp.zeros((3, 28, 28, 1))).shape
+      (3, 10)
+
+    References:
+      LeCun et al., *Gradient-based learning applied to document recognition*, 1998; Caffe's
+      ``examples/mnist/lenet.prototxt``.
+    """
+
+    num_classes: int = 10
+    dtype: Any = None
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Logits (batch, num_classes) of ``images`` (batch, height, width, channels)."""
+        if images.ndim != 4 or min(images.shape[1:3]) < 16:
+            raise ValueError(
+                "LeNet5Caffe needs images of shape (batch, height, width, channels), at least 16 x 16 for its two "
+                f"5 x 5 convolutions and 2 x 2 max-pools, got {images.shape}"
+            )
+        x = images
+        for name, features in (("conv1", 20), ("conv2", 50)):
+            init = fan_in_uniform(5 * 5 * x.shape[-1])
+            x = Conv(
+                features,
+                kernel_size=5,
+                padding="VALID",
+                dtype=self.dtype,
+                kernel_init=init,
+                bias_init=init,
+                implementation=self.implementation,
+                name=name,
+            )(x)
+            x = max_pool(nn.relu(x), 2, implementation=self.implementation)
+        x = x.reshape(x.shape[0], -1)
+        x = nn.relu(_dense(x, 500, self.dtype, "fc1"))
+        return _dense(x, self.num_classes, self.dtype, "fc2")
+
+
+def _dense(x: jax.Array, features: int, dtype: Any, name: str) -> jax.Array:
+    init = fan_in_uniform(x.shape[-1])
+    return nn.Dense(features, dtype=dtype, kernel_init=init, bias_init=init, name=name)(x)
