@@ -1,0 +1,41 @@
+# Each target sets up all it needs: a virtual environment in .venv, with Python 3.11 or newer and the package index.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG := configs/digits_sparse_momentum.py
+
+.PHONY: help train test lint clean
+
+help:
+	@echo "make train   train sparse momentum at 90% sparsity on digits, and a dense baseline, and compare"
+	@echo "make test    run the test suite"
+	@echo "make lint    ruff, mypy, and a wheel that installs and imports"
+	@echo "make clean   remove the virtual environment and build leftovers (not runs/)"
+
+train: $(VENV)/train.installed
+	$(BIN)/python -m experiments.train --config=$(CONFIG) --workdir=runs/digits_dense --dense
+	$(BIN)/python -m experiments.train --config=$(CONFIG) --workdir=runs/digits_sparse
+	$(BIN)/python -m experiments.compare runs/digits_dense runs/digits_sparse
+
+test: $(VENV)/test.installed
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/dev.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	rm -rf build dist
+	$(BIN)/python -m build --wheel --outdir dist
+	$(PYTHON) -m venv --clear build/wheel
+	build/wheel/bin/python -m pip install --quiet dist/*.whl
+	cd build/wheel && bin/python -c "import jaxsparse; print('jaxsparse', jaxsparse.__version__, 'imports from its wheel')"
+
+# Made anew when what it installs has changed.
+$(VENV)/%.installed: pyproject.toml setup.py
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'jaxsparse needs Python 3.11 or newer, $(PYTHON) is ' + sys.version.split()[0] + '; try: make PYTHON=python3.12 ...')"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
