@@ -122,10 +122,8 @@ class Summary(NamedTuple):
         header = ("layer", "shape", "weights", "kept", "density")
         lines = [self._line(row.path, row.shape, row.weights, row.kept, row.sparse) for row in self.layers]
         sparse = [row for row in self.layers if row.sparse]
-        lines += [
-            self._line("sparse layers", None, sum(r.weights for r in sparse), sum(r.kept for r in sparse), True),
-            self._line("all", None, sum(r.weights for r in self.layers), sum(r.kept for r in self.layers), True),
-        ]
+        for name, rows in (("sparse layers", sparse), ("all", self.layers)):
+            lines.append(self._line(name, None, sum(r.weights for r in rows), sum(r.kept for r in rows), bool(sparse)))
         widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
         rule = "  ".join("-" * width for width in widths)
         text = ["  ".join(
@@ -212,7 +210,7 @@ def plot_masks(masks: Any, *, max_side: int = 512):
         axes = figure.add_subplot(rows, columns, i + 1)
         image = _tiled(mask.reshape(-1, mask.shape[-1]).astype(np.float32), max_side)
         extent = (0, mask.shape[-1], mask.size // mask.shape[-1], 0)
-        axes.imshow(image, cmap="Greys", aspect="auto", interpolation="nearest", vmin=0, extent=extent)
+        axes.imshow(image, cmap="Greys", aspect="auto", interpolation="antialiased", vmin=0, extent=extent)
         axes.set_title(f"{name}\n{int(mask.sum()):,} of {mask.size:,} ({mask.mean():.1%})", fontsize=9)
         axes.set_xlabel("output")
         axes.set_ylabel("input")

@@ -1,9 +1,9 @@
 """Sparse momentum: prune by magnitude, redistribute and regrow by momentum.
 
 Dettmers and Zettlemoyer, *Sparse Networks from Scratch: Faster Training without
-Losing Performance*, 2019 (https://arxiv.org/abs/1907.04840). "Section" and "Algorithm"
-below are those of the paper; where the paper and the authors' code
-(https://github.com/TimDettmers/sparse_learning at e19ff16) differ, the code is followed.
+Losing Performance*, 2019 (https://arxiv.org/abs/1907.04840). Where the paper and the authors'
+code (https://github.com/TimDettmers/sparse_learning at e19ff16, ``truncate_weights``) differ, the
+code is followed; the numbered steps below are in its order.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ from jaxsparse.links import (
 )
 from jaxsparse.masks import as_key, random_masks, validate_masks
 from jaxsparse.selection import count_true, global_top_k_masks, random_scores, top_k_mask, top_k_masks
-from jaxsparse.structures import is_masked_node, leaf_paths, prunable_leaves, resolve_structure
+from jaxsparse.structures import is_masked_node, leaf_paths, resolve_structure
 
 __all__ = ["SparseMomentumState", "momentum_regrowth", "sparse_momentum"]
 
@@ -169,7 +169,7 @@ def sparse_momentum(
 
     References:
       Dettmers and Zettlemoyer, `Sparse Networks from Scratch: Faster Training without Losing
-      Performance <https://arxiv.org/abs/1907.04840>`_, 2019, Algorithm 1.
+      Performance <https://arxiv.org/abs/1907.04840>`_, 2019.
 
     .. warning::
       The link must stand last. In a plain ``optax.chain`` behind an optimizer without momentum, growth follows
@@ -193,14 +193,12 @@ def sparse_momentum(
         refuse_replicated(params, "sparse_momentum")
         mask_key, rng_key = jax.random.split(as_key(key))
         if masks is None:
-            chosen = prunable_leaves(params, prunable)
-            start = validate_masks(
-                random_masks(params, sparsity, allocation=allocation, prunable=chosen, key=mask_key), params
-            )
+            drawn = random_masks(params, sparsity, allocation=allocation, prunable=prunable, key=mask_key)
+            start = validate_masks(drawn, params)
         else:
-            check_total(mask.size for mask in jax.tree.leaves(validate_masks(masks, params)))
             # Copies: the state may be donated, the caller's masks must survive that.
             start = jax.tree.map(lambda mask: jnp.array(mask, copy=True), validate_masks(masks, params))
+            check_total(mask.size for mask in jax.tree.leaves(start))
         return SparseMomentumState(
             count=jnp.zeros([], jnp.int32),
             masks=start,
@@ -254,7 +252,7 @@ def momentum_regrowth(
     prune: str = "magnitude",
     key: ArrayLike | None = None,
 ) -> Any:
-    """One mask update of sparse momentum (Algorithm 1, lines 10 to 19): prune, redistribute, regrow.
+    """One mask update of sparse momentum: prune, redistribute, regrow.
 
     A pure function, the heart of :func:`sparse_momentum`, where the options are explained. In order:
 
@@ -310,7 +308,7 @@ def _regrow(weights, momenta, masks, prune_rate, growth, redistribution, prune, 
     sizes = np.asarray([mask.size for mask in masks], np.int32)
     kept = jnp.stack([count_true(mask) for mask in masks])
 
-    # 1. Shares of the regrowth (Section 4, "momentum redistribution"), on the masks before pruning.
+    # 1. Shares of the regrowth, on the masks before pruning.
     statistic = {
         "momentum": lambda m, _, mask: exact_mean(m, mask),
         "magnitude": lambda _, w, mask: exact_mean(w, mask),
@@ -321,7 +319,7 @@ def _regrow(weights, momenta, masks, prune_rate, growth, redistribution, prune, 
     total = exact_sum(values)
     shares = values / jnp.where(total > 0, total, 1)
 
-    # 2. A dense layer that is still growing prunes at min(p, sparsity) (Section 4, edge cases).
+    # 2. A dense layer that is still growing prunes at min(p, sparsity).
     sparsity = (sizes - kept) / sizes.astype(np.float32)
     growing = (sparsity < 0.2) & (shares > 1 / len(masks))
     rates = jnp.where(growing, jnp.minimum(sparsity, prune_rate), prune_rate).astype(jnp.float32)
