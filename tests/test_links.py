@@ -121,16 +121,6 @@ def test_on_update_steps_under_vmap_gives_each_lane_its_own_and_computes_only_if
     assert nested(jnp.array([True, False, True]), jnp.stack([x, x + 1])).tolist() == [[10, 1, 12], [11, 2, 13]]
 
 
-def test_on_update_steps_copies_nothing_on_other_steps():
-    # The reason for its form: donated, the old values stay where they are.
-    def step(old, count):
-        return on_update_steps(count == 7, lambda o: jnp.flip(o), old), count + 1
-
-    old = jnp.zeros((64, 64), bool)
-    text = jax.jit(step, donate_argnums=0).lower(old, 0).compile().as_text()
-    assert "pred[64,64]{1,0} copy(" not in text[text.index("ENTRY") :]
-
-
 def test_on_update_steps_is_a_plain_branch_outside_of_jit():
     calls = []
     assert on_update_steps(jnp.array(False), calls.append, 3) == 3

@@ -352,6 +352,16 @@ def test_the_state_is_one_byte_a_weight():
     assert size <= 512 * 256 + 64
 
 
+def test_no_step_copies_the_masks():
+    # A lax.cond around the mask update would, on every step: the reason for the form of links.on_update_steps.
+    params = {"kernel": jnp.ones((512, 256))}
+    tx = jaxsparse.chain(optax.sgd(0.1, momentum=0.9), jaxsparse.sparse_momentum(0.9, 100))
+    text = make_step(tx, donate=True).lower(params, tx.init(params), 0).compile().as_text()
+    entry = text[text.index("ENTRY") :]
+    assert "pred[512,256]" in entry
+    assert "pred[512,256]{1,0} copy(" not in entry
+
+
 def test_a_copy_of_the_weights_only_with_decay():
     params = {"kernel": jnp.ones((512, 256), jnp.bfloat16), "bias": jnp.ones(256)}
     state = jaxsparse.sparse_momentum(0.9, 10, decay=0.9).init(params)
