@@ -98,7 +98,8 @@ def test_dense_optimizer_is_the_sparse_one_without_its_last_link():
 @pytest.mark.parametrize("decay", train.PRUNE_RATES)
 def test_every_prune_rate_decay_makes_an_optimizer(decay):
     config = smoke_config(**{"sparsity.prune_rate_decay": decay})
-    train.make_optimizer(config, 44, jax.random.key(0)).init({"kernel": jnp.ones((20, 30))})
+    opt_state = train.make_optimizer(config, 44, jax.random.key(0)).init({"kernel": jnp.ones((20, 30))})
+    assert int(opt_state[-1].budget) == 60
 
 
 @pytest.mark.parametrize(
