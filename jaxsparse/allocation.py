@@ -15,8 +15,18 @@ from jax.typing import ArrayLike
 
 from jaxsparse.selection import count_true, top_k_mask
 
-__all__ = ["apportion", "check_sparsity", "check_total", "erdos_renyi", "exact_mean", "exact_sum", "layer_counts"]
+__all__ = [
+    "apportion",
+    "check_allocation",
+    "check_sparsity",
+    "check_total",
+    "erdos_renyi",
+    "exact_mean",
+    "exact_sum",
+    "layer_counts",
+]
 
+_ALLOCATIONS = ("uniform", "erdos_renyi", "erdos_renyi_kernel")
 _FIXED_POINT_BITS = 23  # as many as a float32 has
 Sparsity: TypeAlias = float | jax.Array | Mapping[str, float] | Callable[[str, Any], float]
 
@@ -89,9 +99,7 @@ def layer_counts(params: dict[str, Any], sparsity: Sparsity, allocation: str = "
       ValueError: for an unknown allocation, a sparsity outside [0, 1), or a mapping
         that leaves out a layer or names one that is not there.
     """
-    if allocation not in ("uniform", "erdos_renyi", "erdos_renyi_kernel"):
-        options = ["uniform", "erdos_renyi", "erdos_renyi_kernel"]
-        raise ValueError(f"allocation must be one of {options}, got {allocation!r}")
+    check_allocation(allocation)
     if not params:
         return jnp.zeros(0, jnp.int32)
     sizes = np.asarray([leaf.size for leaf in params.values()], np.int64)
@@ -208,6 +216,12 @@ def exact_mean(values: jax.Array, where: jax.Array | None = None, axis: tuple[in
         terms = values.size if axis is None else int(np.prod([values.shape[d] for d in axis]))
         return exact_sum(values, axis=axis) / max(terms, 1)
     return exact_sum(values, where, axis) / jnp.maximum(count_true(where, axis), 1)
+
+
+def check_allocation(allocation: str) -> None:
+    """Raises a ValueError for an unknown allocation."""
+    if allocation not in _ALLOCATIONS:
+        raise ValueError(f"allocation must be one of {list(_ALLOCATIONS)}, got {allocation!r}")
 
 
 def check_sparsity(sparsity: Any, path: str | None = None) -> None:

@@ -68,7 +68,7 @@ def sparsify(params: Any, opt_state: Any) -> Any:
 
 
 def eval_params(opt_state: Any, params: Any) -> Any:
-    """The params to evaluate and ship: for methods that only hold masks, the params themselves.
+    """The params to evaluate and ship: for methods that only hold masks, the params on their masks.
 
     Args:
       opt_state: the optimizer state.

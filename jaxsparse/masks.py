@@ -55,14 +55,13 @@ def random_masks(
       >>> jax.tree.map(lambda m: int(m.sum()), masks)
       {'bias': 1, 'kernel': 10}
     """
-    chosen = jax.tree.leaves(prunable_leaves(params, prunable))
-    leaves, treedef = jax.tree.flatten(params)
-    sparse = {path: leaf for path, leaf, c in zip(leaf_paths(params), leaves, chosen, strict=True) if c}
-    counts = allocation_lib.layer_counts(sparse, sparsity, allocation)
-    key = as_key(key)
-    scores = [random_scores(jax.random.fold_in(key, i), leaf.shape) for i, leaf in enumerate(sparse.values())]
-    kept = iter(top_k_masks(scores, counts))
-    return treedef.unflatten([next(kept) if c else jnp.ones((), bool) for c in chosen])
+
+    def select(leaves, counts):
+        draw = as_key(key)
+        scores = [random_scores(jax.random.fold_in(draw, i), leaf.shape) for i, leaf in enumerate(leaves)]
+        return top_k_masks(scores, counts)
+
+    return _selected_masks(params, sparsity, allocation, prunable, select)
 
 
 def magnitude_masks(
@@ -88,17 +87,14 @@ def magnitude_masks(
       >>> magnitude_masks({"w": jnp.array([[0.1, -3.0], [2.0, 0.5]])}, 0.5)["w"].tolist()
       [[False, True], [True, False]]
     """
-    chosen = jax.tree.leaves(prunable_leaves(params, prunable))
-    leaves, treedef = jax.tree.flatten(params)
-    sparse = {path: leaf for path, leaf, c in zip(leaf_paths(params), leaves, chosen, strict=True) if c}
-    everywhere = allocation == "global"
-    counts = allocation_lib.layer_counts(sparse, sparsity, "uniform" if everywhere else allocation)
-    leaves = list(sparse.values())
-    if everywhere:
-        kept = iter(global_top_k_masks(leaves, jnp.sum(counts), absolute=True))
-    else:
-        kept = iter(top_k_masks(leaves, counts, absolute=True))
-    return treedef.unflatten([next(kept) if c else jnp.ones((), bool) for c in chosen])
+
+    def select(leaves, counts):
+        if allocation == "global":
+            return global_top_k_masks(leaves, jnp.sum(counts), absolute=True)
+        return top_k_masks(leaves, counts, absolute=True)
+
+    by_layer = "uniform" if allocation == "global" else allocation
+    return _selected_masks(params, sparsity, by_layer, prunable, select)
 
 
 def nonzero_masks(params: Any, *, prunable: Any = None) -> Any:
@@ -251,6 +247,15 @@ def as_key(key: ArrayLike) -> jax.Array:
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
     return jax.random.key(key) if key.ndim == 0 else jax.random.wrap_key_data(key)
+
+
+def _selected_masks(params, sparsity, allocation, prunable, select):
+    """Masks of the prunable leaves by ``select(leaves, counts)``, the scalar True for the others."""
+    chosen = jax.tree.leaves(prunable_leaves(params, prunable))
+    leaves, treedef = jax.tree.flatten(params)
+    sparse = {path: leaf for path, leaf, c in zip(leaf_paths(params), leaves, chosen, strict=True) if c}
+    kept = iter(select(list(sparse.values()), allocation_lib.layer_counts(sparse, sparsity, allocation)))
+    return treedef.unflatten([next(kept) if c else jnp.ones((), bool) for c in chosen])
 
 
 def _sparse_leaves(masks: Any) -> list[jax.Array]:

@@ -15,7 +15,15 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from jaxsparse.allocation import Sparsity, apportion, check_sparsity, check_total, exact_mean, exact_sum
+from jaxsparse.allocation import (
+    Sparsity,
+    apportion,
+    check_allocation,
+    check_sparsity,
+    check_total,
+    exact_mean,
+    exact_sum,
+)
 from jaxsparse.links import (
     align_signal,
     check_budget,
@@ -34,7 +42,6 @@ __all__ = ["SparseMomentumState", "momentum_regrowth", "sparse_momentum"]
 GROWTH = ("momentum", "random", "momentum_neuron")
 REDISTRIBUTION = ("momentum", "magnitude", "nonzeros", "none")
 PRUNE = ("magnitude", "SET", "global_magnitude")
-ALLOCATION = ("uniform", "erdos_renyi", "erdos_renyi_kernel")
 # The authors' code leaves units alone that would grow fewer weights than this.
 _SMALLEST_NEURON_QUOTA = 10
 
@@ -176,8 +183,7 @@ def sparse_momentum(
       the last gradient alone.
     """
     _check_modes(growth, redistribution, prune)
-    if allocation not in ALLOCATION:
-        raise ValueError(f"allocation must be one of {list(ALLOCATION)}, got {allocation!r}")
+    check_allocation(allocation)
     if masks is None and not callable(sparsity):
         for value in sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]:
             check_sparsity(value)
