@@ -13,7 +13,7 @@ help:
 	@echo "make clean   remove the virtual environment and build leftovers (not runs/)"
 
 train: $(VENV)/train.installed
-	$(BIN)/python -m experiments.train --config=$(CONFIG) --workdir=runs/digits_dense --dense
+	$(BIN)/python -m experiments.train --config=$(CONFIG) --workdir=runs/digits_dense --config.dense
 	$(BIN)/python -m experiments.train --config=$(CONFIG) --workdir=runs/digits_sparse
 	$(BIN)/python -m experiments.compare runs/digits_dense runs/digits_sparse
 

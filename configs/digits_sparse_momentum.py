@@ -4,7 +4,7 @@ Dettmers and Zettlemoyer, *Sparse Networks from Scratch: Faster Training without
 (arXiv:1907.04840). The optimizer is that of its MNIST experiments, with smaller batches for the smaller data set.
 
   python -m experiments.train --config=configs/digits_sparse_momentum.py --workdir=/tmp/digits/sparse
-  python -m experiments.train --config=configs/digits_sparse_momentum.py --workdir=/tmp/digits/dense --dense
+  python -m experiments.train --config=configs/digits_sparse_momentum.py --workdir=/tmp/digits/dense --config.dense
   python -m experiments.compare /tmp/digits/dense /tmp/digits/sparse
 
 Expected test accuracy, mean and standard error of ``--config.seed`` 0 to 4: 97.8 +- 0.2% with 10% of the weights,
@@ -12,7 +12,7 @@ Expected test accuracy, mean and standard error of ``--config.seed`` 0 to 4: 97.
 A run takes 2 to 5 seconds on two CPU cores, most of them compilation, and as long again for starting up.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def get_config(size: str = "full") -> ConfigDict:
@@ -22,13 +22,19 @@ def get_config(size: str = "full") -> ConfigDict:
     smoke = size == "smoke"
     config = ConfigDict()
     config.seed = 0
+    config.dense = False  # True leaves the sparse link out
+    config.data_dir = config_dict.placeholder(str)
     config.epochs = 4 if smoke else 100
     config.eval_every_epochs = 2 if smoke else 10
+    config.checkpoint_every_epochs = 2 if smoke else 20
     config.log_every_steps = 44 if smoke else 440
 
     config.data = ConfigDict()
     config.data.name = "digits"
     config.data.batch_size = 32
+    config.data.validation = 0.0
+    config.data.mean = config_dict.placeholder(tuple)  # None: that of the train images
+    config.data.std = config_dict.placeholder(tuple)
 
     config.model = ConfigDict()
     config.model.name = "lenet_300_100"
@@ -36,9 +42,10 @@ def get_config(size: str = "full") -> ConfigDict:
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 0.1
     config.optimizer.decay_rate = 0.1
-    config.optimizer.decay_every_epochs = 2 if smoke else 45
+    config.optimizer.decay_every_steps = 88 if smoke else 1980
     config.optimizer.momentum = 0.9
     config.optimizer.weight_decay = 5e-4
+    config.optimizer.clip_norm = config_dict.placeholder(float)  # None: gradients are not clipped
 
     config.sparsity = ConfigDict()
     config.sparsity.sparsity = 0.9

@@ -1,12 +1,14 @@
-"""Command lines with a config: misspelt keys get a message instead of a traceback, and libraries are quiet."""
+"""The terminal: misspelt config keys get a message instead of a traceback, libraries are quiet, bars show progress."""
 
 import argparse
 import difflib
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -40,6 +42,13 @@ def parse_flags(argv: list[str]) -> list[str]:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     return rest
+
+
+def progress_bar(total: int, label: str | None = None, unit: str = "step", **options: Any) -> tqdm:
+    """A bar with speed and time left; ``options`` are tqdm's."""
+    # Without a terminal to draw on every refresh adds to the log: then only a few of them.
+    interval = 0.1 if sys.stderr.isatty() else 30
+    return tqdm(total=total, desc=label, unit=unit, mininterval=interval, dynamic_ncols=True, **options)
 
 
 def _keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:

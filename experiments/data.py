@@ -1,63 +1,122 @@
-"""The data sets, as arrays that fit in the device's memory."""
+"""The data sets, as arrays that fit in the device's memory.
 
-from typing import NamedTuple
+Pixels stay bytes, a quarter of the memory of floats; :func:`normalise` turns them into numbers inside jit.
+"""
 
+import difflib
+import os
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from sklearn import datasets
+
+from experiments.command_line import progress_bar
+
+
+class Split(NamedTuple):
+    """Some examples.
+
+    Attributes:
+      images: (n, height, width, channels), uint8.
+      labels: (n,), int32, from 0 to the number of classes - 1.
+    """
+
+    images: Any
+    labels: Any
 
 
 class Dataset(NamedTuple):
-    """Images and labels, split into train and test.
+    """Images and labels, and how to normalise the images.
 
     Attributes:
-      train_images: (n, height, width, channels), float32; mean 0 and standard deviation 1 over all of them.
-      train_labels: (n,), int32, from 0 to num_classes - 1.
-      test_images: (m, height, width, channels), float32, shifted and scaled as the train images were.
-      test_labels: (m,), int32.
+      train: the examples to train on.
+      validation: examples held out from those of training; there may be none.
+      test: the examples to test on.
       num_classes: int.
+      mean: (channels,), float32: subtracted from the pixels, which are from 0 to 255.
+      std: (channels,), float32: what they are then divided by.
     """
 
-    train_images: np.ndarray
-    train_labels: np.ndarray
-    test_images: np.ndarray
-    test_labels: np.ndarray
+    train: Split
+    validation: Split
+    test: Split
     num_classes: int
+    mean: np.ndarray
+    std: np.ndarray
 
 
-def load(name: str) -> Dataset:
+def load(
+    name: str,
+    data_dir: str | None = None,
+    *,
+    validation: float = 0.0,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+) -> Dataset:
     """The data set of that name.
 
     Args:
-      name: "digits", the 1797 handwritten digits of 8 x 8 pixels that come with scikit-learn: nothing is downloaded.
+      name: "digits", the 1797 handwritten digits of 8 x 8 pixels that come with scikit-learn, or the name of an image
+        set of TensorFlow Datasets ("mnist", "fashion_mnist", "cifar10") that was prepared as array_record: images of
+        one size with one label each, in splits "train" and "test". TensorFlow is not needed to read it.
+      data_dir: where TensorFlow Datasets keeps its data; None takes its default, ~/tensorflow_datasets.
+      validation: the fraction of the train examples, the last of them, that is held out, in [0, 1).
+      mean, std: of the pixels divided by 255, one number or one a channel; None takes those of the train images.
 
     Returns:
       The same :class:`Dataset` on every call and machine.
 
     Raises:
-      ValueError: if there is no such data set.
+      ValueError: if there is no such data set, or it is not one of images with a label, or too large for the memory.
+      FileNotFoundError: if it was not prepared; says how to.
 
     Examples:
       >>> from experiments import data
-      >>> digits = data.load("digits")
-      >>> digits.train_images.shape, digits.test_images.shape, digits.num_classes
-      ((1438, 8, 8, 1), (359, 8, 8, 1), 10)
+      >>> digits = data.load("digits", validation=0.1)
+      >>> [split.images.shape for split in (digits.train, digits.validation, digits.test)]
+      [(1294, 8, 8, 1), (144, 8, 8, 1), (359, 8, 8, 1)]
 
     References:
       Alpaydin and Kaynak, *Optical Recognition of Handwritten Digits*, UCI Machine Learning Repository, 1998.
+      `TensorFlow Datasets <https://www.tensorflow.org/datasets/catalog/overview>`_.
     """
-    if name not in LOADERS:
-        raise ValueError(f"unknown data set {name!r}; known are {', '.join(map(repr, LOADERS))}")
-    return LOADERS[name]()
+    if not 0 <= validation < 1:
+        raise ValueError(f"config.data.validation is in [0, 1), got {validation}")
+    train, test, num_classes = _digits() if name == "digits" else _from_tfds(name, data_dir)
+    kept = len(train.labels) - round(validation * len(train.labels))
+    train, held_out = Split(*(part[:kept] for part in train)), Split(*(part[kept:] for part in train))
+    if not kept:
+        raise ValueError(f"config.data.validation={validation} leaves none of {name}'s train examples")
+    mean = _channels(train.images.mean((0, 1, 2)) if mean is None else 255 * np.asarray(mean), train, "mean")
+    std = _channels(train.images.std((0, 1, 2)) if std is None else 255 * np.asarray(std), train, "std")
+    return Dataset(train, held_out, test, num_classes, mean, std)
 
 
-def _digits() -> Dataset:
+def normalise(images: jax.Array, dataset: Dataset) -> jax.Array:
+    """(images - mean) / std, float32, of uint8 images (batch, height, width, channels)."""
+    shape = (1, 1, 1, -1)
+    return (images.astype(jnp.float32) - dataset.mean.reshape(shape)) / dataset.std.reshape(shape)
+
+
+def _channels(values: Any, split: Split, what: str) -> np.ndarray:
+    values = np.asarray(values, np.float32)
+    channels = split.images.shape[-1]
+    if values.shape not in ((), (1,), (channels,)):
+        raise ValueError(f"config.data.{what} has one number or one for each of {channels} channels, got {values.size}")
+    return np.broadcast_to(values, (channels,))
+
+
+@cache
+def _digits() -> tuple[Split, Split, int]:
     pixels, labels = datasets.load_digits(return_X_y=True)
-    images = pixels.reshape(-1, 8, 8, 1).astype(np.float32)
-    labels = labels.astype(np.int32)
+    images, labels = pixels.reshape(-1, 8, 8, 1).astype(np.uint8), labels.astype(np.int32)
     test = _stratified(labels, fraction=0.2)
-    mean, std = images[~test].mean(), images[~test].std()
-    images = (images - mean) / std
-    return Dataset(images[~test], labels[~test], images[test], labels[test], num_classes=10)
+    return Split(images[~test], labels[~test]), Split(images[test], labels[test]), 10
 
 
 def _stratified(labels: np.ndarray, fraction: float) -> np.ndarray:
@@ -71,4 +130,67 @@ def _stratified(labels: np.ndarray, fraction: float) -> np.ndarray:
     return chosen
 
 
-LOADERS = {"digits": _digits}
+@cache  # many runs in one process decode the images once
+def _from_tfds(name: str, data_dir: str | None) -> tuple[Split, Split, int]:
+    import tensorflow_datasets as tfds  # takes a while, and digits do without
+
+    data_dir = None if data_dir is None else os.path.expanduser(data_dir)
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError:
+        known = ["digits", *tfds.list_builders(with_community_datasets=False)]
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ValueError(
+            f"unknown data set {name!r}{hint} Known are 'digits' and those of TensorFlow Datasets, "
+            "https://www.tensorflow.org/datasets/catalog/overview"
+        ) from None
+    try:
+        sources = {split: builder.as_data_source(split=split) for split in ("train", "test")}
+    except NotImplementedError:  # not there, or in a format without random access: TFDS makes no difference
+        raise FileNotFoundError(_how_to_prepare(name, builder)) from None
+    features, keys = builder.info.features, builder.info.supervised_keys
+    try:
+        image_key, label_key = keys
+        shape, num_classes = features[image_key].shape, features[label_key].num_classes
+    except (TypeError, ValueError, KeyError, AttributeError):
+        raise ValueError(f"data set {name!r} is not one of images with one label each; it has {features}") from None
+    if len(shape) != 3 or None in shape or features[image_key].np_dtype != np.uint8:
+        raise ValueError(f"data set {name!r} needs images of one size with 8 bits a channel, it has {features}")
+    size = sum(map(len, sources.values())) * int(np.prod(shape))
+    if size > physical_memory() / 2:
+        raise ValueError(f"data set {name!r} takes {size / 2**30:.0f} GiB, more than half of this machine's memory")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # TFDS recommends OpenCV
+    try:
+        train, test = (_read(source, image_key, label_key, shape, name) for source in sources.values())
+    finally:
+        logging.set_verbosity(verbosity)
+    return train, test, num_classes
+
+
+def physical_memory() -> int:
+    """Of this machine, in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _read(source: Any, image_key: str, label_key: str, shape: tuple[int, ...], name: str) -> Split:
+    split = Split(np.empty((len(source), *shape), np.uint8), np.empty(len(source), np.int32))
+    with progress_bar(len(source), f"reading {name}", unit="image", delay=1, leave=False) as bar:
+        for start in range(0, len(source), 1000):
+            for i, example in enumerate(source.__getitems__(range(start, min(start + 1000, len(source)))), start):
+                split.images[i], split.labels[i] = example[image_key], example[label_key]
+            bar.update(i + 1 - start)
+    return split
+
+
+def _how_to_prepare(name: str, builder: Any) -> str:
+    there = " in a format that has no random access" if os.path.exists(builder.data_path) else ""
+    data_dir = str(builder.data_path).removesuffix(f"/{builder.info.full_name}")
+    return (
+        f"data set {name!r} is not in {data_dir} as array_record{f' (it is there{there})' if there else ''}. "
+        "Say where it is by --config.data_dir, or download and prepare it, for which TensorFlow is needed:\n"
+        "  pip install tensorflow\n"
+        f'  python -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder('{name}', data_dir='{data_dir}', file_format='array_record').download_and_prepare()\""
+    )

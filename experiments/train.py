@@ -2,210 +2,287 @@
 
   python -m experiments.train --config=configs/digits_sparse_momentum.py --workdir=/tmp/digits
   python -m experiments.train ... --config.seed=1 --config.sparsity.sparsity=0.95   # change any key of the config
-  python -m experiments.train ... --dense                                           # the same run without sparsity
+  python -m experiments.train ... --config.dense                                    # the same run without sparsity
+  python -m experiments.train ... --seeds=0,1,2,3,4                                 # mean and standard error
 
-WORKDIR, made if it is not there, then holds (a run that is started again writes over its files)
+A run that was stopped, by SIGTERM, Ctrl-C or anything worse, goes on where it was when the same command is given
+again, and ends with the same bits. WORKDIR, made if it is not there, holds
 
-  config.json    the configuration as it was run
-  metrics.jsonl  a line for each chunk of steps (the first line's speed includes compilation)
-  masks.png      which weights were kept (not with --dense)
-  result.json    test accuracy, density, time
+  config.json     the configuration; a run with another one is refused
+  metrics.jsonl   a line for each chunk of steps (the first line's speed includes compilation)
+  tensorboard/    the same, for tensorboard --logdir=WORKDIR
+  checkpoints/    the newest two
+  *.png           learning curve, density of the layers, masks, the first layer's masks as receptive fields
+  result.json     test accuracy, density, time
+
+and with --seeds one such folder for each seed, and seeds.json. What is evaluated are the weights that the network
+computes with (jaxsparse.eval_params), and what is reported is the last step, not the best.
 """
 
-import json
+import signal
+import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
-from tqdm import tqdm
 
 import jaxsparse
-from experiments import command_line, data
-from jaxsparse import models
-
-MODELS = {"lenet_300_100": models.LeNet300100, "lenet5_caffe": models.LeNet5Caffe}
-PRUNE_RATES = {
-    "cosine": jaxsparse.cosine_prune_rate,
-    "linear": jaxsparse.linear_prune_rate,
-    "constant": lambda prune_rate, total_steps: prune_rate,
-}
+from experiments import command_line, data, plots
+from experiments.checkpoints import KEPT, Checkpoints
+from experiments.program import TrainState, make_program, masks_of
+from experiments.workdir import Workdir, require_space, write_json, writing
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "Python file with get_config(); --config.KEY=VALUE changes a key.")
-flags.DEFINE_string("workdir", None, "Folder for the metrics, the result and the picture of the masks.")
-flags.DEFINE_bool("dense", False, "Train with the same optimizer without the sparse link.")
+flags.DEFINE_string("workdir", None, "Folder of the run: metrics, checkpoints, pictures, result.")
+flags.DEFINE_list("seeds", None, "Train with each of these seeds (0,1,2) and report mean and standard error.")
+flags.DEFINE_bool("vmap_seeds", False, "Train all --seeds side by side in one program; pays on a GPU or TPU.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
-def make_optimizer(
-    config: ConfigDict, steps_per_epoch: int, key: jax.Array, dense: bool = False
-) -> optax.GradientTransformationExtraArgs:
-    """SGD with Nesterov momentum and weight decay, and sparse momentum as its last link."""
-    learning_rate = optax.exponential_decay(
-        config.optimizer.learning_rate,
-        transition_steps=config.optimizer.decay_every_epochs * steps_per_epoch,
-        decay_rate=config.optimizer.decay_rate,
-        staircase=True,
-    )
-    optimizer = [
-        optax.add_decayed_weights(config.optimizer.weight_decay),
-        optax.sgd(learning_rate, momentum=config.optimizer.momentum, nesterov=True),
-    ]
-    if dense:
-        return jaxsparse.chain(*optimizer)
-    prune_rate = choose(PRUNE_RATES, config.sparsity.prune_rate_decay, "config.sparsity.prune_rate_decay")
-    sparse = jaxsparse.sparse_momentum(
-        config.sparsity.sparsity,
-        update_every=config.sparsity.update_every_epochs * steps_per_epoch,
-        prune_rate=prune_rate(config.sparsity.prune_rate, config.epochs * steps_per_epoch),
-        growth=config.sparsity.growth,
-        redistribution=config.sparsity.redistribution,
-        prune=config.sparsity.prune,
-        allocation=config.sparsity.allocation,
-        key=key,
-    )
-    return jaxsparse.chain(*optimizer, sparse)
+class Stopped(Exception):  # noqa: N818  # not an error
+    """A signal told the run to stop; it can be gone on with.
+
+    Attributes:
+      signal: the number of the signal.
+    """
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.signal = signal
 
 
-def train(config: ConfigDict, workdir: str | Path, dense: bool = False) -> tuple[Any, Any, dict[str, Any]]:
-    """One whole run: data, model, optimizer, loop, report.
+def train(
+    config: ConfigDict, workdir: str | Path, seeds: Sequence[int] | None = None
+) -> tuple[TrainState, list[dict[str, Any]]]:
+    """One whole run: data, model, optimizer, loop, report. Goes on with the one in ``workdir`` if there is one.
 
     Args:
       config: as ``configs/digits_sparse_momentum.py`` gives it.
       workdir: folder for what the run leaves behind.
-      dense: leave the sparse link out.
+      seeds: train with all of these instead of ``config.seed``, side by side in one vmapped program, which pays where
+        one network does not fill the device. Each seed has its folder in ``workdir``, the checkpoints are of them all.
 
     Returns:
-      The trained params, the optimizer's state, and what is in result.json.
+      The last state (its leaves have a leading axis for ``seeds``), and what is in result.json, a dict for each seed.
 
     Raises:
       ValueError: on a bad configuration, before anything is computed.
-      OSError: if ``workdir`` cannot be written, likewise.
-      FloatingPointError: if a loss is not finite; it names the quantity and the step.
+      OSError: if the data are not there, or ``workdir`` cannot be written to or holds another run, likewise; if the
+        disk gets full, which leaves the last checkpoint as it is.
+      FloatingPointError: if a loss is not finite; it names the quantity and the step. The last checkpoint stays.
+      Stopped: after SIGTERM or Ctrl-C, with a checkpoint of the step that the run had come to.
     """
-    dataset = data.load(config.data.name)
-    check_config(config, num_examples=len(dataset.train_labels))
-    steps_per_epoch = len(dataset.train_labels) // config.data.batch_size  # the rest of an epoch is dropped
-    total_steps = config.epochs * steps_per_epoch
-    model = choose(MODELS, config.model.name, "config.model.name")(num_classes=dataset.num_classes)
-    init_key, order_key, mask_key = jax.random.split(jax.random.key(config.seed), 3)
-    tx = make_optimizer(config, steps_per_epoch, mask_key, dense)
-    workdir = open_workdir(workdir, config)
-
-    train_images, train_labels, test_images, test_labels = map(jnp.asarray, dataset[:4])
-    params = model.init(init_key, train_images[:1])["params"]
-    opt_state = tx.init(params)
-    if not dense:
-        params = jaxsparse.sparsify(params, opt_state)
-
-    def masks_of(opt_state, params):
-        return jax.tree.map(lambda _: True, params) if dense else jaxsparse.get_masks(opt_state, params)
-
-    def loss_fn(params, images, labels):
-        logits = model.apply({"params": params}, images)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        return loss, jnp.mean(logits.argmax(-1) == labels)
-
-    # All steps of a chunk in one scan, so that none of them waits for Python. That holds for convolutions too, because
-    # jaxsparse.models takes the form of them that is fast inside a loop on the device at hand.
-    @partial(jax.jit, static_argnames="length", donate_argnames=("params", "opt_state"))
-    def train_chunk(params, opt_state, images, labels, start, length):
-        def train_step(carry, rows):
-            params, opt_state = carry
-            (loss, accuracy), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, images[rows], labels[rows])
-            updates, opt_state = tx.update(grads, opt_state, params)
-            params = optax.apply_updates(params, updates)
-            return (params, opt_state), (loss, accuracy)
-
-        rows = batches(order_key, start, length, config.data.batch_size, num_examples=len(labels))
-        (params, opt_state), (losses, accuracies) = jax.lax.scan(train_step, (params, opt_state), rows)
-        return params, opt_state, losses, accuracies, jaxsparse.density(masks_of(opt_state, params))
-
-    evaluate = jax.jit(loss_fn)
-    eval_every_steps = config.eval_every_epochs * steps_per_epoch
-    start_time = time.perf_counter()
-    with open(workdir / "metrics.jsonl", "w") as metrics_file, progress_bar(total_steps) as bar:
-        for start, stop in pairwise(chunk_grid(total_steps, config.log_every_steps, eval_every_steps)):
-            chunk_time = time.perf_counter()
-            params, opt_state, losses, accuracies, density = train_chunk(
-                params, opt_state, train_images, train_labels, start, length=stop - start
-            )
-            losses, accuracies, density = jax.device_get((losses, accuracies, density))
-            stop_unless_finite("train_loss", losses, first_step=start)
-            metrics = {
-                "step": stop,
-                "epoch": stop / steps_per_epoch,
-                "train_loss": losses.mean(dtype=float),
-                "train_accuracy": accuracies.mean(dtype=float),
-                "density": round(float(density), 6),
-                "steps_per_second": (stop - start) / (time.perf_counter() - chunk_time),
-            }
-            if stop % eval_every_steps == 0 or stop == total_steps:
-                shipped = params if dense else jaxsparse.eval_params(opt_state, params)
-                test_loss, test_accuracy = map(float, evaluate(shipped, test_images, test_labels))
-                stop_unless_finite("test_loss", [test_loss], first_step=stop)
-                metrics |= {"test_loss": test_loss, "test_accuracy": test_accuracy}
-            metrics_file.write(json.dumps(metrics) + "\n")
-            metrics_file.flush()
-            shown = {name: f"{metrics[name]:.4g}" for name in ("train_loss", "train_accuracy", "density")}
-            bar.set_postfix(shown, refresh=False)
-            bar.update(stop - start)
-    seconds = time.perf_counter() - start_time
-
-    masks = masks_of(opt_state, params)
-    if not dense:
-        jaxsparse.check(opt_state, params)
-        jaxsparse.inspect.plot_masks(masks).savefig(workdir / "masks.png")
-    result = {"dense": dense, "seed": config.seed, "steps": total_steps, "seconds": seconds}
-    result |= {key: metrics[key] for key in ("density", "test_loss", "test_accuracy")}
-    (workdir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(jaxsparse.summary(params, masks))
-    print(
-        f"test accuracy {result['test_accuracy']:.2%} at density {result['density']:g}, {seconds:.1f} s; see {workdir}"
+    workdir = Path(workdir)
+    dataset = data.load(
+        config.data.name,
+        config.data_dir,
+        validation=config.data.validation,
+        mean=config.data.mean,
+        std=config.data.std,
     )
-    return params, opt_state, result
+    check_config(config, num_examples=len(dataset.train.labels))
+    steps_per_epoch = len(dataset.train.labels) // config.data.batch_size
+    total_steps = config.epochs * steps_per_epoch
+    eval_every = config.eval_every_epochs * steps_per_epoch
+    checkpoint_every = config.checkpoint_every_epochs * steps_per_epoch
+    update_every = config.sparsity.update_every_epochs * steps_per_epoch
+    grid = chunk_grid(total_steps, config.log_every_steps, eval_every, checkpoint_every)
+    program = make_program(config, dataset, side_by_side=seeds is not None)
+    seed = config.seed if seeds is None else np.asarray(seeds)
+    like = jax.eval_shape(program.init, seed)  # what does not fit together is found here, before anything is written
+    splits = [name for name in ("validation", "test") if len(getattr(dataset, name).labels)]
+
+    with ExitStack() as stack:
+        runs = open_runs(stack, config, workdir, seeds)
+        checkpoints = stack.enter_context(closing(Checkpoints(workdir / "checkpoints")))
+        require_space(workdir, (KEPT + 1 - len(checkpoints.steps())) * size_in_bytes(like) + 2**20)
+        saved, state = checkpoints.restore(like) or (0, program.init(seed))
+        if saved == total_steps and all(run.result for run in runs):
+            return state, [run.result for run in runs]
+        if saved:
+            print(f"going on from step {saved} of {total_steps}", flush=True)
+        stack.enter_context(writing(workdir, checkpoints))
+        for run in runs:
+            run.open_metrics(saved)
+        dataset = jax.device_put(dataset)
+        told_to_stop = stack.enter_context(stop_signals())
+        bar = stack.enter_context(command_line.progress_bar(total_steps, initial=saved))
+        for start, stop in pairwise(grid[grid.index(saved) :]):
+            chunk_time = time.perf_counter()
+            state, measured = program.train_chunk(state, dataset, start, stop - start)
+            measured = one_a_run(jax.device_get(measured), seeds)
+            seconds = time.perf_counter() - chunk_time
+            evaluated = [{} for _ in runs]
+            if stop % eval_every == 0 or stop == total_steps:
+                losses = {name: program.evaluate(state, dataset, getattr(dataset, name)) for name in splits}
+                evaluated = one_a_run(jax.device_get(losses), seeds)
+            # Masks change on the first step after each multiple of update_every.
+            updated = (stop - 1) // update_every > max(start - 1, 0) // update_every
+            for run, chunk, losses in zip(runs, measured, evaluated, strict=True):
+                of_run = "" if seeds is None else f" of {run.path.name}"
+                stop_unless_finite(f"train_loss{of_run}", chunk["losses"], first_step=start)
+                metrics = {"step": stop, "epoch": stop / steps_per_epoch} | chunk_metrics(chunk, updated)
+                for name, (loss, accuracy) in losses.items():
+                    stop_unless_finite(f"{name}_loss{of_run}", [loss], first_step=stop)
+                    metrics |= {f"{name}_loss": float(loss), f"{name}_accuracy": float(accuracy)}
+                for path, finite in chunk["finite"].items():  # else a checkpoint of broken weights might be written
+                    stop_unless_finite(path + of_run, [0.0 if finite else np.nan], first_step=stop)
+                run.log(metrics | {"seconds": seconds, "steps_per_second": (stop - start) / seconds})
+            bar.set_postfix(
+                {name: f"{metrics[name]:.4g}" for name in ("train_loss", "train_accuracy", "density")}, refresh=False
+            )
+            bar.update(stop - start)
+            if stop % checkpoint_every == 0 or stop == total_steps or told_to_stop:
+                checkpoints.save(stop, state)
+            if told_to_stop:
+                break
+        else:
+            stop = total_steps
+        checkpoints.wait()
+        image_shape = dataset.train.images.shape[1:]
+        for run, mine in zip(runs, one_a_run(state, seeds), strict=True):
+            draw(run, mine, image_shape)
+            if stop == total_steps:
+                finish(run, mine)
+        if told_to_stop:
+            raise Stopped(f"at step {stop} of {total_steps}", told_to_stop[0])
+        return state, [run.result for run in runs]
 
 
-def batches(key: jax.Array, start: jax.Array, length: int, batch_size: int, num_examples: int) -> jax.Array:
-    """The examples of steps start, ..., start + length - 1: int32, (length, batch_size).
+def train_seeds(config: ConfigDict, workdir: str | Path, seeds: Sequence[int], side_by_side: bool = False) -> str:
+    """Trains with each seed, one after another or side by side, in folders seed_0, ... of ``workdir``.
 
-    The order of an epoch depends on ``key`` and the number of the epoch alone, wherever a chunk starts.
+    Returns:
+      A table of the results with mean and standard error, which seeds.json has too.
     """
-    steps_per_epoch = num_examples // batch_size
-    first_epoch = start // steps_per_epoch
-    most_epochs = -(-length // steps_per_epoch) + 1  # the one more is for a chunk that starts inside an epoch
-    epochs = first_epoch + jnp.arange(most_epochs)
-    orders = jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(key, epoch), num_examples))(epochs)
-    rows = orders[:, : steps_per_epoch * batch_size].reshape(-1, batch_size)
-    return jax.lax.dynamic_slice_in_dim(rows, start - first_epoch * steps_per_epoch, length)
+    workdir = Path(workdir)
+    if side_by_side:
+        results = train(config, workdir, seeds)[1]
+    else:
+        results = []
+        for seed in seeds:
+            results += train(with_seed(config, seed), workdir / f"seed_{seed}")[1]
+    accuracies = [result["test_accuracy"] for result in results]
+    mean, error = mean_and_error(accuracies)
+    summary = {"seeds": list(seeds), "test_accuracy": accuracies, "mean": mean, "standard_error": error}
+    write_json(workdir / "seeds.json", summary)
+    rows = [f"seed {seed}: {accuracy:.2%}" for seed, accuracy in zip(seeds, accuracies, strict=True)]
+    last = f"mean {mean:.2%}" if error is None else f"mean {mean:.2%}, standard error {100 * error:.2f} points"
+    return "\n".join(["test accuracy", *rows, last])
 
 
-def chunk_grid(total_steps: int, log_every_steps: int, eval_every_steps: int) -> list[int]:
-    """The steps between which one compiled call runs: every evaluation, and every ``log_every_steps`` in between.
+def draw(run: Workdir, state: TrainState, image_shape: Sequence[int]) -> None:
+    """The pictures of a run, as far as it has come."""
+    lines = run.metrics()
+    plots.learning_curve(lines).savefig(run.path / "learning_curve.png")
+    if run.config.dense:
+        return
+    masks = masks_of(run.config, state)
+    plots.layer_densities(lines).savefig(run.path / "layer_densities.png")
+    jaxsparse.inspect.plot_masks(masks).savefig(run.path / "masks.png")
+    for mask in jax.tree.leaves(masks):
+        of_pixels = mask.ndim == 2 and len(mask) == np.prod(image_shape)
+        if of_pixels or (mask.ndim == 4 and mask.shape[2] == image_shape[2]):
+            plots.receptive_fields(mask, image_shape).savefig(run.path / "receptive_fields.png")
+            break
+
+
+def finish(run: Workdir, state: TrainState) -> None:
+    """Checks the masks, writes and prints the result."""
+    if not run.config.dense:
+        jaxsparse.check(state.opt_state, state.params)
+    lines = run.metrics()
+    result = {"dense": run.config.dense, "seed": run.config.seed, "steps": lines[-1]["step"]}
+    result |= {name: value for name, value in lines[-1].items() if name.startswith(("density", "validation", "test"))}
+    result["seconds"] = sum(line["seconds"] for line in lines)
+    run.finish(result)
+    print(jaxsparse.summary(state.params, masks_of(run.config, state)))
+    print(
+        f"test accuracy {result['test_accuracy']:.2%} at density {result['density']:g}, "
+        f"{result['seconds']:.1f} s; see {run.path}"
+    )
+
+
+def chunk_metrics(chunk: Mapping[str, Any], updated: bool) -> dict[str, Any]:
+    """What is logged of a chunk of steps; the flips only where masks were updated in it."""
+    metrics = {
+        "train_loss": chunk["losses"].mean(dtype=float),
+        "train_accuracy": chunk["accuracies"].mean(dtype=float),
+        "density": round(float(chunk["density"]), 6),
+    }
+    if chunk["layer_density"]:
+        metrics["layer_density"] = {path: round(float(share), 6) for path, share in chunk["layer_density"].items()}
+        if updated:
+            metrics["flips"] = {path: int(flips) for path, flips in chunk["flips"].items()}
+    return metrics
+
+
+def open_runs(stack: ExitStack, config: ConfigDict, workdir: Path, seeds: Sequence[int] | None) -> list[Workdir]:
+    """The folder of the run, or of each seed; closed with the stack."""
+    if seeds is None:
+        return [stack.enter_context(closing(Workdir(workdir, config)))]
+    runs = []
+    for seed in seeds:
+        mine = with_seed(config, seed)
+        with mine.unlocked():
+            mine.side_by_side = list(seeds)
+        runs.append(stack.enter_context(closing(Workdir(workdir / f"seed_{seed}", mine))))
+    return runs
+
+
+def with_seed(config: ConfigDict, seed: int) -> ConfigDict:
+    """A copy of the config with another seed."""
+    config = ConfigDict(config)
+    config.seed = seed
+    return config
+
+
+def one_a_run(tree: Any, seeds: Sequence[int] | None) -> list[Any]:
+    """The tree, or for each seed its part of a tree with a leading axis."""
+    if seeds is None:
+        return [tree]
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(len(seeds))]
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and standard error of the mean; of one value the error is not known."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return statistics.fmean(values), error
+
+
+def chunk_grid(total_steps: int, log_every: int, *also: int) -> list[int]:
+    """The steps between which one compiled call runs: all multiples of ``also``, and every ``log_every`` in between.
 
     A fixed grid of the absolute step, so that a run executes the same programs wherever it was started from.
     """
     grid = [0]
     while grid[-1] < total_steps:
-        next_eval = (grid[-1] // eval_every_steps + 1) * eval_every_steps
-        grid.append(min(grid[-1] + log_every_steps, next_eval, total_steps))
+        multiples = [(grid[-1] // every + 1) * every for every in also]
+        grid.append(min(grid[-1] + log_every, total_steps, *multiples))
     return grid
 
 
 def check_config(config: ConfigDict, num_examples: int) -> None:
     """Raises a ValueError for numbers out of range that nothing else would notice."""
-    for key in ("epochs", "eval_every_epochs", "log_every_steps", "optimizer.decay_every_epochs"):
+    at_least_1 = (
+        "epochs",
+        "eval_every_epochs",
+        "checkpoint_every_epochs",
+        "log_every_steps",
+        "optimizer.decay_every_steps",
+        "sparsity.update_every_epochs",
+    )
+    for key in at_least_1:
         value = attrgetter(key)(config)
         if value < 1:
             raise ValueError(f"config.{key} is at least 1, got {value}")
@@ -215,24 +292,9 @@ def check_config(config: ConfigDict, num_examples: int) -> None:
         )
 
 
-def choose(options: Mapping[str, Any], name: str, key: str) -> Any:
-    """``options[name]``, or a ValueError that lists the options."""
-    if name not in options:
-        raise ValueError(f"{key} is one of {', '.join(map(repr, options))}, got {name!r}")
-    return options[name]
-
-
-def open_workdir(workdir: str | Path, config: ConfigDict) -> Path:
-    """Makes the folder and begins a run in it: a folder that cannot be written to is found before any work is done."""
-    workdir = Path(workdir)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        for left_by_a_run_before in ("masks.png", "result.json"):
-            (workdir / left_by_a_run_before).unlink(missing_ok=True)
-        (workdir / "config.json").write_text(config.to_json(indent=2) + "\n")
-    except OSError as error:
-        raise OSError(f"workdir {str(workdir)!r} cannot be written: {error.strerror}") from error
-    return workdir
+def size_in_bytes(state: Any) -> int:
+    """Of all arrays of a tree, or of what ``jax.eval_shape`` gives for them."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 def stop_unless_finite(name: str, values: Sequence[float], first_step: int) -> None:
@@ -244,19 +306,48 @@ def stop_unless_finite(name: str, values: Sequence[float], first_step: int) -> N
         )
 
 
-def progress_bar(total_steps: int) -> tqdm:
-    """A bar with speed and time left."""
-    # Without a terminal to draw on every refresh adds to the log: then only a few of them.
-    interval = 0.1 if sys.stderr.isatty() else 30
-    return tqdm(total=total_steps, unit="step", mininterval=interval, dynamic_ncols=True)
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list to which SIGTERM and SIGINT add their number, in place of ending the program; a second one ends it."""
+    received: list[int] = []
+
+    def receive(number, frame):
+        del frame
+        received.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def as_seeds(texts: Sequence[str]) -> list[int]:
+    """The seeds that a flag names."""
+    try:
+        seeds = [int(text) for text in texts]
+    except ValueError:
+        seeds = []
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"--seeds takes different whole numbers such as 0,1,2, got {','.join(texts)!r}")
+    return seeds
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs :func:`train` with the flags; what the user can set right is told in a line, without a traceback."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; options start with --")
+    config, workdir = FLAGS.config, Path(FLAGS.workdir)
     try:
-        train(FLAGS.config, FLAGS.workdir, FLAGS.dense)
+        if FLAGS.seeds is None:
+            train(config, workdir)
+        else:
+            print(train_seeds(config, workdir, as_seeds(FLAGS.seeds), FLAGS.vmap_seeds))
+    except Stopped as stopped:
+        print(f"stopped by {signal.Signals(stopped.signal).name} {stopped}; the same command goes on from there")
+        sys.exit(128 + stopped.signal)
     except (ValueError, OSError, FloatingPointError) as error:
         logging.debug("where it came from (shown with --verbosity=1)", exc_info=True)
         sys.exit(f"error: {error}")

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from jaxsparse.models.layers import Conv, fan_in_uniform, max_pool
+from jaxsparse.models.layers import Conv, fan_in_uniform
 
 __all__ = ["LeNet5Caffe", "LeNet300100"]
 
@@ -104,13 +104,14 @@ class LeNet5Caffe(nn.Module):
                 features,
                 kernel_size=5,
                 padding="VALID",
+                max_pool=2,
                 dtype=self.dtype,
                 kernel_init=init,
                 bias_init=init,
                 implementation=self.implementation,
                 name=name,
             )(x)
-            x = max_pool(nn.relu(x), 2, implementation=self.implementation)
+            x = nn.relu(x)  # behind the max-pool instead of before it: the same numbers, a quarter of the work
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(_dense(x, 500, self.dtype, "fc1"))
         return _dense(x, self.num_classes, self.dtype, "fc2")

@@ -45,7 +45,7 @@ def test_unknown_key_names_the_nearest_and_all(parse, config, change, message):
     with pytest.raises(SystemExit) as stop:
         parse(*config, "--workdir=somewhere", change)
     assert message in stop.value.code
-    assert "data.batch_size, data.name, epochs," in stop.value.code
+    assert "data.mean, data.name, data.std, data.validation, data_dir, dense, epochs," in stop.value.code
 
 
 def test_missing_config_file(parse):

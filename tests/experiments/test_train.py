@@ -5,17 +5,21 @@ import sys
 from pathlib import Path
 
 import chex
-import jax
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import jaxsparse
-from experiments import train
+from experiments import program, train
+from experiments.workdir import WorkdirError, read_metrics
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "digits_sparse_momentum.py"
 KEPT = 5_020  # a tenth of the 50,200 weights
+PICTURES = {"learning_curve.png", "layer_densities.png", "masks.png", "receptive_fields.png"}
+TIMES = {"seconds", "steps_per_second"}
 
 
 def smoke_config(**changes):
@@ -24,19 +28,20 @@ def smoke_config(**changes):
     return config
 
 
+def without_times(lines):
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
 @pytest.fixture(scope="module")
 def sparse_run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("sparse")
-    return workdir, *train.train(smoke_config(), workdir)
-
-
-def metrics_of(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    state, [result] = train.train(smoke_config(), workdir)
+    return workdir, state, result
 
 
 def test_sparse_run_learns(sparse_run):
-    workdir, _, _, result = sparse_run
-    metrics = metrics_of(workdir)
+    workdir, _, result = sparse_run
+    metrics = read_metrics(workdir)
     assert [line["step"] for line in metrics] == [44, 88, 132, 176]
     assert [line["epoch"] for line in metrics] == [1, 2, 3, 4]
     assert ["test_accuracy" in line for line in metrics] == [False, True, False, True]
@@ -45,61 +50,129 @@ def test_sparse_run_learns(sparse_run):
     assert np.all(np.diff(losses) < 0)
     assert metrics[-1]["train_accuracy"] > 0.8
     assert result["test_accuracy"] == metrics[-1]["test_accuracy"] > 0.85
+    assert result["seconds"] == sum(line["seconds"] for line in metrics)
     assert json.loads((workdir / "result.json").read_text()) == result
 
 
 def test_sparse_run_keeps_its_budget(sparse_run):
-    workdir, params, opt_state, result = sparse_run
-    assert jaxsparse.count(jaxsparse.get_masks(opt_state, params)) == KEPT
-    assert sum(jnp.count_nonzero(layer["kernel"]) for layer in params.values()) <= KEPT
-    assert {line["density"] for line in metrics_of(workdir)} == {0.1}
+    workdir, state, result = sparse_run
+    assert jaxsparse.count(jaxsparse.get_masks(state.opt_state, state.params)) == KEPT
+    assert sum(jnp.count_nonzero(layer["kernel"]) for layer in state.params.values()) <= KEPT
+    assert {line["density"] for line in read_metrics(workdir)} == {0.1}
     assert result["density"] == 0.1
 
 
-def test_sparse_run_leaves_picture_and_config(sparse_run):
+def test_layers_are_logged(sparse_run):
+    workdir, state, _ = sparse_run
+    metrics = read_metrics(workdir)
+    masks = jaxsparse.get_masks(state.opt_state, state.params)
+    last = {f"{name}/kernel": round(float(layer["kernel"].mean()), 6) for name, layer in masks.items()}
+    assert metrics[-1]["layer_density"] == last
+    # Masks change on the first step of every epoch but the first.
+    assert ["flips" in line for line in metrics] == [False, True, True, True]
+    flips = np.array([list(line["flips"].values()) for line in metrics[1:]])
+    assert np.all(flips.sum(1) % 2 == 0)  # as many go as come
+    assert np.all(flips.sum(1) > 0)
+
+
+def test_sparse_run_leaves_pictures_and_config(sparse_run):
     workdir, *_ = sparse_run
-    assert (workdir / "masks.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((workdir / "config.json").read_text()) == smoke_config().to_dict()
+    assert {path.name for path in workdir.glob("*.png")} == PICTURES
+    assert json.loads((workdir / "config.json").read_text()) == json.loads(smoke_config().to_json())
+
+
+def test_tensorboard_has_what_the_metrics_have(sparse_run):
+    workdir, *_ = sparse_run
+    events = EventAccumulator(str(workdir / "tensorboard")).Reload()
+    last = read_metrics(workdir)[-1]
+    for name in ("train_loss", "test_accuracy", "layer_density/fc1/kernel", "flips/fc2/kernel"):
+        value = last
+        for key in name.split("/", 1):
+            value = value[key]
+        scalar = events.Scalars(name)[-1]
+        assert (scalar.step, scalar.value) == (176, pytest.approx(value))
 
 
 def test_same_seed_gives_the_same_bits_whatever_is_logged(sparse_run, tmp_path):
-    _, params, opt_state, _ = sparse_run
-    again = train.train(smoke_config(log_every_steps=30), tmp_path)
-    chex.assert_trees_all_equal((params, jaxsparse.get_masks(opt_state)), (again[0], jaxsparse.get_masks(again[1])))
-
-
-def test_seed_reaches_the_masks():
-    params = {"kernel": jnp.ones((20, 30))}
-    masks = [
-        jaxsparse.get_masks(train.make_optimizer(smoke_config(), 44, jax.random.key(seed)).init(params))
-        for seed in (0, 1)
-    ]
-    assert jnp.any(masks[0]["kernel"] != masks[1]["kernel"])
+    _, state, _ = sparse_run
+    again, _ = train.train(smoke_config(log_every_steps=30, checkpoint_every_epochs=1), tmp_path)
+    chex.assert_trees_all_equal(state.params, again.params)
+    chex.assert_trees_all_equal(jaxsparse.get_masks(state.opt_state), jaxsparse.get_masks(again.opt_state))
 
 
 def test_dense_run(tmp_path, capsys):
-    (tmp_path / "masks.png").write_text("of an earlier, sparse run")
-    params, _, result = train.train(smoke_config(), tmp_path, dense=True)
-    assert jnp.count_nonzero(params["fc1"]["kernel"]) > 19_000
+    state, [result] = train.train(smoke_config(dense=True), tmp_path)
+    assert jnp.count_nonzero(state.params["fc1"]["kernel"]) > 19_000
     assert result["density"] == 1
     assert result["test_accuracy"] > 0.9
-    assert not (tmp_path / "masks.png").exists()
+    assert {path.name for path in tmp_path.glob("*.png")} == {"learning_curve.png"}
     assert f"test accuracy {result['test_accuracy']:.2%} at density 1" in capsys.readouterr().out
 
 
-def test_dense_optimizer_is_the_sparse_one_without_its_last_link():
-    params = {"kernel": jnp.ones((4, 5))}
-    sparse, dense = (
-        train.make_optimizer(smoke_config(), 44, jax.random.key(0), dense).init(params) for dense in (False, True)
+def test_validation_images_are_held_out_and_evaluated(tmp_path):
+    _, [result] = train.train(smoke_config(**{"data.validation": 0.1, "epochs": 1}), tmp_path)
+    assert result["steps"] == 1294 // 32
+    assert (result["validation_accuracy"] * 144) % 1 == pytest.approx(0, abs=1e-4)
+
+
+def test_finished_run_is_not_run_again(sparse_run):
+    workdir, state, result = sparse_run
+    before = (workdir / "metrics.jsonl").stat().st_mtime_ns
+    again, [same] = train.train(smoke_config(), workdir)
+    assert (workdir / "metrics.jsonl").stat().st_mtime_ns == before
+    assert same == result
+    chex.assert_trees_all_equal(
+        (state.params, jaxsparse.get_masks(state.opt_state)), (again.params, jaxsparse.get_masks(again.opt_state))
     )
-    chex.assert_trees_all_equal(sparse[:-1], dense)
 
 
-@pytest.mark.parametrize("decay", train.PRUNE_RATES)
-def test_every_prune_rate_decay_makes_an_optimizer(decay):
-    config = smoke_config(**{"sparsity.prune_rate_decay": decay})
-    opt_state = train.make_optimizer(config, 44, jax.random.key(0)).init({"kernel": jnp.ones((20, 30))})
-    assert int(opt_state[-1].budget) == 60
+def test_another_config_in_the_same_workdir_is_refused(sparse_run):
+    workdir, *_ = sparse_run
+    with pytest.raises(WorkdirError, match="another configuration:\n  sparsity.sparsity: 0.9 there, 0.8 now\nTake"):
+        train.train(smoke_config(**{"sparsity.sparsity": 0.8}), workdir)
+
+
+def test_seeds_one_after_another_and_side_by_side(sparse_run, tmp_path):
+    *_, result = sparse_run
+    table = train.train_seeds(smoke_config(), tmp_path / "after", [0, 1])
+    summary = json.loads((tmp_path / "after" / "seeds.json").read_text())
+    assert summary["test_accuracy"][0] == result["test_accuracy"] != summary["test_accuracy"][1]
+    mean, error = np.mean(summary["test_accuracy"]), np.std(summary["test_accuracy"], ddof=1) / 2**0.5
+    assert (summary["mean"], summary["standard_error"]) == pytest.approx((mean, error))
+    assert f"mean {mean:.2%}, standard error {100 * error:.2f} points" in table
+
+    # The vmapped program rounds otherwise, so the first losses are compared, not the last.
+    train.train_seeds(smoke_config(log_every_steps=4), tmp_path / "beside", [0, 1], side_by_side=True)
+    train.train(smoke_config(log_every_steps=4), tmp_path / "alone")
+    alone = read_metrics(tmp_path / "alone")
+    for seed in (0, 1):
+        metrics = read_metrics(tmp_path / "beside" / f"seed_{seed}")
+        assert len(metrics) == len(alone)
+        assert {line["density"] for line in metrics} == {0.1}
+        close = np.isclose(metrics[0]["train_loss"], alone[0]["train_loss"], rtol=1e-4)
+        assert close == (seed == 0)
+    again = train.train(smoke_config(log_every_steps=4), tmp_path / "beside", [0, 1])[1]  # finished: read
+    assert [one["seed"] for one in again] == [0, 1]
+
+
+class WithBatchNorm(nn.Module):
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images):
+        x = nn.Dense(30)(images.reshape(len(images), -1))
+        x = nn.BatchNorm(use_running_average=not self.is_mutable_collection("batch_stats"))(x)
+        return nn.Dense(self.num_classes)(nn.relu(x))
+
+
+def test_batch_statistics_are_trained_used_and_saved(tmp_path, monkeypatch):
+    monkeypatch.setitem(program.MODELS, "with_batch_norm", WithBatchNorm)
+    config = smoke_config(**{"model.name": "with_batch_norm"})
+    state, [result] = train.train(config, tmp_path)
+    assert result["test_accuracy"] > 0.85
+    assert jnp.all(state.model_state["batch_stats"]["BatchNorm_0"]["mean"] != 0)
+    restored, _ = train.train(config, tmp_path)
+    chex.assert_trees_all_equal(state.model_state, restored.model_state)
 
 
 @pytest.mark.parametrize(
@@ -115,12 +188,15 @@ def test_every_prune_rate_decay_makes_an_optimizer(decay):
             "prune_rate_decay is one of 'cosine', 'linear', 'constant', got 'cosin'",
         ),
         ("sparsity.sparsity", 1.5, "sparsity"),
-        ("sparsity.update_every_epochs", 0, "update_every"),
-        ("data.name", "mnits", "unknown data set 'mnits'; known are 'digits'"),
+        ("sparsity.update_every_epochs", 0, "config.sparsity.update_every_epochs is at least 1, got 0"),
+        ("data.name", "mnits", "unknown data set 'mnits'; did you mean 'mnist'?"),
         ("data.batch_size", 2000, "batch_size is between 1 and the 1438 train examples, got 2000"),
+        ("data.validation", 1.0, r"config.data.validation is in \[0, 1\), got 1.0"),
         ("model.name", "lenet", "config.model.name is one of 'lenet_300_100', 'lenet5_caffe', got 'lenet'"),
+        ("model.name", "lenet5_caffe", "at least 16 x 16"),
         ("epochs", 0, "config.epochs is at least 1, got 0"),
-        ("optimizer.decay_every_epochs", 0, "config.optimizer.decay_every_epochs is at least 1, got 0"),
+        ("checkpoint_every_epochs", 0, "config.checkpoint_every_epochs is at least 1, got 0"),
+        ("optimizer.decay_every_steps", 0, "config.optimizer.decay_every_steps is at least 1, got 0"),
     ],
 )
 def test_bad_config_fails_before_the_workdir_is_made(tmp_path, key, value, message):
@@ -129,26 +205,44 @@ def test_bad_config_fails_before_the_workdir_is_made(tmp_path, key, value, messa
     assert not (tmp_path / "run").exists()
 
 
-def test_model_that_does_not_fit_the_images(tmp_path):
-    with pytest.raises(ValueError, match="at least 16 x 16"):
-        train.train(smoke_config(**{"model.name": "lenet5_caffe"}), tmp_path)
-
-
 def test_workdir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"workdir '.*file/run' cannot be written: Not a directory"):
         train.train(smoke_config(), tmp_path / "file" / "run")
 
 
-def test_loss_that_is_not_finite_ends_the_program(tmp_path):
+def test_loss_that_is_not_finite_ends_the_program_and_keeps_the_last_checkpoint(tmp_path):
     command = [sys.executable, "-m", "experiments.train", f"--config={CONFIG}:smoke", f"--workdir={tmp_path}"]
-    run = subprocess.run(
-        [*command, "--config.optimizer.learning_rate=1e6"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 1
-    assert "error: train_loss is inf at step 2; try a smaller config.optimizer.learning_rate" in run.stderr
+    # Fine for two epochs; then the learning rate is multiplied by a million.
+    command += ["--config.optimizer.decay_rate=1e6", "--config.checkpoint_every_epochs=1"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 1, run.stderr
+    assert "error: train_loss is " in run.stderr
+    assert "; try a smaller config.optimizer.learning_rate" in run.stderr
     assert "Traceback" not in run.stderr
+    assert {path.name for path in (tmp_path / "checkpoints").glob("[0-9]*")} == {"44", "88"}
+    assert read_metrics(tmp_path)[-1]["step"] == 88
     assert not (tmp_path / "result.json").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    real = program.make_program
+
+    def breaking(*args, **kwargs):
+        compiled = real(*args, **kwargs)
+
+        def train_chunk(state, dataset, start, length):
+            state, measured = compiled.train_chunk(state, dataset, start, length)
+            if start:  # the loss of a chunk does not show what its last step did
+                measured["finite"]["fc2/kernel"] = jnp.array(False)
+            return state, measured
+
+        return compiled._replace(train_chunk=train_chunk)
+
+    monkeypatch.setattr(train, "make_program", breaking)
+    with pytest.raises(FloatingPointError, match="fc2/kernel is nan at step 88;"):
+        train.train(smoke_config(checkpoint_every_epochs=1), tmp_path)
+    assert {path.name for path in (tmp_path / "checkpoints").glob("[0-9]*")} == {"44"}
 
 
 @pytest.mark.parametrize(("values", "step"), [([1, np.nan, np.inf], 11), ([np.inf], 10), ([-np.inf, 1], 10)])
@@ -157,19 +251,21 @@ def test_stop_unless_finite_names_the_first(values, step):
         train.stop_unless_finite("train_loss", values, first_step=10)
 
 
-@pytest.mark.parametrize(("start", "length"), [(0, 12), (0, 3), (3, 1), (3, 2), (2, 9), (11, 1)])
-def test_batches_do_not_depend_on_the_chunk(start, length):
-    key, size, examples = jax.random.key(0), 5, 22  # four steps an epoch, two examples dropped
-    whole = train.batches(key, 0, 12, size, examples)
-    chex.assert_trees_all_equal(train.batches(key, start, length, size, examples), whole[start : start + length])
-    for epoch in whole.reshape(3, 20):
-        assert len(jnp.unique(epoch)) == 20
-    assert jnp.any(whole[:4] != whole[4:8])
-
-
 @pytest.mark.parametrize(
     ("arguments", "grid"),
-    [((10, 4, 5), [0, 4, 5, 9, 10]), ((10, 100, 100), [0, 10]), ((6, 3, 6), [0, 3, 6]), ((7, 2, 1), list(range(8)))],
+    [
+        ((10, 4, 5), [0, 4, 5, 9, 10]),
+        ((10, 100, 100), [0, 10]),
+        ((6, 3, 6), [0, 3, 6]),
+        ((7, 2, 1), list(range(8))),
+        ((12, 5, 4, 6), [0, 4, 6, 8, 12]),
+    ],
 )
 def test_chunk_grid(arguments, grid):
     assert train.chunk_grid(*arguments) == grid
+
+
+@pytest.mark.parametrize("texts", [["0", "x"], [""], ["1", "1"]])
+def test_seeds_that_are_none(texts):
+    with pytest.raises(ValueError, match="--seeds takes different whole numbers such as 0,1,2, got"):
+        train.as_seeds(texts)

@@ -49,6 +49,54 @@ def test_conv_forms_agree_in_value_and_gradient(kernel_size, strides, padding):
     chex.assert_trees_all_close(*results, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("kernel_size", "window", "padding"),
+    [
+        ((5, 5), 2, "SAME"),
+        ((2, 5), 2, "VALID"),
+        ((2, 3), (2, 5), "VALID"),
+        ((3, 3), (3, 4), 1),
+        ((1, 1), 3, 0),
+        ((3, 3), 1, "SAME"),
+        ((4, 2), (2, 3), ((1, 2), (0, 1))),
+        ((9, 12), 1, "VALID"),
+        ((3, 3), 4, "SAME"),  # leaves a rest
+    ],
+    ids=str,
+)
+def test_conv_max_pool_forms_agree_in_value_and_gradient(kernel_size, window, padding):
+    kernel = jax.random.normal(jax.random.key(1), (*kernel_size, 3, 4))
+
+    def one_after_the_other(x, kernel):
+        y = layers.conv(x, kernel, padding=padding, implementation="xla")
+        return layers.max_pool(y, window, implementation="xla")
+
+    expected = value_and_grads(one_after_the_other, images(), kernel)
+    for form in layers.IMPLEMENTATIONS:
+        together = partial(layers.conv_max_pool, window=window, padding=padding, implementation=form)
+        chex.assert_trees_all_close(value_and_grads(together, images(), kernel), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", layers.IMPLEMENTATIONS)
+def test_conv_layer_with_max_pool(form):
+    ours = layers.Conv(features=4, kernel_size=2, padding="VALID", max_pool=2, implementation=form)
+    shape = (2, 9, 13, 3)
+    params = ours.init(jax.random.key(2), images(shape))
+    params = jax.tree.map(lambda p: p + 0.1, params)
+    theirs = nn.max_pool(nn.Conv(4, (2, 2), padding="VALID").apply(params, images(shape)), (2, 2), (2, 2))
+    chex.assert_trees_all_close(ours.apply(params, images(shape)), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_conv_layer_with_max_pool_and_strides():
+    with pytest.raises(ValueError, match="max_pool=2 needs strides 1, got 3"):
+        layers.Conv(features=4, kernel_size=2, max_pool=2, strides=3).init(jax.random.key(0), images())
+
+
+def test_conv_max_pool_needs_a_kernel_that_fits():
+    with pytest.raises(ValueError, match=r"conv_max_pool needs a kernel of shape \(height, width, 3, features\)"):
+        layers.conv_max_pool(images(), jnp.ones((2, 2, 4, 5)))
+
+
 @pytest.mark.parametrize(("strides", "padding"), [(1, "SAME"), ((2, 3), 1), (1, (1, 2)), (2, "VALID")], ids=str)
 @pytest.mark.parametrize("form", layers.IMPLEMENTATIONS)
 def test_conv_layer_is_nn_conv(form, strides, padding):

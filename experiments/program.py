@@ -1,0 +1,200 @@
+"""What a run computes: the model, the optimizer with its sparse link, and the compiled functions around them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+import jaxsparse
+from experiments import data
+from jaxsparse import models
+from jaxsparse.structures import by_path
+
+MODELS = {"lenet_300_100": models.LeNet300100, "lenet5_caffe": models.LeNet5Caffe}
+PRUNE_RATES = {
+    "cosine": jaxsparse.cosine_prune_rate,
+    "linear": jaxsparse.linear_prune_rate,
+    "constant": lambda prune_rate, total_steps: prune_rate,
+}
+EVAL_BATCH = 500  # examples; more is no faster, and takes memory in convolutional networks
+
+
+class TrainState(NamedTuple):
+    """All that changes while training, and what a checkpoint holds.
+
+    Attributes:
+      params: the model's.
+      opt_state: the optimizer's, with the masks.
+      model_state: the model's other collections, such as batch statistics.
+      order_key: (), typed PRNG key: of the order of the examples.
+    """
+
+    params: Any
+    opt_state: Any
+    model_state: Any
+    order_key: jax.Array
+
+
+class Program(NamedTuple):
+    """The compiled parts of a run. Side by side, every state, seed and result has a leading axis for the seeds.
+
+    Attributes:
+      init: seed -> TrainState.
+      train_chunk: (state, dataset, start, length) -> the state after the steps start, ..., start + length - 1, and
+        what :func:`make_program` says. Donates the state.
+      evaluate: (state, dataset, split) -> mean loss and accuracy on a split of the dataset.
+    """
+
+    init: Callable[[Any], TrainState]
+    train_chunk: Callable[..., tuple[TrainState, dict[str, Any]]]
+    evaluate: Callable[..., tuple[jax.Array, jax.Array]]
+
+
+def make_program(config: ConfigDict, dataset: data.Dataset, side_by_side: bool = False) -> Program:
+    """The computations of a run, or with ``side_by_side`` those of several seeds in one.
+
+    What ``train_chunk`` measures: "losses" and "accuracies" of the batches, (length,); "density" of all sparse leaves
+    together; "layer_density" and "flips" by the path of every sparse leaf, the flips being the entries of its mask that
+    the chunk has changed; "finite" by the path of every leaf, whether all of its weights are.
+    """
+    num_examples, batch_size = len(dataset.train.labels), config.data.batch_size
+    steps_per_epoch = num_examples // batch_size  # the rest of an epoch is dropped
+    model = choose(MODELS, config.model.name, "config.model.name")(num_classes=dataset.num_classes)
+    first_image = data.normalise(jnp.asarray(dataset.train.images[:1]), dataset)
+    tx = make_optimizer(config, steps_per_epoch)
+
+    def init(seed):
+        init_key, order_key, mask_key = jax.random.split(jax.random.key(seed), 3)
+        variables = dict(model.init(init_key, first_image))
+        params = variables.pop("params")
+        opt_state = make_optimizer(config, steps_per_epoch, mask_key).init(params)
+        if not config.dense:
+            params = jaxsparse.sparsify(params, opt_state)
+        return TrainState(params, opt_state, variables, order_key)
+
+    def loss_fn(params, model_state, images, labels):
+        # Layers with batch statistics use those of the batch, and update them, where the collection is mutable.
+        logits, model_state = model.apply({"params": params, **model_state}, images, mutable=list(model_state))
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return loss, (jnp.mean(logits.argmax(-1) == labels), dict(model_state))
+
+    # All steps of a chunk in one scan, so that none of them waits for Python. That holds for convolutions too, because
+    # jaxsparse.models takes the form of them that is fast inside a loop on the device at hand.
+    def train_chunk(state, dataset, start, length):
+        def train_step(state, rows):
+            images, labels = data.normalise(dataset.train.images[rows], dataset), dataset.train.labels[rows]
+            (loss, (accuracy, model_state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+                state.params, state.model_state, images, labels
+            )
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            return TrainState(params, opt_state, model_state, state.order_key), (loss, accuracy)
+
+        old = by_path(masks_of(config, state))
+        rows = batches(state.order_key, start, length, batch_size, num_examples)
+        state, (losses, accuracies) = jax.lax.scan(train_step, state, rows)
+        new = {path: mask for path, mask in by_path(masks_of(config, state)).items() if mask.ndim}
+        return state, {
+            "losses": losses,
+            "accuracies": accuracies,
+            "density": jaxsparse.density(new),
+            "layer_density": {path: jnp.mean(mask) for path, mask in new.items()},
+            "flips": {path: jnp.sum(mask != old[path]) for path, mask in new.items()},
+            "finite": {path: jnp.all(jnp.isfinite(leaf)) for path, leaf in by_path(state.params).items()},
+        }
+
+    def evaluate(state, dataset, split):
+        params = state.params if config.dense else jaxsparse.eval_params(state.opt_state, state.params)
+
+        def measure(batch):
+            images, labels, real = batch
+            logits = model.apply({"params": params, **state.model_state}, data.normalise(images, dataset))
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return jnp.sum(losses, where=real), jnp.sum(logits.argmax(-1) == labels, where=real)
+
+        losses, hits = jax.lax.map(measure, in_batches(split, EVAL_BATCH))
+        return losses.sum() / len(split.labels), hits.sum() / len(split.labels)
+
+    def for_seeds(function):
+        if not side_by_side:
+            return function
+        return lambda state, *common: jax.vmap(lambda state: function(state, *common))(state)
+
+    return Program(
+        init=jax.jit(for_seeds(init)),
+        train_chunk=jax.jit(for_seeds(train_chunk), static_argnums=3, donate_argnums=0),
+        evaluate=jax.jit(for_seeds(evaluate)),
+    )
+
+
+def make_optimizer(
+    config: ConfigDict, steps_per_epoch: int, key: jax.Array | int = 0
+) -> optax.GradientTransformationExtraArgs:
+    """SGD with Nesterov momentum, weight decay and clipped gradients, and sparse momentum as its last link."""
+    learning_rate = optax.exponential_decay(
+        config.optimizer.learning_rate,
+        transition_steps=config.optimizer.decay_every_steps,
+        decay_rate=config.optimizer.decay_rate,
+        staircase=True,
+    )
+    clip_norm = config.optimizer.clip_norm
+    optimizer = [
+        optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm),
+        optax.add_decayed_weights(config.optimizer.weight_decay),
+        optax.sgd(learning_rate, momentum=config.optimizer.momentum, nesterov=True),
+    ]
+    if config.dense:
+        return jaxsparse.chain(*optimizer)
+    prune_rate = choose(PRUNE_RATES, config.sparsity.prune_rate_decay, "config.sparsity.prune_rate_decay")
+    sparse = jaxsparse.sparse_momentum(
+        config.sparsity.sparsity,
+        update_every=config.sparsity.update_every_epochs * steps_per_epoch,
+        prune_rate=prune_rate(config.sparsity.prune_rate, config.epochs * steps_per_epoch),
+        growth=config.sparsity.growth,
+        redistribution=config.sparsity.redistribution,
+        prune=config.sparsity.prune,
+        allocation=config.sparsity.allocation,
+        key=key,
+    )
+    return jaxsparse.chain(*optimizer, sparse)
+
+
+def masks_of(config: ConfigDict, state: TrainState) -> Any:
+    """The masks, like the params; the scalar True for dense leaves."""
+    if config.dense:
+        return jax.tree.map(lambda _: jnp.ones((), bool), state.params)
+    return jaxsparse.get_masks(state.opt_state, state.params)
+
+
+def batches(key: jax.Array, start: jax.Array, length: int, batch_size: int, num_examples: int) -> jax.Array:
+    """The examples of steps start, ..., start + length - 1: int32, (length, batch_size).
+
+    The order of an epoch depends on ``key`` and the number of the epoch alone, wherever a chunk starts.
+    """
+    steps_per_epoch = num_examples // batch_size
+    first_epoch = start // steps_per_epoch
+    most_epochs = -(-length // steps_per_epoch) + 1  # the one more is for a chunk that starts inside an epoch
+    epochs = first_epoch + jnp.arange(most_epochs)
+    orders = jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(key, epoch), num_examples))(epochs)
+    rows = orders[:, : steps_per_epoch * batch_size].reshape(-1, batch_size)
+    return jax.lax.dynamic_slice_in_dim(rows, start - first_epoch * steps_per_epoch, length)
+
+
+def in_batches(split: data.Split, batch_size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Images, labels, and which of them are real: the last batch is filled up. Shapes (batches, batch_size, ...)."""
+    missing = -len(split.labels) % batch_size
+    real = jnp.ones(len(split.labels), bool)
+    return tuple(
+        jnp.pad(x, ((0, missing), *[(0, 0)] * (x.ndim - 1))).reshape(-1, batch_size, *x.shape[1:])
+        for x in (split.images, split.labels, real)
+    )
+
+
+def choose(options: Mapping[str, Any], name: str, key: str) -> Any:
+    """``options[name]``, or a ValueError that lists the options."""
+    if name not in options:
+        raise ValueError(f"{key} is one of {', '.join(map(repr, options))}, got {name!r}")
+    return options[name]

@@ -1,0 +1,80 @@
+import runpy
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxsparse
+from experiments import data, program
+
+CONFIG = Path(__file__).parents[2] / "configs" / "digits_sparse_momentum.py"
+
+
+def smoke_config(**changes):
+    config = runpy.run_path(str(CONFIG))["get_config"]("smoke").lock()
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def test_seed_reaches_the_masks():
+    params = {"kernel": jnp.ones((20, 30))}
+    masks = [
+        jaxsparse.get_masks(program.make_optimizer(smoke_config(), 44, jax.random.key(seed)).init(params))
+        for seed in (0, 1)
+    ]
+    assert jnp.any(masks[0]["kernel"] != masks[1]["kernel"])
+
+
+def test_dense_optimizer_is_the_sparse_one_without_its_last_link():
+    params = {"kernel": jnp.ones((4, 5))}
+    sparse, dense = (program.make_optimizer(smoke_config(dense=dense), 44).init(params) for dense in (False, True))
+    chex.assert_trees_all_equal(sparse[:-1], dense)
+
+
+@pytest.mark.parametrize("decay", program.PRUNE_RATES)
+def test_every_prune_rate_decay_makes_an_optimizer(decay):
+    config = smoke_config(**{"sparsity.prune_rate_decay": decay})
+    opt_state = program.make_optimizer(config, 44, jax.random.key(0)).init({"kernel": jnp.ones((20, 30))})
+    assert int(opt_state[-1].budget) == 60
+
+
+@pytest.mark.parametrize(("clip_norm", "norm"), [(1.0, 1.0), (float("inf"), 30.0), (None, 30.0)])
+def test_gradients_are_clipped(clip_norm, norm):
+    config = smoke_config(dense=True)
+    config.optimizer.clip_norm = clip_norm
+    config.optimizer.weight_decay = config.optimizer.momentum = 0.0
+    tx, params = program.make_optimizer(config, 44), {"kernel": jnp.ones(9)}
+    updates, _ = tx.update({"kernel": jnp.full(9, 10.0)}, tx.init(params), params)
+    assert jnp.linalg.norm(updates["kernel"]) == pytest.approx(norm * config.optimizer.learning_rate)
+
+
+@pytest.mark.parametrize(("start", "length"), [(0, 12), (0, 3), (3, 1), (3, 2), (2, 9), (11, 1)])
+def test_batches_do_not_depend_on_the_chunk(start, length):
+    key, size, examples = jax.random.key(0), 5, 22  # four steps an epoch, two examples dropped
+    whole = program.batches(key, 0, 12, size, examples)
+    chex.assert_trees_all_equal(program.batches(key, start, length, size, examples), whole[start : start + length])
+    for epoch in whole.reshape(3, 20):
+        assert len(jnp.unique(epoch)) == 20
+    assert jnp.any(whole[:4] != whole[4:8])
+
+
+@pytest.mark.parametrize("batch_size", [3, 7, 10])
+def test_in_batches_fills_the_last_up(batch_size):
+    split = data.Split(np.arange(7 * 4, dtype=np.uint8).reshape(7, 2, 2, 1), np.arange(7, dtype=np.int32))
+    images, labels, real = program.in_batches(split, batch_size)
+    chex.assert_shape(images, (-(-7 // batch_size), batch_size, 2, 2, 1))
+    chex.assert_trees_all_equal(images[real], split.images)
+    chex.assert_trees_all_equal(labels[real], split.labels)
+
+
+def test_evaluation_does_not_depend_on_the_batches(monkeypatch):
+    dataset = data.load("digits")
+    results = []
+    for size in (359, 100):
+        monkeypatch.setattr(program, "EVAL_BATCH", size)
+        compiled = program.make_program(smoke_config(), dataset)
+        results.append(compiled.evaluate(compiled.init(0), dataset, dataset.test))
+    chex.assert_trees_all_close(*results, rtol=1e-6)

@@ -1,0 +1,147 @@
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import reproduce
+from experiments.tables import TABLES, Row, Table
+from experiments.train import Stopped, train
+from experiments.workdir import Workdir
+
+ROOT = Path(__file__).parents[2]
+CONFIG = f"{ROOT / 'configs' / 'digits_sparse_momentum.py'}:smoke"
+
+
+def row(x, changes, published=None, seeds=2):
+    return Row("digits", x, f"digits/{x}", CONFIG, {"epochs": 1, **changes}, published, seeds)
+
+
+TABLE = Table(
+    "A small table. Somebody, 2019",
+    "What was done.",
+    "weights kept (%)",
+    (
+        row(10, {}, (20.0, 1.0)),
+        row(20, {"sparsity.sparsity": 0.8}, (15.0, None)),
+        row("dense", {"dense": True}, seeds=1),
+    ),
+    others={"another method": {10: 22.0, 20: 17.0}},
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    reproduce.reproduce(TABLE, folder, data_dir=None)
+    return folder
+
+
+def test_every_run_of_the_table_is_run(runs):
+    errors = reproduce.test_errors(TABLE, runs)
+    assert [list(found) for found in errors] == [[0, 1], [0, 1], [0]]
+    result = json.loads((runs / "digits/20/seed_1/result.json").read_text())
+    assert errors[1][1] == pytest.approx(100 - 100 * result["test_accuracy"])
+    assert result["density"] == 0.2
+
+
+def test_finished_runs_are_not_run_again(runs, capsys):
+    files = {path: path.stat().st_mtime_ns for path in runs.rglob("metrics.jsonl")}
+    reproduce.reproduce(TABLE, runs, data_dir="somewhere else")
+    assert files == {path: path.stat().st_mtime_ns for path in runs.rglob("metrics.jsonl")}
+    assert "run " not in capsys.readouterr().out
+
+
+def test_runs_of_another_process_are_left_to_it(runs, capsys, tmp_path):
+    config = reproduce.config_of(TABLE.rows[0], seed=0)
+    run = Workdir(tmp_path / "digits/10/seed_0", config)
+    reproduce.reproduce(TABLE, tmp_path, None, seeds=[0], only="10|dense")
+    run.close()
+    assert "left to the process that is at it" in capsys.readouterr().out
+    assert [list(found) for found in reproduce.test_errors(TABLE, tmp_path)] == [[], [], [0]]
+
+
+def test_markdown():
+    errors = [{0: 19.0, 1: 21.0, 2: 23.0}, {0: 16.5}, {}]
+    text = reproduce.as_markdown("small", TABLE, errors, "the command")
+    assert "| digits | 10 | 20.00 ± 1.000 | 21.00 ± 1.155 | 0, 1, 2 | +1.000 | 3.055 |" in text  # 2 sqrt(1 + 4 / 3)
+    assert "| digits | 20 | 15.00 | 16.50 | 0 | +1.500 |  |" in text
+    assert "| digits | dense |  | not run |  |  |  |" in text
+    assert "| digits | 10 | 19.00 | 21.00 | 23.00 |" in text
+    assert "`the command`, JAX " in text
+
+
+def test_markdown_of_changes():
+    table = TABLE._replace(relative_to=10)
+    text = reproduce.as_markdown("small", table, [{0: 20.0, 1: 22.0}, {0: 15.0, 1: 17.0}, {}], "")
+    assert "| digits | 20 | -5.00 | -5.00 ± 1.414 |" in text
+    assert "Change against 10, in points:" in text
+
+
+def test_picture(runs, tmp_path):
+    reproduce.picture(TABLE, reproduce.test_errors(TABLE, runs)).savefig(tmp_path / "table.png")
+    assert (tmp_path / "table.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_have_configs_and_their_own_folders(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    table = TABLES[name]
+    configs = [reproduce.config_of(row, seed=3) for row in table.rows]
+    assert all(config.seed == 3 for config in configs)
+    assert len({row.run for row in table.rows}) == len(table.rows)
+    for row, config in zip(table.rows, configs, strict=True):
+        assert config.dense == (row.x == "dense")
+        if table.x == "weights kept (%)" and row.x != "dense":
+            assert config.sparsity.sparsity == pytest.approx(1 - row.x / 100)
+    reproduce.picture(table, [{} for _ in table.rows])  # what there is before anything was run
+
+
+def test_tables_share_the_runs_they_have_in_common(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    by_run = {}
+    for table in TABLES.values():
+        for row in table.rows:
+            config = reproduce.config_of(row, seed=0).to_json()
+            assert by_run.setdefault(row.run, config) == config
+    assert len(by_run) < sum(len(table.rows) for table in TABLES.values())
+
+
+def run_command(*arguments):
+    command = [sys.executable, "-m", "experiments.reproduce", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_help_lists_the_tables():
+    help_text = run_command("--help").stdout
+    assert all(name in help_text for name in TABLES)
+
+
+def test_data_that_are_not_there(tmp_path):
+    arguments = ["--data_dir", str(tmp_path), "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    run = run_command("sparse_momentum_table_1", *arguments)
+    assert run.returncode == 1
+    assert "error: data set 'mnist' is not in" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_table_is_written_when_it_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setitem(TABLES, "small", TABLE)
+    arguments = ["small", "--seeds=0", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+
+    def stopped_in_the_second(config, workdir):
+        if workdir.parent.name == "20":
+            raise Stopped("at step 1 of 2", signal.SIGTERM)
+        return train(config, workdir)
+
+    monkeypatch.setattr(reproduce, "train", stopped_in_the_second)
+    with pytest.raises(SystemExit) as exit:
+        reproduce.main(arguments)
+    assert exit.value.code == 128 + signal.SIGTERM
+    assert (tmp_path / "results" / "small.md").read_text().count("not run") == 2
+    monkeypatch.setattr(reproduce, "train", train)
+    reproduce.main(arguments)
+    assert "not run" not in (tmp_path / "results" / "small.md").read_text()
+    assert (tmp_path / "results" / "small.png").exists()
