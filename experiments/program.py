@@ -83,7 +83,7 @@ def make_program(config: ConfigDict, dataset: data.Dataset, side_by_side: bool =
 
     # All steps of a chunk in one scan, so that none of them waits for Python. That holds for convolutions too, because
     # jaxsparse.models takes the form of them that is fast inside a loop on the device at hand.
-    def train_chunk(state, dataset, start, length):
+    def train_chunk(state, dataset, start, length, epochs):
         def train_step(state, rows):
             images, labels = data.normalise(dataset.train.images[rows], dataset), dataset.train.labels[rows]
             (loss, (accuracy, model_state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
@@ -94,7 +94,7 @@ def make_program(config: ConfigDict, dataset: data.Dataset, side_by_side: bool =
             return TrainState(params, opt_state, model_state, state.order_key), (loss, accuracy)
 
         old = by_path(masks_of(config, state))
-        rows = batches(state.order_key, start, length, batch_size, num_examples)
+        rows = batches(state.order_key, start, length, batch_size, num_examples, epochs)
         state, (losses, accuracies) = jax.lax.scan(train_step, state, rows)
         new = {path: mask for path, mask in by_path(masks_of(config, state)).items() if mask.ndim}
         return state, {
@@ -123,11 +123,13 @@ def make_program(config: ConfigDict, dataset: data.Dataset, side_by_side: bool =
             return function
         return lambda state, *common: jax.vmap(lambda state: function(state, *common))(state)
 
-    return Program(
-        init=jax.jit(for_seeds(init)),
-        train_chunk=jax.jit(for_seeds(train_chunk), static_argnums=3, donate_argnums=0),
-        evaluate=jax.jit(for_seeds(evaluate)),
-    )
+    compiled_chunk = jax.jit(for_seeds(train_chunk), static_argnums=(3, 4), donate_argnums=0)
+
+    def chunk(state, dataset, start, length):
+        epochs = (start + length - 1) // steps_per_epoch - start // steps_per_epoch + 1
+        return compiled_chunk(state, dataset, start, length, epochs)
+
+    return Program(jax.jit(for_seeds(init)), chunk, jax.jit(for_seeds(evaluate)))
 
 
 def make_optimizer(
@@ -169,16 +171,17 @@ def masks_of(config: ConfigDict, state: TrainState) -> Any:
     return jaxsparse.get_masks(state.opt_state, state.params)
 
 
-def batches(key: jax.Array, start: jax.Array, length: int, batch_size: int, num_examples: int) -> jax.Array:
-    """The examples of steps start, ..., start + length - 1: int32, (length, batch_size).
+def batches(
+    key: jax.Array, start: jax.Array, length: int, batch_size: int, num_examples: int, epochs: int
+) -> jax.Array:
+    """The examples of steps start, ..., start + length - 1, which touch ``epochs`` epochs: int32, (length, batch_size).
 
     The order of an epoch depends on ``key`` and the number of the epoch alone, wherever a chunk starts.
     """
     steps_per_epoch = num_examples // batch_size
     first_epoch = start // steps_per_epoch
-    most_epochs = -(-length // steps_per_epoch) + 1  # the one more is for a chunk that starts inside an epoch
-    epochs = first_epoch + jnp.arange(most_epochs)
-    orders = jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(key, epoch), num_examples))(epochs)
+    numbers = first_epoch + jnp.arange(epochs)
+    orders = jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(key, epoch), num_examples))(numbers)
     rows = orders[:, : steps_per_epoch * batch_size].reshape(-1, batch_size)
     return jax.lax.dynamic_slice_in_dim(rows, start - first_epoch * steps_per_epoch, length)
 

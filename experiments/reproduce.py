@@ -2,10 +2,11 @@
 
   python -m experiments.reproduce sparse_momentum_table_1 --data_dir=DIR
 
-writes results/sparse_momentum_table_1.md and .png. The runs, a folder each with all that experiments.train leaves, are
-kept in runs/reproduce; a table that was stopped goes on where it was when the same command is given again, and tables
-share the runs that they have in common. The same command in a second terminal takes part: each takes runs that nobody
-has begun, so on a CPU that is how to use more cores.
+writes results/sparse_momentum_table_1.md, .png and .json (the test error of every run). The runs, a folder each with
+all that experiments.train leaves, are kept in runs/reproduce; a table that was stopped goes on where it was when the
+same command is given again, and tables share the runs that they have in common. The same command in a second terminal
+takes part: each takes runs that nobody has begun, so on a CPU that is how to use more cores. With --add only what the
+.json does not have yet is run, for instance more seeds, or on another machine.
 """
 
 import argparse
@@ -25,11 +26,16 @@ from ml_collections import ConfigDict
 from experiments import plots
 from experiments.tables import TABLES, Row, Table
 from experiments.train import Stopped, as_seeds, mean_and_error, train
-from experiments.workdir import WorkdirInUseError, read_json
+from experiments.workdir import WorkdirInUseError, read_json, write_json
 
 
 def reproduce(
-    table: Table, runs: Path, data_dir: str | None, seeds: Sequence[int] | None = None, only: str = ""
+    table: Table,
+    runs: Path,
+    data_dir: str | None,
+    seeds: Sequence[int] | None = None,
+    only: str = "",
+    known: Mapping[str, Mapping[int, float]] | None = None,
 ) -> None:
     """Runs what has not been run of a table, seed by seed.
 
@@ -39,8 +45,15 @@ def reproduce(
       data_dir: as ``config.data_dir``.
       seeds: these instead of each row's own.
       only: a regular expression: leave out runs whose folder it is not found in.
+      known: leave out these, by folder and seed.
     """
-    todo = [(row, seed) for row in table.rows for seed in (seeds or range(row.seeds)) if re.search(only, row.run)]
+    known = known or {}
+    todo = [
+        (row, seed)
+        for row in table.rows
+        for seed in (range(row.seeds) if seeds is None else seeds)
+        if re.search(only, row.run) and seed not in known.get(row.run, {})
+    ]
     todo.sort(key=lambda row_and_seed: row_and_seed[1])  # a whole table of few seeds comes before more seeds
     for i, (row, seed) in enumerate(todo):
         workdir = runs / row.run / f"seed_{seed}"
@@ -68,6 +81,11 @@ def test_errors(table: Table, runs: Path) -> list[dict[int, float]]:
         results = [read_json(folder / "result.json") for folder in folders]
         found.append({result["seed"]: 100 * (1 - result["test_accuracy"]) for result in results if result})
     return found
+
+
+def rounded(found: Mapping[int, float]) -> dict[int, float]:
+    """The errors in the order of the seeds, without the digits that float32 made up."""
+    return {seed: round(found[seed], 4) for seed in sorted(found)}
 
 
 def as_markdown(name: str, table: Table, errors: Sequence[Mapping[int, float]], command: str) -> str:
@@ -161,6 +179,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data_dir", help="where TensorFlow Datasets has its data (~/tensorflow_datasets)")
     parser.add_argument("--seeds", help="these, such as 0,1,2, instead of the table's own")
     parser.add_argument("--only", default="", metavar="REGEX", help="only runs whose folder it is found in")
+    parser.add_argument(
+        "--add", action="store_true", help="keep what the .json of the results has, run what it has not"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="folder of the runs (%(default)s)")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the table (%(default)s)")
     args = parser.parse_args(argv)
@@ -169,11 +190,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         seeds = None if args.seeds is None else as_seeds(args.seeds.split(","))
         args.results.mkdir(parents=True, exist_ok=True)
+        kept = args.results / f"{args.table}.json"
+        known = {}
+        if args.add:
+            saved = read_json(kept) or {}
+            known = {run: {int(seed): error for seed, error in found.items()} for run, found in saved.items()}
         try:
-            reproduce(table, args.runs, args.data_dir, seeds, args.only)
+            reproduce(table, args.runs, args.data_dir, seeds, args.only, known)
         except Stopped as stop:
             stopped = stop
-        errors = test_errors(table, args.runs)
+        found = test_errors(table, args.runs)
+        errors = [{**known.get(row.run, {}), **mine} for row, mine in zip(table.rows, found, strict=True)]
+        write_json(kept, {row.run: rounded(mine) for row, mine in zip(table.rows, errors, strict=True)})
         command = f"python -m experiments.reproduce {args.table}" + (f" --seeds={args.seeds}" if args.seeds else "")
         (args.results / f"{args.table}.md").write_text(as_markdown(args.table, table, errors, command))
         picture(table, errors).savefig(args.results / f"{args.table}.png")

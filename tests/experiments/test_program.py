@@ -51,11 +51,14 @@ def test_gradients_are_clipped(clip_norm, norm):
     assert jnp.linalg.norm(updates["kernel"]) == pytest.approx(norm * config.optimizer.learning_rate)
 
 
-@pytest.mark.parametrize(("start", "length"), [(0, 12), (0, 3), (3, 1), (3, 2), (2, 9), (11, 1)])
-def test_batches_do_not_depend_on_the_chunk(start, length):
+@pytest.mark.parametrize(
+    ("start", "length", "epochs"), [(0, 12, 3), (0, 3, 1), (3, 1, 1), (3, 2, 2), (2, 9, 3), (11, 1, 1), (4, 4, 1)]
+)
+def test_batches_do_not_depend_on_the_chunk(start, length, epochs):
     key, size, examples = jax.random.key(0), 5, 22  # four steps an epoch, two examples dropped
-    whole = program.batches(key, 0, 12, size, examples)
-    chex.assert_trees_all_equal(program.batches(key, start, length, size, examples), whole[start : start + length])
+    whole = program.batches(key, 0, 12, size, examples, epochs=3)
+    chunk = program.batches(key, start, length, size, examples, epochs)
+    chex.assert_trees_all_equal(chunk, whole[start : start + length])
     for epoch in whole.reshape(3, 20):
         assert len(jnp.unique(epoch)) == 20
     assert jnp.any(whole[:4] != whole[4:8])
@@ -78,3 +81,16 @@ def test_evaluation_does_not_depend_on_the_batches(monkeypatch):
         compiled = program.make_program(smoke_config(), dataset)
         results.append(compiled.evaluate(compiled.init(0), dataset, dataset.test))
     chex.assert_trees_all_close(*results, rtol=1e-6)
+
+
+def test_chunks_of_any_length_make_the_same_run():
+    dataset, ends = data.load("digits"), []
+    for lengths in ((100,), (30, 58, 12), (44, 44, 12), (1, 99)):
+        compiled = program.make_program(smoke_config(), dataset)
+        state, start = compiled.init(0), 0
+        for length in lengths:
+            state, _ = compiled.train_chunk(state, dataset, start, length)
+            start += length
+        ends.append(state.params)
+    for end in ends[1:]:
+        chex.assert_trees_all_equal(ends[0], end)

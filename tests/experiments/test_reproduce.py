@@ -145,3 +145,15 @@ def test_table_is_written_when_it_is_stopped(tmp_path, monkeypatch):
     reproduce.main(arguments)
     assert "not run" not in (tmp_path / "results" / "small.md").read_text()
     assert (tmp_path / "results" / "small.png").exists()
+
+
+def test_add_keeps_what_the_results_have(tmp_path, monkeypatch):
+    monkeypatch.setitem(TABLES, "small", TABLE)
+    began = []
+    monkeypatch.setattr(reproduce, "train", lambda config, workdir: began.append((workdir.parent.name, config.seed)))
+    known = {"digits/10": {"0": 20.0, "7": 22.0}, "digits/20": {"1": 15.5}}
+    (tmp_path / "small.json").write_text(json.dumps(known))
+    reproduce.main(["small", "--add", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path)])
+    assert began == [("20", 0), ("dense", 0), ("10", 1)]
+    assert json.loads((tmp_path / "small.json").read_text()) == {**known, "digits/dense": {}}
+    assert "| digits | 10 | 20.00 ± 1.000 | 21.00 ± 1.000 | 0, 7 |" in (tmp_path / "small.md").read_text()
