@@ -112,7 +112,7 @@ def errors_against(
       title: of the picture.
     """
     figure, (axes,) = _panels(1, xlabel)
-    figure.set_size_inches(8, 4.5)
+    figure.set_size_inches(10, 4.5)
     names = list(dict.fromkeys(x for points in series.values() for x in points))
     named = any(isinstance(x, str) for x in names)
     position = {x: names.index(x) if named else x for x in names}
@@ -124,12 +124,13 @@ def errors_against(
         axes.errorbar(places, means, [error or 0 for error in errors], linestyle="" if named else "-", **style)
     for i, (label, error) in enumerate(baselines.items()):
         axes.axhline(error, label=label, color=COLOURS[i % len(COLOURS)], linestyle="--", linewidth=1)
-    axes.set(ylabel="test error (%)", title=title)
+    axes.set(ylabel="test error (%)")
+    figure.suptitle(title)
     if not named and max(names, default=1) >= 10 * min(names, default=1):
         axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(list(position.values())))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticklabels([f"{x}" for x in position])
+    axes.set_xticklabels([f"{x}".replace(" + ", "\n+ ") for x in position])
     if series or baselines:
         figure.legend(loc="outside right upper", fontsize=8)
     return figure
