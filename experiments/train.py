@@ -45,7 +45,7 @@ FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "Python file with get_config(); --config.KEY=VALUE changes a key.")
 flags.DEFINE_string("workdir", None, "Folder of the run: metrics, checkpoints, pictures, result.")
 flags.DEFINE_list("seeds", None, "Train with each of these seeds (0,1,2) and report mean and standard error.")
-flags.DEFINE_bool("vmap_seeds", False, "Train all --seeds side by side in one program; pays on a GPU or TPU.")
+flags.DEFINE_bool("vmap_seeds", False, "Train all --seeds side by side in one program, for GPUs and TPUs.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
