@@ -108,6 +108,7 @@ def train(
         require_space(workdir, (KEPT + 1 - len(checkpoints.steps())) * size_in_bytes(like) + 2**20)
         saved, state = checkpoints.restore(like) or (0, program.init(seed))
         if saved == total_steps and all(run.result for run in runs):
+            print(f"finished before, see {workdir}")
             return state, [run.result for run in runs]
         if saved:
             print(f"going on from step {saved} of {total_steps}", flush=True)

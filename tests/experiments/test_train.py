@@ -115,10 +115,11 @@ def test_validation_images_are_held_out_and_evaluated(tmp_path):
     assert (result["validation_accuracy"] * 144) % 1 == pytest.approx(0, abs=1e-4)
 
 
-def test_finished_run_is_not_run_again(sparse_run):
+def test_finished_run_is_not_run_again(sparse_run, capsys):
     workdir, state, result = sparse_run
     before = (workdir / "metrics.jsonl").stat().st_mtime_ns
     again, [same] = train.train(smoke_config(), workdir)
+    assert f"finished before, see {workdir}" in capsys.readouterr().out
     assert (workdir / "metrics.jsonl").stat().st_mtime_ns == before
     assert same == result
     chex.assert_trees_all_equal(
