@@ -13,7 +13,7 @@ last epoch. (TensorFlow Datasets has the images in another order than the origin
 
 One thing differs: LeNet-5's gradients are clipped to norm 1. Without (``--config.optimizer.clip_norm=inf``) the first
 mask updates, which give the two small layers all their weights back at once, throw the loss up a hundredfold, and in
-some seeds every unit dies: 3 of 6 within four epochs. With the authors' code it is the same: 3 of 5.
+some seeds every unit dies. With the authors' code it is the same.
 """
 
 from ml_collections import ConfigDict, config_dict

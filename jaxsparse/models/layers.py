@@ -143,7 +143,7 @@ def conv_max_pool(
     The ``"slices"`` form computes the outputs of one pooling window side by side: a convolution whose strides are the
     window, with a copy of the kernel for each place in it, shifted by that place and padded with zeros. It multiplies
     more zeros, but lays out far fewer copies of the image (36 / 4 = 9 instead of 25 for a 5 x 5 kernel and a 2 x 2
-    window) and has wider matrices. On two CPU cores LeNet-5 trains 1.5 times faster by it.
+    window) and has wider matrices. On a CPU that is faster.
 
     Args:
       x: images, (batch, height, width, channels).
