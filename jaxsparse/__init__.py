@@ -3,18 +3,20 @@
 from jaxsparse import allocation, inspect, masks, schedules, selection, structures
 from jaxsparse._version import __version__
 from jaxsparse.allocation import erdos_renyi
-from jaxsparse.inspect import SparsityError, check, eval_params, get_masks, sparsify, summary
+from jaxsparse.inspect import SparsityError, check, closed_channels, eval_params, get_masks, sparsify, summary
 from jaxsparse.links import chain
 from jaxsparse.masks import apply_masks, count, density, magnitude_masks, nonzero_masks, random_masks
 from jaxsparse.methods.mask_updates import mask_updates
+from jaxsparse.methods.reweighted_l1 import rda, reweighted_l1, velocity
 from jaxsparse.methods.sparse_momentum import momentum_regrowth, sparse_momentum
-from jaxsparse.schedules import cosine_prune_rate, linear_prune_rate
+from jaxsparse.schedules import cosine_prune_rate, linear_prune_rate, rda_cosine, rda_halving, rda_log_cosine
 from jaxsparse.selection import global_top_k_masks, top_k_mask
 from jaxsparse.structures import Prunable
 
 __all__ = [
-    "Prunable", "SparsityError", "__version__", "allocation", "apply_masks", "chain", "check", "cosine_prune_rate",
-    "count", "density", "erdos_renyi", "eval_params", "get_masks", "global_top_k_masks", "inspect", "linear_prune_rate",
-    "magnitude_masks", "mask_updates", "masks", "momentum_regrowth", "nonzero_masks", "random_masks", "schedules",
-    "selection", "sparse_momentum", "sparsify", "structures", "summary", "top_k_mask",
+    "Prunable", "SparsityError", "__version__", "allocation", "apply_masks", "chain", "check", "closed_channels",
+    "cosine_prune_rate", "count", "density", "erdos_renyi", "eval_params", "get_masks", "global_top_k_masks",
+    "inspect", "linear_prune_rate", "magnitude_masks", "mask_updates", "masks", "momentum_regrowth", "nonzero_masks",
+    "random_masks", "rda", "rda_cosine", "rda_halving", "rda_log_cosine", "reweighted_l1", "schedules", "selection",
+    "sparse_momentum", "sparsify", "structures", "summary", "top_k_mask", "velocity",
 ]  # fmt: skip

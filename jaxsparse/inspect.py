@@ -12,9 +12,12 @@ import numpy as np
 
 from jaxsparse.links import link_states
 from jaxsparse.masks import apply_masks, validate_masks
-from jaxsparse.structures import align, by_path, is_masked_node, leaf_paths
+from jaxsparse.structures import align, by_path, is_masked_node, leaf_paths, prunable_leaves
 
-__all__ = ["SparsityError", "Summary", "check", "eval_params", "get_masks", "plot_masks", "sparsify", "summary"]
+__all__ = [
+    "SparsityError", "Summary", "check", "closed_channels", "eval_params", "get_masks", "plot_masks", "sparsify",
+    "summary",
+]  # fmt: skip
 
 
 class SparsityError(ValueError):
@@ -97,6 +100,32 @@ def check(opt_state: Any, params: Any = None) -> None:
     problems = [problem for link in _links(opt_state) for problem in link.problems(params)]
     if problems:
         raise SparsityError("; ".join(problems))
+
+
+def closed_channels(params: Any, *, prunable: Any = None) -> dict[str, np.ndarray]:
+    """Which channels of each layer have died: the outputs to which only weights of zero lead.
+
+    Args:
+      params: the params, layers' kernels with the outputs on the last axis, as Flax has them.
+      prunable: which leaves are looked at, see :func:`jaxsparse.structures.prunable_leaves`; default: kernels.
+
+    Returns:
+      For the path of every such leaf the closed outputs in increasing order, int, (closed,); empty for none.
+
+    Raises:
+      ValueError: as :func:`jaxsparse.structures.prunable_leaves`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> closed_channels({"conv": jnp.ones((3, 3, 2, 4)).at[..., 1].set(0.0), "bias": jnp.zeros(4)})
+      {'conv': array([1])}
+    """
+    chosen = by_path(prunable_leaves(params, prunable))
+    return {
+        path: np.flatnonzero(~np.asarray(jnp.any(leaf != 0, axis=tuple(range(leaf.ndim - 1)))))
+        for path, leaf in by_path(params).items()
+        if chosen[path]
+    }
 
 
 class LayerSummary(NamedTuple):

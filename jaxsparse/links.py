@@ -208,6 +208,15 @@ def land_on_masks(updates: Any, params: Any, masks: Any) -> Any:
     return treedef.unflatten([land(*each) for each in zip(leaves, proposed, masks, strict=True)])
 
 
+def check_range(name: str, value: Any, low: float, high: float | None = None, open_end: bool = False) -> None:
+    """Raises a ValueError for a concrete value out of range or NaN; None and traced values pass."""
+    if value is None or isinstance(value, jax.core.Tracer):
+        return
+    if not (value >= low and (high is None or value < high or (value == high and not open_end))):
+        upper = "" if high is None else f" and {'below' if open_end else 'at most'} {high}"
+        raise ValueError(f"{name} must be at least {low}{upper}, got {value}")
+
+
 def require_params(params: Any, who: str) -> None:
     """Raises a ValueError if ``update`` was called without params."""
     if params is None:

@@ -1,11 +1,18 @@
-"""Prune-rate schedules: Optax schedules, step (from 0) to value.
+"""Optax schedules, step (from 0) to value: prune rates, and the step sizes and averagings of dual averaging.
 
 The prune rate is the share of a layer's weights that one mask update replaces.
 """
 
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
 import optax
 
-__all__ = ["cosine_prune_rate", "linear_prune_rate"]
+__all__ = [
+    "RDASchedules", "cosine_prune_rate", "linear_prune_rate", "rda_cosine", "rda_halving", "rda_log_cosine",
+]  # fmt: skip
 
 
 def cosine_prune_rate(init_value: float, steps: int, end_value: float = 0.005) -> optax.Schedule:
@@ -56,6 +63,132 @@ def linear_prune_rate(init_value: float, steps: int, end_value: float = 0.0) -> 
     """
     _check(init_value, steps, end_value)
     return optax.linear_schedule(init_value, end_value, steps)
+
+
+class RDASchedules(NamedTuple):
+    """Two schedules that belong together, for :func:`jaxsparse.rda`.
+
+    Attributes:
+      step_size: s of every step.
+      averaging: a of every step, in [0, 1].
+    """
+
+    step_size: optax.Schedule
+    averaging: optax.Schedule
+
+
+def rda_cosine(init_value: float, steps: int) -> RDASchedules:
+    r"""The cosine pair of training with compressed sensing: the step size goes to 0, the averaging to 1.
+
+    .. math:: s_t = s_0 \frac{1 + \cos(\pi t / T)}{2}, \qquad a_t = \frac{1 - \cos(\pi t / T)}{2} = 1 - s_t / s_0
+
+    for t = 1, ..., T: as the authors count, the first step (step 0) has t = 1, the last t = T and a step size of 0.
+
+    Args:
+      init_value: :math:`s_0` >= 0.
+      steps: :math:`T`, the number of training steps, at least 1; after them the last value stays.
+
+    Raises:
+      ValueError: for values out of range.
+
+    Examples:
+      >>> step_size, averaging = rda_cosine(1.0, 100)
+      >>> [round(float(step_size(t)), 4) for t in (0, 49, 99)]
+      [0.9998, 0.5, 0.0]
+      >>> [round(float(averaging(t)), 4) for t in (0, 49, 99)]
+      [0.0002, 0.5, 1.0]
+
+    References:
+      Siegel et al., Training Sparse Neural Networks using Compressed Sensing, 2020;
+      https://github.com/dmaywald/xrda-sparse-training (CosineSpecs).
+    """
+    _check_rda(init_value, steps)
+
+    # (1 - cos x) / 2 = sin^2(x / 2), from either end: 1 + cos would lose the last digits of small step sizes.
+    def rising(t):
+        return jnp.sin(0.5 * math.pi * t / steps) ** 2
+
+    def passed(step):
+        return jnp.minimum(_counted_from_1(step), steps)
+
+    return RDASchedules(lambda step: init_value * rising(steps - passed(step)), lambda step: rising(passed(step)))
+
+
+def rda_halving(init_value: float, boundaries: Sequence[int]) -> RDASchedules:
+    """The halving pair of training with compressed sensing: at each boundary s and 1 - a are halved.
+
+    The authors do so after epochs 60, 100, 140, ..., 420 of 500. Before the first boundary a is 0.
+
+    Args:
+      init_value: the first step size, >= 0.
+      boundaries: the steps at which they are halved: the first steps with the new values.
+
+    Raises:
+      ValueError: for a negative step size or boundary.
+
+    Examples:
+      >>> step_size, averaging = rda_halving(1.0, [100, 200])
+      >>> [float(step_size(t)) for t in (99, 100, 200)]
+      [1.0, 0.5, 0.25]
+      >>> [float(averaging(t)) for t in (99, 100, 200)]
+      [0.0, 0.5, 0.75]
+
+    References:
+      As :func:`rda_cosine` (IterationSpecs).
+    """
+    _check_rda(init_value, 1)
+    for boundary in boundaries:
+        if boundary < 0:
+            raise ValueError(f"boundaries are steps and must be at least 0, got {boundary}")
+
+    def share(step):
+        return jnp.exp2(-sum((jnp.asarray(step >= b, jnp.float32) for b in boundaries), jnp.float32(0)))
+
+    return RDASchedules(lambda step: init_value * share(step), lambda step: 1 - share(step))
+
+
+def rda_log_cosine(init_value: float, steps: int) -> RDASchedules:
+    r"""A warm-up, then the cosine of the logarithm of the step size, with the averaging of :func:`rda_cosine`.
+
+    .. math:: s_t = 50 s_0 t / T \text{ for } t \le T / 50, \text{ then } s_0 \cdot
+       10^{1.1 (\cos(\frac{50}{49} \frac{\pi t}{T} - \frac{\pi}{49}) - 1)}
+
+    which ends at :math:`10^{-2.2} s_0`. The authors wrote it for ImageNet.
+
+    Args:
+      init_value: :math:`s_0` >= 0, the largest step size.
+      steps: :math:`T`, the number of training steps, at least 1; t counts from 1.
+
+    Raises:
+      ValueError: for values out of range.
+
+    Examples:
+      >>> step_size, averaging = rda_log_cosine(1.0, 100)
+      >>> [round(float(step_size(t)), 4) for t in (0, 1, 50, 99)]
+      [0.5, 1.0, 0.0794, 0.0063]
+
+    References:
+      As :func:`rda_cosine` (ExpCosineSpecs).
+    """
+    _check_rda(init_value, steps)
+
+    def step_size(step):
+        t = jnp.minimum(_counted_from_1(step), steps) / steps
+        decayed = 10.0 ** (1.1 * (jnp.cos((50 * t - 1) * math.pi / 49) - 1))
+        return init_value * jnp.where(t <= 1 / 50, 50 * t, decayed)
+
+    return RDASchedules(step_size, rda_cosine(init_value, steps).averaging)
+
+
+def _counted_from_1(step):
+    return jnp.asarray(step, jnp.float32) + 1
+
+
+def _check_rda(init_value: float, steps: int) -> None:
+    if not init_value >= 0:
+        raise ValueError(f"init_value is a step size and must be at least 0, got {init_value}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
 
 
 def _check(init_value: float, steps: int, end_value: float) -> None:

@@ -6,7 +6,7 @@ prunable leaf is its *structure*: here a single weight.
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,15 +15,15 @@ import numpy as np
 import optax
 
 __all__ = [
-    "Prunable", "align", "by_path", "is_function", "is_masked_node", "leaf_paths", "path_name", "prunable_leaves",
-    "resolve_structure",
+    "Prunable", "align", "by_path", "check_structure", "group_axes", "is_function", "is_masked_node", "leaf_paths",
+    "path_name", "prunable_leaves", "resolve_structure",
 ]  # fmt: skip
 
 logger = logging.getLogger("jaxsparse")
 
 # What wrappers of leaves are called (flax.nnx); the name of the leaf is the one before.
 _WRAPPER_NAMES = {"value", "raw_value"}
-_STRUCTURES = ("weight",)
+_GROUPED = {"kernel": 2, "channel": 1}  # how many of the last axes tell the groups apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +145,7 @@ def prunable_leaves(params: Any, prunable: Any = None) -> Any:
 
 
 def resolve_structure(structure: str) -> str:
-    """Checks the unit that is kept or dropped as one.
+    """Checks the unit that is kept or dropped as one, for methods that know single weights only.
 
     Args:
       structure: ``"weight"``, every weight by itself.
@@ -153,9 +153,67 @@ def resolve_structure(structure: str) -> str:
     Raises:
       ValueError: for an unknown structure.
     """
-    if structure not in _STRUCTURES:
-        raise ValueError(f"structure must be one of {list(_STRUCTURES)}, got {structure!r}")
+    if structure != "weight":
+        raise ValueError(f"structure must be one of ['weight'], got {structure!r}")
     return structure
+
+
+def check_structure(structure: str | Mapping[str, str]) -> None:
+    """Raises a ValueError for an unknown structure, or one of a mapping."""
+    for value in structure.values() if isinstance(structure, Mapping) else [structure]:
+        if value not in ("weight", *_GROUPED):
+            raise ValueError(f"structure must be one of {['weight', *_GROUPED]}, got {value!r}")
+
+
+def group_axes(structure: str | Mapping[str, str], params: Any, prunable: Any) -> Any:
+    """The axes over which the weights of a prunable leaf live and die together.
+
+    Convolution kernels are laid out as Flax has them, (spatial axes, inputs, outputs): a ``"kernel"`` is the slice of
+    one input and one output, a ``"channel"`` all that leads to one output.
+
+    Args:
+      structure: ``"weight"`` (every weight by itself), ``"kernel"`` or ``"channel"`` for all leaves: of these, leaves
+        of four dimensions are taken in groups, matrices by single weights. Or a mapping from path to structure
+        for leaves of three dimensions or more; those that it does not name go by single weights.
+      params: a pytree of arrays.
+      prunable: a bool for every leaf, like ``params``; see :func:`prunable_leaves`.
+
+    Returns:
+      A tuple of axes for every prunable leaf, empty for single weights; ``optax.MaskedNode()`` for the others.
+
+    Raises:
+      ValueError: for an unknown structure or path, and for a leaf whose rank a structure does not fit.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> params = {"conv": jnp.ones((3, 3, 2, 8)), "fc": jnp.ones((8, 10))}
+      >>> group_axes("kernel", params, prunable_leaves(params))
+      {'conv': (0, 1), 'fc': ()}
+    """
+    check_structure(structure)
+    by_leaf = isinstance(structure, Mapping)
+    leaves, treedef = jax.tree.flatten(params)
+    names = leaf_paths(params)
+    partial = any(map(is_masked_node, jax.tree.leaves(params, is_leaf=is_masked_node)))
+    unknown = sorted(set(structure) - set(names)) if by_leaf and names and not partial else []
+    if unknown:
+        raise ValueError(f"structure names {_listed(unknown)}, but the params are {_listed(names)}")
+    axes: list[Any] = []
+    for name, leaf, chosen in zip(names, leaves, treedef.flatten_up_to(prunable), strict=True):
+        unit = structure.get(name, "weight") if isinstance(structure, Mapping) else structure
+        if not chosen:
+            axes.append(optax.MaskedNode())
+        elif unit == "weight" or (leaf.ndim == 2 and not by_leaf):
+            axes.append(())
+        elif leaf.ndim == 4 or (leaf.ndim > 2 and by_leaf):
+            axes.append(tuple(range(leaf.ndim - _GROUPED[unit])))
+        else:
+            raise ValueError(
+                f"structure {unit!r} does not fit {name} of shape {leaf.shape}: for all leaves at once it is for "
+                'kernels of four dimensions and matrices; say it leaf by leaf, structure={"path": "channel"}, for '
+                "those of three dimensions or more, or leave leaves out by prunable="
+            )
+    return treedef.unflatten(axes)
 
 
 def _prunable_by_default(path: tuple, leaf: Any) -> bool:

@@ -27,6 +27,7 @@ from jaxsparse.allocation import (
 from jaxsparse.links import (
     align_signal,
     check_budget,
+    check_range,
     check_zeros,
     land_on_masks,
     on_update_steps,
@@ -187,12 +188,12 @@ def sparse_momentum(
     if masks is None and not callable(sparsity):
         for value in sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]:
             check_sparsity(value)
-    _check_range("update_every", update_every, 1)
-    _check_range("start_at", start_at, 0)
-    _check_range("stop_at", stop_at, 0)
-    _check_range("decay", decay, 0, 1, open_end=True)
+    check_range("update_every", update_every, 1)
+    check_range("start_at", start_at, 0)
+    check_range("stop_at", stop_at, 0)
+    check_range("decay", decay, 0, 1, open_end=True)
     if not callable(prune_rate):
-        _check_range("prune_rate", prune_rate, 0, 1)
+        check_range("prune_rate", prune_rate, 0, 1)
     resolve_structure(structure)
 
     def init_fn(params):
@@ -295,7 +296,7 @@ def momentum_regrowth(
       [[True, False, False, True]]
     """
     _check_modes(growth, redistribution, prune)
-    _check_range("prune_rate", prune_rate, 0, 1)
+    check_range("prune_rate", prune_rate, 0, 1)
     if key is None and growth == "random":
         raise ValueError('growth="random" needs a key')
     flat = _Leaves.of(params, momentum, validate_masks(masks, params))
@@ -430,12 +431,3 @@ def _check_modes(growth: str, redistribution: str, prune: str) -> None:
     ):
         if value not in options:
             raise ValueError(f"{name} must be one of {list(options)}, got {value!r}")
-
-
-def _check_range(name: str, value: Any, low: float, high: float | None = None, open_end: bool = False) -> None:
-    """Raises a ValueError for a concrete value out of range; None and traced values pass."""
-    if value is None or isinstance(value, jax.core.Tracer):
-        return
-    if value < low or (high is not None and (value > high or (open_end and value == high))):
-        upper = "" if high is None else f" and {'below' if open_end else 'at most'} {high}"
-        raise ValueError(f"{name} must be at least {low}{upper}, got {value}")

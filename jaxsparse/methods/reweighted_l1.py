@@ -1,0 +1,341 @@
+"""Training with compressed sensing: adaptively reweighted l1 by generalised regularised dual averaging.
+
+Siegel, Chen, Zhang and Xu, *Training Sparse Neural Networks using Compressed Sensing*, 2020
+(https://arxiv.org/abs/2008.09661). Where the paper leaves something open, the authors' code is followed (class xRDA and
+its proximal operator, https://github.com/dmaywald/xrda-sparse-training at f88d0d5); the numbered lines of
+:func:`reweighted_l1` are in its order.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from jaxsparse.links import chain, check_range, check_zeros, refuse_replicated, require_params
+from jaxsparse.structures import by_path, check_structure, group_axes, is_masked_node, leaf_paths, prunable_leaves
+
+__all__ = ["ReweightedL1State", "VelocityState", "rda", "reweighted_l1", "velocity"]
+
+
+class ReweightedL1State(NamedTuple):
+    """State of :func:`reweighted_l1`. The trees are like the params, with ``optax.MaskedNode()`` for dense leaves.
+
+    Attributes:
+      count: (), int32: the updates so far.
+      pre_prox: y, the weights before they are shrunk, in the shapes and dtypes of the params.
+      threshold: l1 * b, by how much they are shrunk; of the leaf's shape, with 1 for the axes of a group.
+      magnitude: r, the running average of the weights' absolute values; likewise.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # the name that Optax gives it
+    pre_prox: Any
+    threshold: Any
+    magnitude: Any
+
+    def sparse_masks(self) -> Any:
+        """|y| > l1 * b: the masks are no part of the state, they follow from it."""
+        return jax.tree.map(lambda y, t: jnp.abs(y) > t, self.pre_prox, self.threshold)
+
+    def wants_momentum(self) -> bool:
+        """The weights' own sizes decide, not their momentum."""
+        return False
+
+    def problems(self, params: Any | None) -> list[str]:
+        """Weights in the state that are not finite, pruned weights of the params that are not zero."""
+        who = "reweighted_l1"
+        found = [
+            f"{who}: {name} has weights that are not finite. The training has diverged, or the step size, l1 or "
+            "averaging is NaN at some step"
+            for name, y in by_path((self.pre_prox, self.threshold)).items()
+            if not bool(jnp.isfinite(y).all())
+        ]
+        return found + ([] if params is None else check_zeros(self.sparse_masks(), params, who))
+
+
+class VelocityState(NamedTuple):
+    """State of :func:`velocity`.
+
+    Attributes:
+      count: (), int32: the updates so far.
+      ema: v, the exponential average of the gradients, like the params.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # the name that Optax gives it
+    ema: Any
+
+
+def reweighted_l1(
+    step_size: ArrayLike | optax.Schedule,
+    *,
+    l1: ArrayLike | optax.Schedule,
+    averaging: ArrayLike | optax.Schedule = 0.0,
+    weight_time: ArrayLike = 9.5,
+    max_factor: ArrayLike = 500.0,
+    structure: str | Mapping[str, str] = "weight",
+    prunable: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""The proximal step of training with compressed sensing (Siegel et al., 2020). A link: last in the chain.
+
+    It takes whatever update u the optimizer proposes, already scaled by the step size s, and lands on the
+    soft-thresholded weights. For each leaf, from the params x that come in:
+
+    .. math::
+       r &\leftarrow e^{-s/\tau} r + (1 - e^{-s/\tau}) |x| && (1) \\
+       w &= M / (1 + (M - 1)\, r / \max r)                 && (2) \\
+       b &\leftarrow a b + s w                             && (3) \\
+       y &\leftarrow a y + (1 - a) x + u                   && (4) \\
+       x &\leftarrow \mathrm{sign}(y) \max(|y| - \lambda b, 0) && (5)
+
+    where a is ``averaging``, :math:`\tau` ``weight_time``, M ``max_factor`` and :math:`\lambda` ``l1``. A weight as
+    large as its layer's largest is shrunk by l1 and one at zero by M * l1, as by the penalty
+
+    .. math:: \lambda \frac{m M}{M - 1} \sum_j \log\left(1 + (M - 1) |x_j| / m\right), \quad m = \max r
+
+    which is what makes small weights vanish and leaves large ones nearly alone. Gradients are taken at the sparse x.
+    If 1 - a = s / s_0, as in the schedules of the authors (:func:`jaxsparse.rda_cosine`), the threshold stays at
+    :math:`\lambda s_0 w` while the step size s goes to zero; it is this that keeps the zeros.
+
+    The special cases:
+
+    * proximal SGD: ``averaging=0``, then b = s w and y is nothing but the step;
+    * regularised dual averaging (Xiao, 2010): ``averaging=1``, then y and b accumulate for ever;
+    * plain l1: ``max_factor=1``, then w = 1;
+    * Adam or any other optimizer: ``optax.chain(optax.adam(1e-3), reweighted_l1(1e-3, l1=1e-6))``.
+
+    Args:
+      step_size: s, the learning rate of the optimizer before it: a float >= 0 or a schedule of the step.
+      l1: strength of the penalty, :math:`\lambda` >= 0, possibly traced, or a schedule of the step.
+      averaging: a, in [0, 1], or a schedule of the step.
+      weight_time: :math:`\tau` > 0, over which time (the sum of the step sizes) the absolute values are averaged.
+      max_factor: M >= 1: how much more the smallest weights are shrunk than the largest.
+      structure: what goes to zero as one: "weight"; "kernel" or "channel", for which the mean absolute value of the
+        group takes the place of abs(x), and w is multiplied by the square root of its size, in leaves of four
+        dimensions (matrices go by single weights); or a mapping from path to these.
+        See :func:`jaxsparse.structures.group_axes`.
+      prunable: which leaves are shrunk, see :func:`jaxsparse.structures.prunable_leaves`; default: every floating-point
+        leaf of two or more dimensions that is no bias or scale, the first and last layer included.
+
+    Returns:
+      A gradient transformation with the state :class:`ReweightedL1State`: three copies of the leaves that are shrunk,
+      or little more than one if they are so in groups. Its ``update`` needs the params. Leaves that are not
+      shrunk take the proposed update. A layer whose average is all zero is not shrunk, so it may come back.
+
+    Raises:
+      ValueError: for numbers out of range, schedules that start so, an unknown structure or one that does not fit a
+        leaf, leaves of less than float32 precision, params with a replica axis, missing params.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, jaxsparse
+      >>> params = {"kernel": jnp.array([[1.0, 0.01]])}
+      >>> tx = optax.chain(optax.sgd(1.0), jaxsparse.reweighted_l1(1.0, l1=1e-3))
+      >>> updates, opt_state = tx.update({"kernel": jnp.zeros((1, 2))}, tx.init(params), params)
+      >>> optax.apply_updates(params, updates)["kernel"].tolist()
+      [[0.9990000128746033, 0.0]]
+      >>> jaxsparse.get_masks(opt_state)["kernel"].tolist()
+      [[True, False]]
+
+    References:
+      Siegel, Chen, Zhang and Xu, `Training Sparse Neural Networks using Compressed Sensing
+      <https://arxiv.org/abs/2008.09661>`_, 2020; Xiao, *Dual Averaging Methods for Regularized Stochastic Learning and
+      Online Optimization*, 2010; Candes, Wakin and Boyd, *Enhancing Sparsity by Reweighted l1 Minimization*, 2008.
+
+    .. warning::
+      The link must stand last. Params are float32: the thresholds are thousandths of the weights. Compute in bfloat16
+      if you like.
+    """
+    _check_schedule("step_size", step_size, 0)
+    _check_schedule("l1", l1, 0)
+    _check_schedule("averaging", averaging, 0, 1)
+    _check_time("weight_time", weight_time)
+    check_range("max_factor", max_factor, 1)
+    check_structure(structure)
+
+    def init_fn(params):
+        refuse_replicated(params, "reweighted_l1")
+        axes = group_axes(structure, params, prunable_leaves(params, prunable))
+
+        def zeros(p, group):
+            return jnp.zeros([1 if i in group else size for i, size in enumerate(p.shape)], p.dtype)
+
+        names, (leaves, treedef) = leaf_paths(params), jax.tree.flatten(params)
+        groups = treedef.flatten_up_to(axes)
+        for name, p, group in zip(names, leaves, groups, strict=True):
+            if not is_masked_node(group) and jnp.finfo(p.dtype).bits < 32:
+                raise ValueError(
+                    f"reweighted_l1 needs float32 params, but {name} is {p.dtype}: keep the weights in float32 and "
+                    "compute in less (dtype=jnp.bfloat16 of the Flax layers)"
+                )
+
+        def for_each(make):
+            made = [g if is_masked_node(g) else make(p, g) for p, g in zip(leaves, groups, strict=True)]
+            return treedef.unflatten(made)
+
+        return ReweightedL1State(
+            count=jnp.zeros([], jnp.int32),
+            # Copies: the state and the params may both be donated.
+            pre_prox=for_each(lambda p, _: jnp.array(p, copy=True)),
+            threshold=for_each(zeros),
+            magnitude=for_each(zeros),
+        )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        require_params(params, "reweighted_l1")
+        s, a, strength = (_at(value, state.count) for value in (step_size, averaging, l1))
+        fading = s / weight_time
+
+        def step(u, x, y, threshold, r):
+            group = tuple(i for i, (size, full) in enumerate(zip(r.shape, x.shape, strict=True)) if size != full)
+            size = jnp.abs(x).mean(group, keepdims=True) if group else jnp.abs(x)
+            r = jnp.exp(-fading) * r - jnp.expm1(-fading) * size  # (1)
+            largest = jnp.max(r)
+            # (2), all multiplied by max r: one division, and 0 / 0 where the average is zero.
+            w = max_factor * largest / jnp.where(largest > 0, largest + (max_factor - 1) * r, 1)
+            w = jnp.where((largest == 0) & (max_factor == 1), 1, w)  # plain l1 has no weights to lack
+            w *= math.sqrt(x.size / r.size)
+            threshold = a * threshold + strength * s * w  # (3), times l1
+            y = a * y + (1 - a) * x + u  # (4)
+            shrunk = jnp.where(jnp.abs(y) > threshold, y - jnp.copysign(threshold, y), 0)  # (5)
+            # -x where it is 0: x + (-x) is 0, exactly.
+            return tuple(new.astype(x.dtype) for new in (shrunk - x, y, threshold, r))
+
+        leaves, treedef = jax.tree.flatten(params)
+        flat = map(treedef.flatten_up_to, (updates, state.pre_prox, state.threshold, state.magnitude))
+        stepped = [
+            (u.astype(x.dtype), y, threshold, r) if is_masked_node(y) else step(u, x, y, threshold, r)
+            for x, u, y, threshold, r in zip(leaves, *flat, strict=True)
+        ]
+        updates, *trees = (treedef.unflatten([leaf[i] for leaf in stepped]) for i in range(4))
+        return updates, ReweightedL1State(optax.safe_increment(state.count), *trees)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def velocity(
+    step_size: ArrayLike | optax.Schedule, momentum_time: ArrayLike = 9.5
+) -> optax.GradientTransformationExtraArgs:
+    r"""SGD with momentum whose memory is measured in time, the sum of the step sizes.
+
+    .. math:: v \leftarrow e^{-s/\tau} v + (1 - e^{-s/\tau}) g, \qquad \Delta = -s v
+
+    With s = 1 and :math:`\tau` = 9.5 that is SGD with momentum 0.9 and a learning rate of 0.1; as s goes to zero, the
+    average reaches over more and more steps.
+
+    Args:
+      step_size: s >= 0, a float or a schedule of the step.
+      momentum_time: :math:`\tau` > 0.
+
+    Returns:
+      A gradient transformation with the state :class:`VelocityState`; :func:`jaxsparse.chain` finds its momentum.
+
+    Raises:
+      ValueError: for numbers out of range.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> tx = velocity(1.0, momentum_time=9.5)
+      >>> updates, _ = tx.update({"w": jnp.ones(1)}, tx.init({"w": jnp.zeros(1)}))
+      >>> print(f"{float(updates['w'][0]):.4f}")
+      -0.0999
+    """
+    _check_schedule("step_size", step_size, 0)
+    _check_time("momentum_time", momentum_time)
+
+    def init_fn(params):
+        return VelocityState(jnp.zeros([], jnp.int32), jax.tree.map(jnp.zeros_like, params))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        s = _at(step_size, state.count)
+        fading = s / momentum_time
+
+        def average(v, g):
+            return (jnp.exp(-fading) * v - jnp.expm1(-fading) * g).astype(v.dtype)
+
+        v = jax.tree.map(average, state.ema, updates)
+        updates = jax.tree.map(lambda v: (-s * v).astype(v.dtype), v)
+        return updates, VelocityState(optax.safe_increment(state.count), v)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def rda(
+    step_size: ArrayLike | optax.Schedule,
+    *,
+    l1: ArrayLike | optax.Schedule,
+    averaging: ArrayLike | optax.Schedule = 0.0,
+    momentum_time: ArrayLike = 9.5,
+    weight_time: ArrayLike | None = None,
+    weight_decay: ArrayLike = 0.0,
+    max_factor: ArrayLike = 500.0,
+    structure: str | Mapping[str, str] = "weight",
+    prunable: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Generalised regularised dual averaging with reweighted l1: the whole optimizer of Siegel et al. (2020).
+
+    Weight decay on all params, :func:`velocity` and :func:`reweighted_l1`, in one chain.
+
+    Args:
+      step_size: as for :func:`reweighted_l1`; the authors start at 1.
+      l1: likewise; the authors take about 1e-6 for convolutional networks with a step size of 1.
+      averaging: likewise; with the step size from :func:`jaxsparse.rda_cosine` or :func:`jaxsparse.rda_halving`.
+      momentum_time: as for :func:`velocity`.
+      weight_time: as for :func:`reweighted_l1`; None takes ``momentum_time``, as the authors do.
+      weight_decay: this times the params is added to the gradients, those of biases and scales too.
+      max_factor, structure, prunable: as for :func:`reweighted_l1`.
+
+    Returns:
+      A gradient transformation. Its ``update`` needs the params.
+
+    Raises:
+      ValueError: as :func:`reweighted_l1`.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, jaxsparse
+      >>> params = {"kernel": jnp.ones((20, 10)), "bias": jnp.zeros(10)}
+      >>> step_size, averaging = jaxsparse.rda_cosine(1.0, steps=54_000)
+      >>> tx = jaxsparse.rda(step_size, l1=3e-6, averaging=averaging, weight_decay=5e-4)
+      >>> opt_state = tx.init(params)
+      >>> print(jaxsparse.density(jaxsparse.get_masks(opt_state)))  # dense at first; zeros come while training
+      1.0
+
+    References:
+      Siegel, Chen, Zhang and Xu, `Training Sparse Neural Networks using Compressed Sensing
+      <https://arxiv.org/abs/2008.09661>`_, 2020.
+    """
+    check_range("weight_decay", weight_decay, 0)
+    no_decay = not isinstance(weight_decay, jax.core.Tracer) and weight_decay == 0
+    return chain(
+        optax.identity() if no_decay else optax.add_decayed_weights(weight_decay),
+        velocity(step_size, momentum_time),
+        reweighted_l1(
+            step_size,
+            l1=l1,
+            averaging=averaging,
+            weight_time=momentum_time if weight_time is None else weight_time,
+            max_factor=max_factor,
+            structure=structure,
+            prunable=prunable,
+        ),
+    )
+
+
+def _at(value: ArrayLike | optax.Schedule, count: jax.Array) -> jax.Array:
+    return jnp.asarray(value(count) if callable(value) else value, jnp.float32)
+
+
+def _check_schedule(name: str, value: Any, low: float, high: float | None = None) -> None:
+    """Raises a ValueError for a value out of range, of a schedule its first."""
+    if callable(value):
+        check_range(f"{name}(0)", value(0), low, high)
+    else:
+        check_range(name, value, low, high)
+
+
+def _check_time(name: str, value: Any) -> None:
+    if not isinstance(value, jax.core.Tracer) and not value > 0:
+        raise ValueError(f"{name} must be above 0, got {value}")

@@ -1,0 +1,354 @@
+import json
+import pathlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import jax_utils
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.linear_model import Lasso
+
+import jaxsparse
+from tests.problems import make_params, make_step, signature
+
+GOLDEN = sorted((pathlib.Path(__file__).parent.parent / "golden").glob("xrda_*.npz"))
+LEAVES = ("conv", "dense", "bias")
+
+
+# --- Against the authors' code ----------------------------------------------------------------------------------------
+
+
+def golden(file):
+    """The transformation, and what the authors' code was given and returned."""
+    data = np.load(file)
+    meta = json.loads(str(data["meta"]))
+    step_size, averaging = (jnp.asarray(data[name], jnp.float32) for name in ("step_size", "averaging"))
+    tx = jaxsparse.rda(
+        lambda count: step_size[count],
+        l1=meta["lam"],
+        averaging=lambda count: averaging[count],
+        momentum_time=meta["momentum_time_scale"],
+        weight_time=meta["weight_time_scale"],
+        weight_decay=meta["weight_decay"],
+        max_factor=meta["maximum_factor"],
+        structure="weight" if meta["mode"] == "normal" else meta["mode"],
+    )
+    init, grads, params = ({name: data[f"{part}/{name}"] for name in LEAVES} for part in ("init", "grads", "params"))
+    return tx, jax.tree.map(jnp.asarray, init), grads, params
+
+
+def assert_same(ours, theirs, threshold_distance):
+    for name in LEAVES:
+        np.testing.assert_allclose(ours[name], theirs[name], atol=1e-5, rtol=0)
+        differ = (np.asarray(ours[name]) == 0) != (theirs[name] == 0)
+        if name in threshold_distance:
+            differ &= np.asarray(threshold_distance[name]) > 1e-6
+        assert not differ.any(), name
+
+
+def distance_to_threshold(state):
+    return jax.tree.map(lambda y, t: jnp.abs(jnp.abs(y) - t), *({n: getattr(state, f)[n] for n in ("conv", "dense")}
+                        for f in ("pre_prox", "threshold")))  # fmt: skip
+
+
+@pytest.mark.parametrize("file", GOLDEN, ids=lambda f: f.stem)
+def test_golden_trajectories(file):
+    tx, params, grads, expected = golden(file)
+    opt_state = tx.init(params)
+
+    @jax.jit
+    def step(params, opt_state, grads):
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    steps = len(grads["conv"])
+    assert steps == 120
+    for i in range(steps):
+        params, opt_state = step(params, opt_state, {name: grads[name][i] for name in LEAVES})
+        assert_same(params, {name: expected[name][i] for name in LEAVES}, distance_to_threshold(opt_state[-1]))
+        jaxsparse.check(opt_state, params)
+    assert float(jaxsparse.density(jaxsparse.get_masks(opt_state))) < 0.95
+
+
+@pytest.mark.parametrize("file", GOLDEN, ids=lambda f: f.stem)
+def test_golden_trajectories_on_eight_devices(file):
+    tx, params, grads, expected = golden(file)
+
+    def step(carry, grads):
+        params, opt_state = carry
+        # Each device has its own gradient; their mean is the one that the authors' code was given.
+        own = jax.tree.map(lambda g: g * 2 * (jax.lax.axis_index("d") + 1.0) / 9, grads)
+        updates, opt_state = tx.update(jax.lax.pmean(own, "d"), opt_state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, opt_state), (params, distance_to_threshold(opt_state[-1]))
+
+    replicas = jax_utils.replicate((params, tx.init(params)))
+    trained = jax.pmap(lambda carry, grads: jax.lax.scan(step, carry, grads)[1], axis_name="d", in_axes=(0, None))
+    history, distances = jax.device_get(trained(replicas, grads))
+    for device in (0, 7):
+        for i in range(120):
+            assert_same(*(jax.tree.map(lambda x: x[i], tree) for tree in (  # noqa: B023
+                jax.tree.map(lambda x: x[device], history), expected, jax.tree.map(lambda x: x[device], distances)  # noqa: B023
+            )))  # fmt: skip
+
+
+# --- What the formulas say --------------------------------------------------------------------------------------------
+
+
+def test_under_the_cosine_pair_the_threshold_stays_at_l1_times_the_first_step_size():
+    s0, steps, factor = 0.7, 2000, 500.0
+    step_size, averaging = jaxsparse.rda_cosine(s0, steps)
+    params = {"w": jnp.array([[0.0, 0.01, -0.5, 2.0]])}
+    l1 = 1e-12  # so little that the weights, and with them w, stay
+    tx = jaxsparse.reweighted_l1(step_size, l1=l1, averaging=averaging, max_factor=factor)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update({"w": jnp.zeros((1, 4))}, state, params)
+        return (optax.apply_updates(params, updates), state), state.threshold["w"]
+
+    _, thresholds = jax.lax.scan(step, (params, tx.init(params)), None, steps)
+    w = factor / (1 + (factor - 1) * np.abs(params["w"]) / 2.0)
+    np.testing.assert_allclose(np.asarray(thresholds) / (l1 * s0), np.broadcast_to(w, thresholds.shape), rtol=1e-4)
+
+
+def test_the_integral_of_the_weight_is_the_log_penalty():
+    x = jnp.linspace(0.0, 2.0, 200_001)[None, :]
+    tx = jaxsparse.reweighted_l1(0.5, l1=1e-9, max_factor=500.0)
+    _, state = tx.update({"w": jnp.zeros_like(x)}, tx.init({"w": x}), {"w": x})
+    w = np.asarray(state.threshold["w"], np.float64)[0] / (0.5 * 1e-9)
+    m, factor = 2.0, 500.0
+    expected = m * factor / (factor - 1) * np.log(factor)
+    assert expected == pytest.approx(12.454124, abs=1e-6)
+    assert np.trapezoid(w, np.asarray(x, np.float64)[0]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_is_not_regularised_is_sgd_with_an_averaged_gradient_bit_by_bit():
+    step_size, averaging = jaxsparse.rda_cosine(0.5, 40)
+    options = {"averaging": averaging, "weight_decay": 0.01}
+    params = {"kernel": jnp.ones((3, 4)), "bias": jnp.arange(4.0), "scale": jnp.float32(2.0)}
+    regularised = jaxsparse.rda(step_size, l1=1e-3, **options)
+    plain = optax.chain(optax.add_decayed_weights(0.01), jaxsparse.velocity(step_size))
+    step, plain_step = make_step(regularised), make_step(plain)
+    states, ours, theirs = [regularised.init(params), plain.init(params)], params, params
+    for count in range(40):
+        ours, states[0] = step(ours, states[0], count)
+        theirs, states[1] = plain_step(theirs, states[1], count)
+        for name in ("bias", "scale"):
+            np.testing.assert_array_equal(ours[name], theirs[name])
+    assert (np.asarray(ours["kernel"]) != np.asarray(theirs["kernel"])).any()
+
+
+def test_velocity_at_a_constant_step_size_is_momentum():
+    decay = float(np.exp(-1 / 9.5))
+    params = make_params()
+    ours, theirs = jaxsparse.velocity(1.0, 9.5), optax.sgd(1 - decay, momentum=decay)
+    states, trained = [ours.init(params), theirs.init(params)], [params, params]
+    for count in range(10):
+        for i, tx in enumerate((ours, theirs)):
+            trained[i], states[i] = make_step(tx)(trained[i], states[i], count)
+    chex.assert_trees_all_close(*trained, rtol=1e-4, atol=1e-5)
+
+
+def test_averaging_zero_is_proximal_gradient_descent():
+    params = {"w": jnp.array([[1.0, -0.2, 0.05]])}
+    tx = optax.chain(optax.sgd(0.1), jaxsparse.reweighted_l1(0.1, l1=1.0, max_factor=1.0))
+    opt_state, x = tx.init(params), params
+    expected = np.asarray(params["w"])
+    for g in ([[1.0, 1.0, 1.0]], [[-2.0, 0.5, 0.0]], [[0.0, 3.0, -3.0]]):
+        updates, opt_state = tx.update({"w": jnp.array(g)}, opt_state, x)
+        x = optax.apply_updates(x, updates)
+        moved = expected - 0.1 * np.array(g)
+        expected = np.sign(moved) * np.maximum(np.abs(moved) - 0.1, 0)
+        np.testing.assert_allclose(x["w"], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("averaging", [0.0, 0.5, 1.0], ids=["proximal", "between", "dual"])
+def test_a_lasso_problem_is_solved_as_scikit_learn_solves_it(averaging):
+    random = np.random.RandomState(0)
+    features, alpha = random.randn(100, 30), 0.1
+    targets = features[:, :5] @ np.array([2.0, -1.0, 0.5, 1.0, -3.0]) + 0.1 * random.randn(100)
+    expected = Lasso(alpha=alpha, fit_intercept=False, tol=1e-10, max_iter=100_000).fit(features, targets).coef_
+    a, b = jnp.asarray(features, jnp.float32), jnp.asarray(targets, jnp.float32)[:, None]
+
+    def smooth(x):
+        return jnp.sum((a @ x["w"] - b) ** 2) / (2 * len(b))
+
+    rate = 0.1
+    tx = optax.chain(optax.sgd(rate), jaxsparse.reweighted_l1(rate, l1=alpha, averaging=averaging, max_factor=1.0))
+
+    def step(carry, _):
+        x, state = carry
+        updates, state = tx.update(jax.grad(smooth)(x), state, x)
+        return (optax.apply_updates(x, updates), state), None
+
+    start = {"w": jnp.zeros((30, 1))}
+    (x, _), _ = jax.jit(lambda c: jax.lax.scan(step, c, None, 5000))((start, tx.init(start)))
+    found = np.asarray(x["w"], np.float64)[:, 0]
+
+    def objective(w):
+        return np.sum((features @ w - targets) ** 2) / 200 + alpha * np.abs(w).sum()
+
+    np.testing.assert_array_equal(found != 0, expected != 0)
+    assert 0 < (expected != 0).sum() < 30
+    assert objective(found) == pytest.approx(objective(expected), abs=1e-4)
+
+
+def test_a_layer_of_zeros_is_left_alone_and_comes_back():
+    params = {"w": jnp.zeros((2, 3))}
+    tx = jaxsparse.rda(1.0, l1=1e-3)
+    state = tx.init(params)
+    updates, state = tx.update({"w": jnp.zeros((2, 3))}, state, params)
+    np.testing.assert_array_equal(updates["w"], 0)
+    updates, state = tx.update({"w": jnp.ones((2, 3))}, state, params)
+    assert (np.asarray(updates["w"]) < 0).all()
+    jaxsparse.check(state, optax.apply_updates(params, updates))
+
+
+@given(st.integers(0, 10**6), st.floats(0, 1), st.floats(1e-5, 0.1), st.floats(1, 1000))
+@settings(max_examples=30, deadline=None)
+def test_the_masks_are_where_the_weights_are_not_zero(seed, averaging, l1, factor):
+    keys = jax.random.split(jax.random.key(seed), 6)
+    params = {"conv": jax.random.normal(keys[0], (3, 3, 2, 4)), "fc": jax.random.normal(keys[1], (7, 5))}
+    tx = jaxsparse.reweighted_l1(1.0, l1=l1, averaging=averaging, max_factor=factor)
+    state = tx.init(params)
+    for key in keys[2:]:
+        proposed = jax.tree.map(lambda p, key=key: 0.1 * jax.random.normal(key, p.shape), params)
+        updates, state = tx.update(proposed, state, params)
+        params = optax.apply_updates(params, updates)
+        jaxsparse.check(state, params)
+        for name, mask in jaxsparse.get_masks(state).items():
+            y, threshold = state.pre_prox[name], state.threshold[name]
+            np.testing.assert_allclose(params[name], jnp.sign(y) * jnp.maximum(jnp.abs(y) - threshold, 0), atol=1e-6)
+            # A mask may be true for a weight too close to its threshold for the update to tell it from zero.
+            assert not np.asarray((params[name] != 0) & ~mask).any()
+            assert (np.asarray((params[name] == 0) & mask) <= np.asarray(jnp.abs(y) - threshold < 1e-6)).all()
+
+
+# --- Structures -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("structure", "shape"), [("kernel", (1, 1, 4, 6)), ("channel", (1, 1, 1, 6))])
+def test_groups_share_their_threshold(structure, shape):
+    params = {"conv": jax.random.normal(jax.random.key(0), (3, 3, 4, 6)), "fc": jnp.ones((6, 5)), "bias": jnp.ones(5)}
+    tx = jaxsparse.reweighted_l1(1.0, l1=1e-4, structure=structure)
+    state = tx.init(params)
+    assert state.threshold["conv"].shape == state.magnitude["conv"].shape == shape
+    assert state.threshold["fc"].shape == (6, 5)
+    assert isinstance(state.threshold["bias"], optax.MaskedNode)
+    _, new = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+    assert signature(new) == signature(state)
+    # In numbers: the authors multiply by the square root of the group's size.
+    axes = (0, 1) if structure == "kernel" else (0, 1, 2)
+    r = np.abs(np.asarray(params["conv"])).mean(axes, keepdims=True)
+    w = 500 / (1 + 499 * r / r.max()) * np.sqrt(9 if structure == "kernel" else 36)
+    np.testing.assert_allclose(new.threshold["conv"], 1e-4 * w, rtol=1e-5)
+    np.testing.assert_allclose(new.threshold["fc"], 1e-4, rtol=1e-5)
+
+
+def test_channels_die_and_are_named():
+    random = jax.random.normal(jax.random.key(1), (3, 3, 4, 6))
+    size = jnp.array([1, 1e-3, 1, 1, 1e-3, 1.0]).reshape(1, 1, 1, 6)
+    params = {"conv": random * size, "fc": jnp.ones((6, 5)), "bias": jnp.ones(5)}
+    tx = jaxsparse.rda(1.0, l1=2e-5, structure={"conv": "channel"})
+    state = tx.init(params)
+    step = jax.jit(tx.update)
+    for _ in range(3):
+        updates, state = step(jax.tree.map(jnp.zeros_like, params), state, params)
+        params = optax.apply_updates(params, updates)
+    closed = jaxsparse.closed_channels(params)
+    assert {name: channels.tolist() for name, channels in closed.items()} == {"conv": [1, 4], "fc": []}
+    assert float(jaxsparse.get_masks(state)["conv"].mean()) == pytest.approx(4 / 6)
+
+
+@pytest.mark.parametrize(
+    ("structure", "message"),
+    [
+        ("channel", r"structure 'channel' does not fit attention/kernel of shape \(16, 2, 8\)"),
+        ({"dense/kernel": "kernel"}, r"structure 'kernel' does not fit dense/kernel of shape \(16, 24\)"),
+        ({"dense/kernle": "kernel"}, "structure names dense/kernle, but the params are attention/bias, "),
+        ("filter", r"structure must be one of \['weight', 'kernel', 'channel'\], got 'filter'"),
+    ],
+)
+def test_a_structure_that_does_not_fit_is_refused(structure, message):
+    with pytest.raises(ValueError, match=message):
+        jaxsparse.rda(1.0, l1=1e-6, structure=structure).init(make_params())
+
+
+# --- With others, and bad input ---------------------------------------------------------------------------------------
+
+
+def test_after_adam_the_small_weights_go():
+    target = jnp.where(jax.random.uniform(jax.random.key(0), (20, 20)) < 0.2, 1.0, 0.0)
+    params = {"w": jax.random.normal(jax.random.key(1), (20, 20)) * 0.1}
+    tx = optax.chain(optax.adam(0.01), jaxsparse.reweighted_l1(0.01, l1=1e-3))
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update({"w": params["w"] - target}, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(500):
+        params, state = step(params, state)
+    np.testing.assert_array_equal(np.asarray(params["w"] != 0), np.asarray(target != 0))
+
+
+def test_hyperparams_can_be_injected_and_schedules_given():
+    params = make_params()
+    injected = optax.inject_hyperparams(jaxsparse.rda)(
+        step_size=jaxsparse.rda_cosine(1.0, 10).step_size,
+        l1=optax.linear_schedule(0.0, 1e-3, 5),
+        averaging=jaxsparse.rda_cosine(1.0, 10).averaging,
+        weight_decay=1e-4,
+    )
+    plain = jaxsparse.rda(
+        jaxsparse.rda_cosine(1.0, 10).step_size,
+        l1=optax.linear_schedule(0.0, 1e-3, 5),
+        averaging=jaxsparse.rda_cosine(1.0, 10).averaging,
+        weight_decay=1e-4,
+    )
+    trained = []
+    for tx in (injected, plain):
+        p, state, step = params, tx.init(params), make_step(tx)
+        for count in range(8):
+            p, state = step(p, state, count)
+        jaxsparse.check(state, p)
+        assert step._cache_size() == 1
+        trained.append(p)
+    chex.assert_trees_all_close(*trained, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"l1": -1e-6}, "l1 must be at least 0, got -1e-06"),
+        ({"l1": float("nan")}, "l1 must be at least 0, got nan"),
+        ({"averaging": 1.5}, "averaging must be at least 0 and at most 1, got 1.5"),
+        ({"averaging": lambda step: step - 0.1}, r"averaging\(0\) must be at least 0 and at most 1, got -0.1"),
+        ({"step_size": lambda step: jnp.float32(jnp.nan)}, r"step_size\(0\) must be at least 0, got nan"),
+        ({"step_size": -1.0}, "step_size must be at least 0, got -1.0"),
+        ({"weight_time": 0.0}, "weight_time must be above 0, got 0.0"),
+        ({"momentum_time": -1.0}, "momentum_time must be above 0, got -1.0"),
+        ({"max_factor": 0.5}, "max_factor must be at least 1, got 0.5"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        jaxsparse.rda(**{"step_size": 1.0, "l1": 1e-6, **options})
+
+
+def test_check_finds_a_step_size_that_becomes_nan():
+    params = {"fc": {"kernel": jnp.ones((2, 3))}}
+    tx = jaxsparse.rda(lambda step: jnp.where(step == 2, jnp.nan, 1.0), l1=1e-6)
+    state = tx.init(params)
+    for count in range(3):
+        jaxsparse.check(state, params)
+        params, state = make_step(tx)(params, state, count)
+    with pytest.raises(jaxsparse.SparsityError, match="fc/kernel has weights that are not finite.*step size"):
+        jaxsparse.check(state, params)
