@@ -16,7 +16,9 @@ mask updates, which give the two small layers all their weights back at once, th
 some seeds every unit dies. With the authors' code it is the same.
 """
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
+
+from configs import common
 
 
 def get_config(model: str = "lenet_300_100") -> ConfigDict:
@@ -24,42 +26,15 @@ def get_config(model: str = "lenet_300_100") -> ConfigDict:
     if model not in ("lenet_300_100", "lenet5_caffe"):
         raise ValueError(f"this config comes with the models 'lenet_300_100' and 'lenet5_caffe', got {model!r}")
     convolutional = model == "lenet5_caffe"
-    config = ConfigDict()
-    config.seed = 0
-    config.dense = False  # True leaves the sparse link out
-    config.data_dir = config_dict.placeholder(str)  # None: ~/tensorflow_datasets
-    config.epochs = 100
+    config = common.sparse_momentum()
     config.eval_every_epochs = 5 if convolutional else 1
     config.checkpoint_every_epochs = 1 if convolutional else 10
     config.log_every_steps = 108 if convolutional else 540
-
-    config.data = ConfigDict()
     config.data.name = "mnist"
-    config.data.batch_size = 100
     config.data.validation = 0.1
     config.data.mean = (0.1307,)
     config.data.std = (0.3081,)
-
-    config.model = ConfigDict()
     config.model.name = model
-
-    config.optimizer = ConfigDict()
-    config.optimizer.learning_rate = 0.1
-    config.optimizer.decay_rate = 0.1
-    config.optimizer.decay_every_steps = 25_000
-    config.optimizer.momentum = 0.9
-    config.optimizer.weight_decay = 5e-4
-    config.optimizer.clip_norm = config_dict.placeholder(float)  # None: gradients are not clipped
     if convolutional:
         config.optimizer.clip_norm = 1.0
-
-    config.sparsity = ConfigDict()
-    config.sparsity.sparsity = 0.95
-    config.sparsity.update_every_epochs = 1
-    config.sparsity.prune_rate = 0.5
-    config.sparsity.prune_rate_decay = "cosine"  # or "linear", "constant"
-    config.sparsity.prune = "magnitude"  # or "SET", "global_magnitude"
-    config.sparsity.redistribution = "momentum"  # or "magnitude", "nonzeros", "none"
-    config.sparsity.growth = "momentum"  # or "random", "momentum_neuron"
-    config.sparsity.allocation = "uniform"  # or "erdos_renyi", "erdos_renyi_kernel"
     return config

@@ -57,6 +57,7 @@ def load(
     validation: float = 0.0,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
+    examples: int | None = None,
 ) -> Dataset:
     """The data set of that name.
 
@@ -67,6 +68,7 @@ def load(
       data_dir: where TensorFlow Datasets keeps its data; None takes its default, ~/tensorflow_datasets.
       validation: the fraction of the train examples, the last of them, that is held out, in [0, 1).
       mean, std: of the pixels divided by 255, one number or one a channel; None takes those of the train images.
+      examples: of the train and the test examples take the first so many, at most; None takes all.
 
     Returns:
       The same :class:`Dataset` on every call and machine.
@@ -87,7 +89,10 @@ def load(
     """
     if not 0 <= validation < 1:
         raise ValueError(f"config.data.validation is in [0, 1), got {validation}")
+    if examples is not None and examples < 1:
+        raise ValueError(f"config.data.examples is at least 1, got {examples}")
     train, test, num_classes = _digits() if name == "digits" else _from_tfds(name, data_dir)
+    train, test = (Split(*(part[:examples] for part in split)) for split in (train, test))
     kept = len(train.labels) - round(validation * len(train.labels))
     train, held_out = Split(*(part[:kept] for part in train)), Split(*(part[kept:] for part in train))
     if not kept:
@@ -101,6 +106,36 @@ def normalise(images: jax.Array, dataset: Dataset) -> jax.Array:
     """(images - mean) / std, float32, of uint8 images (batch, height, width, channels)."""
     shape = (1, 1, 1, -1)
     return (images.astype(jnp.float32) - dataset.mean.reshape(shape)) / dataset.std.reshape(shape)
+
+
+def augment(images: jax.Array, keys: jax.Array, *, pad: int, pad_mode: str, flip: bool) -> jax.Array:
+    """Random crops of the padded images, and random mirroring, as is done with CIFAR.
+
+    Args:
+      images: (batch, height, width, channels).
+      keys: (batch,), typed PRNG keys, one an image.
+      pad: pixels added on each side; the crop has the size of the image.
+      pad_mode: "constant" pads with 0, "reflect" with the image mirrored at its edge.
+      flip: whether every second image, at random, is mirrored left to right.
+
+    Returns:
+      The images, in their shape and dtype.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> keys = jax.random.split(jax.random.key(0), 2)
+      >>> augment(jnp.ones((2, 4, 4, 3), jnp.uint8), keys, pad=1, pad_mode="constant", flip=True).shape
+      (2, 4, 4, 3)
+    """
+    padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode=pad_mode)
+
+    def one(image, key):
+        crop_key, flip_key = jax.random.split(key)
+        row, column = jax.random.randint(crop_key, (2,), 0, 2 * pad + 1)
+        image = jax.lax.dynamic_slice(image, (row, column, 0), images.shape[1:])
+        return jnp.where(flip & jax.random.bernoulli(flip_key), image[:, ::-1], image)
+
+    return jax.vmap(one)(padded, keys)
 
 
 def _channels(values: Any, split: Split, what: str) -> np.ndarray:

@@ -1,6 +1,6 @@
 """What a run computes: the model, the optimizer with its sparse link, and the compiled functions around them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,15 +10,24 @@ from ml_collections import ConfigDict
 
 import jaxsparse
 from experiments import data
+from experiments.optimizers import choose, make_optimizer
 from jaxsparse import models
 from jaxsparse.structures import by_path
 
-MODELS = {"lenet_300_100": models.LeNet300100, "lenet5_caffe": models.LeNet5Caffe}
-PRUNE_RATES = {
-    "cosine": jaxsparse.cosine_prune_rate,
-    "linear": jaxsparse.linear_prune_rate,
-    "constant": lambda prune_rate, total_steps: prune_rate,
+MODELS = {
+    "alexnet": models.AlexNet,
+    "densenet_40": models.DenseNet40,
+    "lenet_300_100": models.LeNet300100,
+    "lenet5_caffe": models.LeNet5Caffe,
+    "resnet_18": models.ResNet18,
+    "resnet_20": models.ResNet20,
+    "resnet_56": models.ResNet56,
+    "vgg": models.VGG,
+    "wide_resnet": models.WideResNet,
 }
+PADDINGS = {"zeros": "constant", "reflect": "reflect"}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+NO_EPOCH = 2**31  # what is drawn besides the orders of the epochs is drawn with a key that belongs to none of them
 EVAL_BATCH = 500  # examples; more is no faster, and takes memory in convolutional networks
 
 
@@ -29,7 +38,7 @@ class TrainState(NamedTuple):
       params: the model's.
       opt_state: the optimizer's, with the masks.
       model_state: the model's other collections, such as batch statistics.
-      order_key: (), typed PRNG key: of the order of the examples.
+      order_key: (), typed PRNG key: of the order of the examples, of augmentation and dropout.
     """
 
     params: Any
@@ -62,7 +71,8 @@ def make_program(config: ConfigDict, dataset: data.Dataset, side_by_side: bool =
     """
     num_examples, batch_size = len(dataset.train.labels), config.data.batch_size
     steps_per_epoch = num_examples // batch_size  # the rest of an epoch is dropped
-    model = choose(MODELS, config.model.name, "config.model.name")(num_classes=dataset.num_classes)
+    model = make_model(config, dataset.num_classes)
+    augmented = make_augmentation(config)
     first_image = data.normalise(jnp.asarray(dataset.train.images[:1]), dataset)
     tx = make_optimizer(config, steps_per_epoch)
 
@@ -75,19 +85,28 @@ def make_program(config: ConfigDict, dataset: data.Dataset, side_by_side: bool =
             params = jaxsparse.sparsify(params, opt_state)
         return TrainState(params, opt_state, variables, order_key)
 
-    def loss_fn(params, model_state, images, labels):
-        # Layers with batch statistics use those of the batch, and update them, where the collection is mutable.
-        logits, model_state = model.apply({"params": params, **model_state}, images, mutable=list(model_state))
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    def loss_fn(params, model_state, images, labels, dropout_key):
+        # Layers with batch statistics use those of the batch, and update them, where the collection is mutable; there
+        # is dropout where there is a key for it.
+        logits, model_state = model.apply(
+            {"params": params, **model_state}, images, mutable=list(model_state), rngs={"dropout": dropout_key}
+        )
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels).mean()
         return loss, (jnp.mean(logits.argmax(-1) == labels), dict(model_state))
 
     # All steps of a chunk in one scan, so that none of them waits for Python. That holds for convolutions too, because
     # jaxsparse.models takes the form of them that is fast inside a loop on the device at hand.
     def train_chunk(state, dataset, start, length, epochs):
-        def train_step(state, rows):
-            images, labels = data.normalise(dataset.train.images[rows], dataset), dataset.train.labels[rows]
+        augment_key, dropout_key = jax.random.split(jax.random.fold_in(state.order_key, NO_EPOCH))
+
+        def train_step(state, step_and_rows):
+            step, rows = step_and_rows
+            # An image is augmented by its number and that of the epoch, in whatever batch it comes.
+            epoch_key = jax.random.fold_in(augment_key, step // steps_per_epoch)
+            images = augmented(dataset.train.images[rows], epoch_key, rows)
+            images, labels = data.normalise(images, dataset), dataset.train.labels[rows]
             (loss, (accuracy, model_state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-                state.params, state.model_state, images, labels
+                state.params, state.model_state, images, labels, jax.random.fold_in(dropout_key, step)
             )
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
@@ -95,7 +114,7 @@ def make_program(config: ConfigDict, dataset: data.Dataset, side_by_side: bool =
 
         old = by_path(masks_of(config, state))
         rows = batches(state.order_key, start, length, batch_size, num_examples, epochs)
-        state, (losses, accuracies) = jax.lax.scan(train_step, state, rows)
+        state, (losses, accuracies) = jax.lax.scan(train_step, state, (start + jnp.arange(length), rows))
         new = {path: mask for path, mask in by_path(masks_of(config, state)).items() if mask.ndim}
         return state, {
             "losses": losses,
@@ -112,7 +131,7 @@ def make_program(config: ConfigDict, dataset: data.Dataset, side_by_side: bool =
         def measure(batch):
             images, labels, real = batch
             logits = model.apply({"params": params, **state.model_state}, data.normalise(images, dataset))
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
             return jnp.sum(losses, where=real), jnp.sum(logits.argmax(-1) == labels, where=real)
 
         losses, hits = jax.lax.map(measure, in_batches(split, EVAL_BATCH))
@@ -132,36 +151,31 @@ def make_program(config: ConfigDict, dataset: data.Dataset, side_by_side: bool =
     return Program(jax.jit(for_seeds(init)), chunk, jax.jit(for_seeds(evaluate)))
 
 
-def make_optimizer(
-    config: ConfigDict, steps_per_epoch: int, key: jax.Array | int = 0
-) -> optax.GradientTransformationExtraArgs:
-    """SGD with Nesterov momentum, weight decay and clipped gradients, and sparse momentum as its last link."""
-    learning_rate = optax.exponential_decay(
-        config.optimizer.learning_rate,
-        transition_steps=config.optimizer.decay_every_steps,
-        decay_rate=config.optimizer.decay_rate,
-        staircase=True,
-    )
-    clip_norm = config.optimizer.clip_norm
-    optimizer = [
-        optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm),
-        optax.add_decayed_weights(config.optimizer.weight_decay),
-        optax.sgd(learning_rate, momentum=config.optimizer.momentum, nesterov=True),
-    ]
-    if config.dense:
-        return jaxsparse.chain(*optimizer)
-    prune_rate = choose(PRUNE_RATES, config.sparsity.prune_rate_decay, "config.sparsity.prune_rate_decay")
-    sparse = jaxsparse.sparse_momentum(
-        config.sparsity.sparsity,
-        update_every=config.sparsity.update_every_epochs * steps_per_epoch,
-        prune_rate=prune_rate(config.sparsity.prune_rate, config.epochs * steps_per_epoch),
-        growth=config.sparsity.growth,
-        redistribution=config.sparsity.redistribution,
-        prune=config.sparsity.prune,
-        allocation=config.sparsity.allocation,
-        key=key,
-    )
-    return jaxsparse.chain(*optimizer, sparse)
+def make_model(config: ConfigDict, num_classes: int) -> Any:
+    """The model ``config.model.name``, with the other keys of ``config.model`` that are not None as its attributes."""
+    options = {name: value for name, value in config.model.items() if name != "name" and value is not None}
+    if "dtype" in options:
+        options["dtype"] = choose(DTYPES, options["dtype"], "config.model.dtype")
+    try:
+        return choose(MODELS, config.model.name, "config.model.name")(num_classes=num_classes, **options)
+    except TypeError as error:
+        raise ValueError(f"config.model does not fit {config.model.name!r}: {error}") from None
+
+
+def make_augmentation(config: ConfigDict) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """A function of images, the epoch's key and the images' numbers, as ``config.data`` has it."""
+    pad, flip = config.data.get("pad", 0), config.data.get("flip", False)
+    if not (pad or flip):
+        return lambda images, key, rows: images
+    if pad < 0:
+        raise ValueError(f"config.data.pad is at least 0, got {pad}")
+    pad_mode = choose(PADDINGS, config.data.pad_mode, "config.data.pad_mode")
+
+    def augmented(images, key, rows):
+        keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+        return data.augment(images, keys, pad=pad, pad_mode=pad_mode, flip=flip)
+
+    return augmented
 
 
 def masks_of(config: ConfigDict, state: TrainState) -> Any:
@@ -194,10 +208,3 @@ def in_batches(split: data.Split, batch_size: int) -> tuple[jax.Array, jax.Array
         jnp.pad(x, ((0, missing), *[(0, 0)] * (x.ndim - 1))).reshape(-1, batch_size, *x.shape[1:])
         for x in (split.images, split.labels, real)
     )
-
-
-def choose(options: Mapping[str, Any], name: str, key: str) -> Any:
-    """``options[name]``, or a ValueError that lists the options."""
-    if name not in options:
-        raise ValueError(f"{key} is one of {', '.join(map(repr, options))}, got {name!r}")
-    return options[name]

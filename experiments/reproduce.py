@@ -2,7 +2,7 @@
 
   python -m experiments.reproduce sparse_momentum_table_1 --data_dir=DIR
 
-writes results/sparse_momentum_table_1.md, .png and .json (the test error of every run). The runs, a folder each with
+writes results/sparse_momentum_table_1.md, .png and .json (what came out of every run). The runs, a folder each with
 all that experiments.train leaves, are kept in runs/reproduce; a table that was stopped goes on where it was when the
 same command is given again, and tables share the runs that they have in common. The same command in a second terminal
 takes part: each takes runs that nobody has begun, so on a CPU that is how to use more cores. With --add only what the
@@ -17,7 +17,7 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from absl import logging
@@ -25,8 +25,22 @@ from ml_collections import ConfigDict
 
 from experiments import plots
 from experiments.tables import TABLES, Row, Table
-from experiments.train import Stopped, as_seeds, mean_and_error, train
+from experiments.train import Stopped, as_seeds, mean_and_error, shrink, train
 from experiments.workdir import WorkdirInUseError, read_json, write_json
+
+
+class Outcome(NamedTuple):
+    """What came out of a run, in %.
+
+    Attributes:
+      test_error: of the last step.
+      kept: the share of the weights that the masks kept, of all layers that have masks; 100 if none has.
+      validation_error: likewise of the examples that were held out; None if there were none, or it was not recorded.
+    """
+
+    test_error: float
+    kept: float
+    validation_error: float | None = None
 
 
 def reproduce(
@@ -35,7 +49,7 @@ def reproduce(
     data_dir: str | None,
     seeds: Sequence[int] | None = None,
     only: str = "",
-    known: Mapping[str, Mapping[int, float]] | None = None,
+    known: Mapping[str, Mapping[int, Outcome]] | None = None,
 ) -> None:
     """Runs what has not been run of a table, seed by seed.
 
@@ -70,40 +84,54 @@ def config_of(row: Row, seed: int, data_dir: str | None = None) -> ConfigDict:
     path, _, argument = row.config.partition(":")
     config = runpy.run_path(path)["get_config"](*[argument] if argument else []).lock()
     config.update_from_flattened_dict({**row.changes, "seed": seed, "data_dir": data_dir})
-    return config
+    return shrink(config) if config.smoke else config
 
 
-def test_errors(table: Table, runs: Path) -> list[dict[int, float]]:
-    """For each row the test errors in % of its finished runs, by seed."""
+def outcomes(table: Table, runs: Path) -> list[dict[int, Outcome]]:
+    """For each row what came out of its finished runs, by seed."""
     found = []
     for row in table.rows:
         folders = sorted((runs / row.run).glob("seed_*"), key=lambda folder: int(folder.name.removeprefix("seed_")))
         results = [read_json(folder / "result.json") for folder in folders]
-        found.append({result["seed"]: 100 * (1 - result["test_accuracy"]) for result in results if result})
+        found.append({result["seed"]: _outcome(result) for result in results if result})
     return found
 
 
-def rounded(found: Mapping[int, float]) -> dict[int, float]:
-    """The errors in the order of the seeds, without the digits that float32 made up."""
-    return {seed: round(found[seed], 4) for seed in sorted(found)}
+def _outcome(result: Mapping[str, Any]) -> Outcome:
+    validation = result.get("validation_accuracy")
+    return Outcome(
+        test_error=100 * (1 - result["test_accuracy"]),
+        kept=100 * result["density"],
+        validation_error=None if validation is None else 100 * (1 - validation),
+    )
 
 
-def as_markdown(name: str, table: Table, errors: Sequence[Mapping[int, float]], command: str) -> str:
+def as_json(found: Mapping[int, Outcome]) -> dict[int, dict[str, float]]:
+    """In the order of the seeds, without what is None, and without the digits that float32 made up."""
+    return {
+        seed: {name: round(value, 4) for name, value in found[seed]._asdict().items() if value is not None}
+        for seed in sorted(found)
+    }
+
+
+def as_markdown(name: str, table: Table, found: Sequence[Mapping[int, Outcome]], command: str) -> str:
     """The table with the published numbers, ours, and every run."""
-    relative = table.relative_to is not None
-    head = ["network", table.x, "paper", "ours", "seeds", "difference", "two standard errors"]
+    errors = [{seed: outcome.test_error for seed, outcome in of_row.items()} for of_row in found]
     lines = [f"# {table.title}", "", table.about, "", "Test error in %, mean ± standard error over the seeds."]
-    lines[-1] += " In the last column twice the standard error of the difference."
-    lines += ["", *_markdown_rows(head, [_compared(row, found) for row, found in zip(table.rows, errors, strict=True)])]
-    if relative:
-        changes = [_changed(table, errors, row, found) for row, found in zip(table.rows, errors, strict=True)]
+    if any(row.published for row in table.rows):
+        lines[-1] += " In the last column twice the standard error of the difference."
+    compared = [_compared(table, row, of_row) for row, of_row in zip(table.rows, found, strict=True)]
+    columns = [column for column in compared[0] if any(row[column] for row in compared)]
+    lines += ["", *_markdown_rows(columns, [[row[column] for column in columns] for row in compared])]
+    if table.relative_to is not None:
+        changes = [_changed(table, errors, row, of_row) for row, of_row in zip(table.rows, errors, strict=True)]
         head = ["network", table.x, "paper", "ours"]
         lines += ["", f"Change against {table.relative_to}, in points:", "", *_markdown_rows(head, changes)]
     lines += ["", f"![{table.title.partition('.')[0]}]({name}.png)", "", "Every run, test error in %:", ""]
-    seeds = sorted({seed for found in errors for seed in found})
+    seeds = sorted({seed for of_row in errors for seed in of_row})
     every = [
-        [row.series, f"{row.x}", *(f"{found[seed]:.2f}" if seed in found else "" for seed in seeds)]
-        for row, found in zip(table.rows, errors, strict=True)
+        [row.series, f"{row.x}", *(f"{of_row[seed]:.2f}" if seed in of_row else "" for seed in seeds)]
+        for row, of_row in zip(table.rows, errors, strict=True)
     ]
     lines += _markdown_rows(["network", table.x, *(f"seed {seed}" for seed in seeds)], every)
     device = jax.devices()[0].device_kind
@@ -111,36 +139,47 @@ def as_markdown(name: str, table: Table, errors: Sequence[Mapping[int, float]], 
     return "\n".join(lines) + "\n"
 
 
-def picture(table: Table, errors: Sequence[Mapping[int, float]]) -> Any:
+def picture(table: Table, found: Sequence[Mapping[int, Outcome]]) -> Any:
     """The points of the table, ours, the paper's and other methods'."""
     ours: dict[str, dict[Any, tuple[float, float | None]]] = {}
     paper: dict[str, dict[Any, tuple[float, float | None]]] = {}
     baselines: dict[str, float] = {}
-    for row, found in zip(table.rows, errors, strict=True):
-        if row.x == "dense":
-            if found:
-                baselines[f"{row.series}, dense, ours"] = mean_and_error(list(found.values()))[0]
-            continue
-        if found:
-            ours.setdefault(f"{row.series}, ours", {})[row.x] = mean_and_error(list(found.values()))
-        if row.published:
+    for row, of_row in zip(table.rows, found, strict=True):
+        if of_row:
+            errors, kept, _ = zip(*of_row.values(), strict=True)
+            x = round(mean_and_error(kept)[0], 2) if table.against_kept else row.x
+            if row.x == "dense":
+                baselines[f"{row.series}, dense, ours"] = mean_and_error(errors)[0]
+            else:
+                ours.setdefault(f"{row.series}, ours", {})[x] = mean_and_error(errors)
+        if row.published and row.x != "dense":
             paper.setdefault(f"{row.series}, paper", {})[row.x] = row.published
     others = {label: {x: (error, None) for x, error in points.items()} for label, points in table.others.items()}
     title = table.title.partition(". ")[0]
-    return plots.errors_against(table.x, {**ours, **paper, **others}, baselines, title)
+    xlabel = "weights kept (%)" if table.against_kept else table.x
+    return plots.errors_against(xlabel, {**ours, **paper, **others}, baselines, title)
 
 
-def _compared(row: Row, found: Mapping[int, float]) -> list[str]:
-    published = "" if row.published is None else _with_error(*row.published)
-    if not found:
-        return [row.series, f"{row.x}", published, "not run", "", "", ""]
-    mean, error = mean_and_error(list(found.values()))
-    difference = bar = ""
+def _compared(table: Table, row: Row, found: Mapping[int, Outcome]) -> dict[str, str]:
+    """The cells of a row by column; a column that is empty in all rows is left out."""
+    columns = ("network", table.x, "paper", "kept (%)", "validation", "ours", "seeds", "difference")
+    cells = {**dict.fromkeys([*columns, "two standard errors"], ""), "network": row.series, table.x: f"{row.x}"}
     if row.published is not None:
-        difference = f"{mean - row.published[0]:+.3f}"
-        bar = f"{2 * (error**2 + row.published[1] ** 2) ** 0.5:.3f}" if error and row.published[1] else ""
-    seeds = ", ".join(map(str, sorted(found)))
-    return [row.series, f"{row.x}", published, _with_error(mean, error), seeds, difference, bar]
+        cells["paper"] = _with_error(*row.published)
+    if not found:
+        return cells | {"ours": "not run"}
+    errors, kept, validation = zip(*found.values(), strict=True)
+    mean, error = mean_and_error(errors)
+    cells |= {"ours": _with_error(mean, error), "seeds": ", ".join(map(str, sorted(found)))}
+    if table.against_kept:  # else the method was told how many to keep
+        cells["kept (%)"] = _with_error(*mean_and_error(kept))
+        if None not in validation:
+            cells["validation"] = _with_error(*mean_and_error(validation))
+    if row.published is not None:
+        cells["difference"] = f"{mean - row.published[0]:+.3f}"
+        if error and row.published[1]:
+            cells["two standard errors"] = f"{2 * (error**2 + row.published[1] ** 2) ** 0.5:.3f}"
+    return cells
 
 
 def _changed(table: Table, errors: Sequence[Mapping[int, float]], row: Row, found: Mapping[int, float]) -> list[str]:
@@ -194,17 +233,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         known = {}
         if args.add:
             saved = read_json(kept) or {}
-            known = {run: {int(seed): error for seed, error in found.items()} for run, found in saved.items()}
+            known = {
+                run: {int(seed): Outcome(**outcome) for seed, outcome in found.items()} for run, found in saved.items()
+            }
         try:
             reproduce(table, args.runs, args.data_dir, seeds, args.only, known)
         except Stopped as stop:
             stopped = stop
-        found = test_errors(table, args.runs)
-        errors = [{**known.get(row.run, {}), **mine} for row, mine in zip(table.rows, found, strict=True)]
-        write_json(kept, {row.run: rounded(mine) for row, mine in zip(table.rows, errors, strict=True)})
+        found = outcomes(table, args.runs)
+        found = [{**known.get(row.run, {}), **mine} for row, mine in zip(table.rows, found, strict=True)]
+        write_json(kept, {row.run: as_json(mine) for row, mine in zip(table.rows, found, strict=True)})
         command = f"python -m experiments.reproduce {args.table}" + (f" --seeds={args.seeds}" if args.seeds else "")
-        (args.results / f"{args.table}.md").write_text(as_markdown(args.table, table, errors, command))
-        picture(table, errors).savefig(args.results / f"{args.table}.png")
+        (args.results / f"{args.table}.md").write_text(as_markdown(args.table, table, found, command))
+        picture(table, found).savefig(args.results / f"{args.table}.png")
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     print(f"see {args.results / args.table}.md")

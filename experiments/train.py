@@ -1,8 +1,9 @@
-"""Train a network with sparse momentum, or densely, and report what came out.
+"""Train a network with a method of the library, or densely, and report what came out.
 
   python -m experiments.train --config=configs/digits_sparse_momentum.py --workdir=/tmp/digits
   python -m experiments.train ... --config.seed=1 --config.sparsity.sparsity=0.95   # change any key of the config
   python -m experiments.train ... --config.dense                                    # the same run without sparsity
+  python -m experiments.train ... --config.smoke                                    # made small: does it run?
   python -m experiments.train ... --seeds=0,1,2,3,4                                 # mean and standard error
 
 A run that was stopped, by SIGTERM, Ctrl-C or anything worse, goes on where it was when the same command is given
@@ -26,7 +27,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from itertools import pairwise
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +89,15 @@ def train(
         validation=config.data.validation,
         mean=config.data.mean,
         std=config.data.std,
+        examples=config.data.get("examples"),
     )
     check_config(config, num_examples=len(dataset.train.labels))
     steps_per_epoch = len(dataset.train.labels) // config.data.batch_size
     total_steps = config.epochs * steps_per_epoch
     eval_every = config.eval_every_epochs * steps_per_epoch
     checkpoint_every = config.checkpoint_every_epochs * steps_per_epoch
-    update_every = config.sparsity.update_every_epochs * steps_per_epoch
+    # Sparse momentum changes its masks on the first step after each multiple of this, dual averaging at any step.
+    update_every = config.sparsity.get("update_every_epochs", 1 / steps_per_epoch) * steps_per_epoch
     grid = chunk_grid(total_steps, config.log_every_steps, eval_every, checkpoint_every)
     program = make_program(config, dataset, side_by_side=seeds is not None)
     seed = config.seed if seeds is None else np.asarray(seeds)
@@ -127,7 +129,6 @@ def train(
             if stop % eval_every == 0 or stop == total_steps:
                 losses = {name: program.evaluate(state, dataset, getattr(dataset, name)) for name in splits}
                 evaluated = one_a_run(jax.device_get(losses), seeds)
-            # Masks change on the first step after each multiple of update_every.
             updated = (stop - 1) // update_every > max(start - 1, 0) // update_every
             for run, chunk, losses in zip(runs, measured, evaluated, strict=True):
                 of_run = "" if seeds is None else f" of {run.path.name}"
@@ -180,6 +181,23 @@ def train_seeds(config: ConfigDict, workdir: str | Path, seeds: Sequence[int], s
     rows = [f"seed {seed}: {accuracy:.2%}" for seed, accuracy in zip(seeds, accuracies, strict=True)]
     last = f"mean {mean:.2%}" if error is None else f"mean {mean:.2%}, standard error {100 * error:.2f} points"
     return "\n".join(["test accuracy", *rows, last])
+
+
+def shrink(config: ConfigDict) -> ConfigDict:
+    """A copy made small, to see that it runs: a narrow network, few examples, four epochs of 44 steps at most."""
+    config = ConfigDict(config)
+    with config.unlocked():
+        config.data.examples, config.data.batch_size = 44 * 32, 32
+        for key, at_most in (("epochs", 4), ("eval_every_epochs", 2), ("checkpoint_every_epochs", 2)):
+            config[key] = min(config[key], at_most)
+        config.log_every_steps = 44
+        if "width" in config.model:
+            config.model.width /= 8
+        if "decay_every_steps" in config.optimizer:
+            config.optimizer.decay_every_steps = 2 * 44
+        if "halve_after_epochs" in config.optimizer:
+            config.optimizer.halve_after_epochs = (1, 2, 3)
+    return config
 
 
 def draw(run: Workdir, state: TrainState, image_shape: Sequence[int]) -> None:
@@ -284,7 +302,8 @@ def check_config(config: ConfigDict, num_examples: int) -> None:
         "sparsity.update_every_epochs",
     )
     for key in at_least_1:
-        value = attrgetter(key)(config)
+        part, _, name = key.rpartition(".")
+        value = (config[part] if part else config).get(name, 1)  # which of them there are depends on the method
         if value < 1:
             raise ValueError(f"config.{key} is at least 1, got {value}")
     if not 1 <= config.data.batch_size <= num_examples:
@@ -303,7 +322,7 @@ def stop_unless_finite(name: str, values: Sequence[float], first_step: int) -> N
     bad = np.flatnonzero(~np.isfinite(values))
     if bad.size:
         raise FloatingPointError(
-            f"{name} is {values[bad[0]]} at step {first_step + bad[0]}; try a smaller config.optimizer.learning_rate"
+            f"{name} is {values[bad[0]]} at step {first_step + bad[0]}; try a smaller learning rate or step size"
         )
 
 
@@ -341,6 +360,8 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; options start with --")
     config, workdir = FLAGS.config, Path(FLAGS.workdir)
+    if config.smoke:
+        config = shrink(config)
     try:
         if FLAGS.seeds is None:
             train(config, workdir)

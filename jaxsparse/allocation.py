@@ -5,6 +5,7 @@ terms are formed in integers or in fixed point: every layout of a computation (o
 device, many, sharded) reaches the same counts.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
@@ -130,18 +131,20 @@ def layer_counts(params: dict[str, Any], sparsity: Sparsity, allocation: str = "
     return apportion(quotas, xp.round(quotas.sum()).astype(np.int32), sizes.astype(np.int32))
 
 
-def apportion(quotas: ArrayLike, total: ArrayLike, capacity: ArrayLike) -> jax.Array:
+def apportion(quotas: ArrayLike, total: ArrayLike, capacity: ArrayLike, *, round_up: bool = False) -> jax.Array:
     """Shares out ``total`` whole weights near the given quotas, none above its capacity.
 
     What does not fit into a full layer is shared equally by all that have room,
-    again and again until everything has a place; the last few weights that do not
-    divide go to the largest quotas.
+    again and again until everything has a place. Quotas are rounded down, and the last
+    few weights that do not divide go to the largest quotas; or they are rounded up, and the
+    few that are then too many are taken from the largest, so that no small layer goes short.
 
     Args:
       quotas: what each layer should get, non-negative floats, shape (layers,).
         Their sum should be near ``total``.
       total: how many weights to share out, an integer below 2**31, possibly traced.
       capacity: the most each layer can take, integers, shape (layers,).
+      round_up: which of the two.
 
     Returns:
       int32 of shape (layers,) that adds up to ``total``, or to the sum of the
@@ -150,17 +153,21 @@ def apportion(quotas: ArrayLike, total: ArrayLike, capacity: ArrayLike) -> jax.A
     Examples:
       >>> apportion([6.5, 2.0, 1.5], 10, [3, 9, 9]).tolist()
       [3, 4, 3]
+      >>> [apportion([6.7, 2.0, 0.3], 9, [9, 9, 9], round_up=up).tolist() for up in (False, True)]
+      [[7, 2, 0], [6, 2, 1]]
     """
-    return _apportion(jnp.asarray(quotas, jnp.float32), jnp.asarray(total, jnp.int32), jnp.asarray(capacity, jnp.int32))
+    quotas, total, capacity = jnp.asarray(quotas, jnp.float32), jnp.asarray(total, jnp.int32), jnp.asarray(capacity)
+    return _apportion(quotas, total, capacity.astype(jnp.int32), round_up=round_up)
 
 
-@jax.jit
-def _apportion(quotas: jax.Array, total: jax.Array, capacity: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="round_up")
+def _apportion(quotas: jax.Array, total: jax.Array, capacity: jax.Array, round_up: bool) -> jax.Array:
     total = jnp.minimum(total, jnp.sum(capacity))
-    floors = jnp.minimum(jnp.floor(quotas), 2.0**29).astype(jnp.int32)  # so that no sum below overflows
+    rounded = jnp.ceil(quotas) if round_up else jnp.floor(quotas)
+    rounded = jnp.minimum(rounded, 2.0**29).astype(jnp.int32)  # so that no sum below overflows
 
     def filled(level):
-        return jnp.clip(floors + level, 0, capacity)
+        return jnp.clip(rounded + level, 0, capacity)
 
     # The highest level at which what is handed out does not exceed the total.
     def halve(bounds):
@@ -169,11 +176,12 @@ def _apportion(quotas: jax.Array, total: jax.Array, capacity: jax.Array) -> jax.
         fits = jnp.sum(filled(middle)) <= total
         return jnp.where(fits, middle, low), jnp.where(fits, high, middle)
 
-    start = -jnp.max(floors, initial=0) - 1, jnp.max(capacity, initial=0) + 1
+    start = -jnp.max(rounded, initial=0) - 1, jnp.max(capacity, initial=0) + 1
     level, _ = jax.lax.while_loop(lambda bounds: bounds[0] + 1 < bounds[1], halve, start)
     counts = filled(level)
-    # Fewer are left than layers with room, else the level would be one higher.
-    return counts + top_k_mask(quotas, total - jnp.sum(counts), where=counts < capacity)
+    # Fewer are left than layers that have more at the next level, else the level would be one higher.
+    first = -quotas if round_up else quotas
+    return counts + top_k_mask(first, total - jnp.sum(counts), where=filled(level + 1) > counts)
 
 
 def exact_sum(values: jax.Array, where: jax.Array | None = None, axis: tuple[int, ...] | None = None) -> jax.Array:

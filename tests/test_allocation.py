@@ -48,18 +48,31 @@ def test_erdos_renyi_has_the_density_asked_for(shapes, density):
 @given(
     layers=st.lists(st.tuples(st.floats(0, 1e6), st.integers(0, 10**6)), min_size=4, max_size=4),
     share=st.floats(0, 1.2),
+    round_up=st.booleans(),
 )
-def test_apportion_adds_up_and_overfills_nothing(layers, share):
+def test_apportion_adds_up_and_overfills_nothing(layers, share, round_up):
     quotas, capacity = np.array([q for q, _ in layers], np.float32), np.array([c for _, c in layers], np.int32)
     total = int(share * capacity.sum())
-    counts = np.asarray(apportion(quotas, total, capacity))
+    counts = np.asarray(apportion(quotas, total, capacity, round_up=round_up))
     assert counts.sum() == min(total, capacity.sum())
     assert (counts >= 0).all()
     assert (counts <= capacity).all()
     # Layers with room get the same on top of (or below) their quota, to within rounding.
     room = (counts < capacity) & (counts > 0)
-    extra = counts[room] - np.floor(quotas)[room]
+    extra = counts[room] - (np.ceil(quotas) if round_up else np.floor(quotas))[room]
     assert extra.size == 0 or extra.max() - extra.min() <= 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(quotas=st.lists(st.floats(0, 100).map(np.float32), min_size=2, max_size=6))
+def test_rounded_up_no_layer_goes_short_but_the_largest(quotas):
+    total = int(np.round(sum(map(float, quotas))))
+    counts = np.asarray(apportion(quotas, total, np.full(len(quotas), 1000), round_up=True))
+    short = np.ceil(quotas) - counts
+    assert counts.sum() == total
+    assert set(short) <= {0, 1}
+    served = np.array([q for q, lacks in zip(quotas, short, strict=True) if q > 0 and not lacks])
+    assert all(q >= served.max(initial=0) for q, lacks in zip(quotas, short, strict=True) if lacks)
 
 
 def test_layer_counts_of_a_network():

@@ -267,8 +267,9 @@ def momentum_regrowth(
        the sum over layers.
     2. Its prune rate: min(p, sparsity) for a layer that is dense (sparsity below 0.2) and growing (v above the mean).
     3. Prune the ceil(rate * kept) weights of smallest magnitude of each layer.
-    4. Regrow as many as were pruned in all: v * pruned in each layer, at most 99% of its free places; what does not
-       fit is shared equally by the layers that have room.
+    4. Regrow as many as were pruned in all: v * pruned in each layer, rounded up (what is then too much is taken from
+       the largest shares), at most 99% of its free places; what does not fit is shared equally by the layers that have
+       room.
     5. Within a layer, the missing weights of largest momentum return (those just pruned among them).
 
     The masks that come out keep exactly as many weights as those that came in. The 99% give way if the number could not
@@ -347,13 +348,14 @@ def _regrow(weights, momenta, masks, prune_rate, growth, redistribution, prune, 
     surviving = jnp.stack([count_true(mask) for mask in survivors])
     lost = kept - surviving
 
-    # 4. How many return to each layer: the shares, with what overflows spread over the rest.
+    # 4. How many return to each layer: the shares, with what overflows spread over the rest. Rounded up, as in the
+    # authors' code: step 3 takes at least one weight of every layer, so a small one would dwindle away.
     regrow = jnp.sum(lost)
     free = sizes - surviving
     capped = free - (free + 99) // 100  # floor(0.99 * free)
     capacity = jnp.where(jnp.sum(capped) >= regrow, capped, free)
     quotas = jnp.where(total > 0, shares * regrow.astype(jnp.float32), lost.astype(jnp.float32))
-    gains = apportion(quotas, regrow, capacity)
+    gains = apportion(quotas, regrow, capacity, round_up=True)
 
     # 5. Which ones return.
     missing = [~mask for mask in survivors]

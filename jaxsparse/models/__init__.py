@@ -1,5 +1,22 @@
 """Flax models as the papers of the field have them."""
 
+from jaxsparse.models.alexnet import AlexNet
+from jaxsparse.models.densenet import DenseNet, DenseNet40
 from jaxsparse.models.lenet import LeNet5Caffe, LeNet300100
+from jaxsparse.models.resnet import ResNet18, ResNet20, ResNet56, ResNetCIFAR
+from jaxsparse.models.vgg import VGG
+from jaxsparse.models.wide_resnet import WideResNet
 
-__all__ = ["LeNet5Caffe", "LeNet300100"]
+__all__ = [
+    "VGG",
+    "AlexNet",
+    "DenseNet",
+    "DenseNet40",
+    "LeNet5Caffe",
+    "LeNet300100",
+    "ResNet18",
+    "ResNet20",
+    "ResNet56",
+    "ResNetCIFAR",
+    "WideResNet",
+]

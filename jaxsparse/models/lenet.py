@@ -5,6 +5,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
+from jaxsparse.models.blocks import dense
 from jaxsparse.models.layers import Conv, fan_in_uniform
 
 __all__ = ["LeNet5Caffe", "LeNet300100"]
@@ -48,9 +49,9 @@ class LeNet300100(nn.Module):
         if images.ndim < 2:
             raise ValueError(f"LeNet300100 needs images of shape (batch, ...), got {images.shape}")
         x = images.reshape(images.shape[0], -1)
-        x = nn.relu(_dense(x, 300, self.dtype, "fc1"))
-        x = nn.relu(_dense(x, 100, self.dtype, "fc2"))
-        return _dense(x, self.num_classes, self.dtype, "fc3")
+        x = nn.relu(dense(x, 300, name="fc1", dtype=self.dtype))
+        x = nn.relu(dense(x, 100, name="fc2", dtype=self.dtype))
+        return dense(x, self.num_classes, name="fc3", dtype=self.dtype)
 
 
 class LeNet5Caffe(nn.Module):
@@ -113,10 +114,5 @@ class LeNet5Caffe(nn.Module):
             )(x)
             x = nn.relu(x)  # behind the max-pool instead of before it: the same numbers, a quarter of the work
         x = x.reshape(x.shape[0], -1)
-        x = nn.relu(_dense(x, 500, self.dtype, "fc1"))
-        return _dense(x, self.num_classes, self.dtype, "fc2")
-
-
-def _dense(x: jax.Array, features: int, dtype: Any, name: str) -> jax.Array:
-    init = fan_in_uniform(x.shape[-1])
-    return nn.Dense(features, dtype=dtype, kernel_init=init, bias_init=init, name=name)(x)
+        x = nn.relu(dense(x, 500, name="fc1", dtype=self.dtype))
+        return dense(x, self.num_classes, name="fc2", dtype=self.dtype)

@@ -21,11 +21,9 @@ def parse(monkeypatch):
 
 
 def test_changes_reach_the_config(parse):
-    rest = parse(
-        f"--config={CONFIG}:smoke", "--workdir=somewhere", "--config.sparsity.growth=random", "--config.seed=3"
-    )
+    rest = parse(f"--config={CONFIG}", "--workdir=somewhere", "--config.sparsity.growth=random", "--config.seed=3")
     config = train.FLAGS.config
-    assert (config.sparsity.growth, config.seed, config.epochs, train.FLAGS.workdir) == ("random", 3, 4, "somewhere")
+    assert (config.sparsity.growth, config.seed, config.epochs, train.FLAGS.workdir) == ("random", 3, 100, "somewhere")
     assert rest == ["train"]
 
 
@@ -45,7 +43,7 @@ def test_unknown_key_names_the_nearest_and_all(parse, config, change, message):
     with pytest.raises(SystemExit) as stop:
         parse(*config, "--workdir=somewhere", change)
     assert message in stop.value.code
-    assert "data.mean, data.name, data.std, data.validation, data_dir, dense, epochs," in stop.value.code
+    assert "data.name, data.pad, data.pad_mode, data.std, data.validation, data_dir, dense, epochs," in stop.value.code
 
 
 def test_missing_config_file(parse):

@@ -1,6 +1,8 @@
 import sys
 
 import chex
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn import datasets
@@ -123,3 +125,45 @@ def test_set_that_is_larger_than_the_memory(data_dir, monkeypatch):
     data._from_tfds.cache_clear()
     with pytest.raises(ValueError, match="'tiny_digits' takes .* GiB, more than half of this machine's memory"):
         data.load("tiny_digits", data_dir)
+
+
+# --- Augmentation -----------------------------------------------------------------------------------------------------
+
+
+def numbered_images(count=64):
+    """Images whose pixels are all different, and none 0."""
+    return 1 + jnp.arange(count * 6 * 5 * 3).reshape(count, 6, 5, 3)
+
+
+@pytest.mark.parametrize("pad_mode", ["constant", "reflect"])
+@pytest.mark.parametrize("flip", [False, True])
+def test_every_augmented_image_is_a_crop_of_the_padded_one(pad_mode, flip):
+    images, keys = numbered_images(), jax.random.split(jax.random.key(0), 64)
+    augmented = np.asarray(data.augment(images, keys, pad=2, pad_mode=pad_mode, flip=flip))
+    padded = np.pad(np.asarray(images), ((0, 0), (2, 2), (2, 2), (0, 0)), mode=pad_mode)
+    found = set()
+    for i, image in enumerate(augmented):
+        crops = {
+            (row, column, mirrored): padded[i, row : row + 6, column : column + 5][:, :: -1 if mirrored else 1]
+            for row in range(5)
+            for column in range(5)
+            for mirrored in (False, True)
+        }
+        matches = [place for place, crop in crops.items() if np.array_equal(crop, image)]
+        assert matches
+        found.add(matches[0])
+    assert len({place[:2] for place in found}) > 15  # of 25
+    assert {mirrored for *_, mirrored in found} == ({False, True} if flip else {False})
+
+
+def test_an_image_is_augmented_by_its_key_alone():
+    images, keys = numbered_images(8), jax.random.split(jax.random.key(1), 8)
+    options = {"pad": 2, "pad_mode": "constant", "flip": True}
+    whole = data.augment(images, keys, **options)
+    np.testing.assert_array_equal(data.augment(images[::-1], keys[::-1], **options), whole[::-1])
+    np.testing.assert_array_equal(jax.jit(lambda *a: data.augment(*a, **options))(images, keys), whole)
+
+
+def test_so_many_examples():
+    dataset = data.load("digits", examples=100, validation=0.1)
+    assert [len(split.labels) for split in (dataset.train, dataset.validation, dataset.test)] == [90, 10, 100]

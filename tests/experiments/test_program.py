@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 import jaxsparse
-from experiments import data, program
+from experiments import data, optimizers, program, train
 
 CONFIG = Path(__file__).parents[2] / "configs" / "digits_sparse_momentum.py"
 
 
 def smoke_config(**changes):
-    config = runpy.run_path(str(CONFIG))["get_config"]("smoke").lock()
+    config = train.shrink(runpy.run_path(str(CONFIG))["get_config"]()).lock()
     config.update_from_flattened_dict(changes)
     return config
 
@@ -22,7 +22,7 @@ def smoke_config(**changes):
 def test_seed_reaches_the_masks():
     params = {"kernel": jnp.ones((20, 30))}
     masks = [
-        jaxsparse.get_masks(program.make_optimizer(smoke_config(), 44, jax.random.key(seed)).init(params))
+        jaxsparse.get_masks(optimizers.make_optimizer(smoke_config(), 44, jax.random.key(seed)).init(params))
         for seed in (0, 1)
     ]
     assert jnp.any(masks[0]["kernel"] != masks[1]["kernel"])
@@ -30,14 +30,14 @@ def test_seed_reaches_the_masks():
 
 def test_dense_optimizer_is_the_sparse_one_without_its_last_link():
     params = {"kernel": jnp.ones((4, 5))}
-    sparse, dense = (program.make_optimizer(smoke_config(dense=dense), 44).init(params) for dense in (False, True))
+    sparse, dense = (optimizers.make_optimizer(smoke_config(dense=dense), 44).init(params) for dense in (False, True))
     chex.assert_trees_all_equal(sparse[:-1], dense)
 
 
-@pytest.mark.parametrize("decay", program.PRUNE_RATES)
+@pytest.mark.parametrize("decay", optimizers.PRUNE_RATES)
 def test_every_prune_rate_decay_makes_an_optimizer(decay):
     config = smoke_config(**{"sparsity.prune_rate_decay": decay})
-    opt_state = program.make_optimizer(config, 44, jax.random.key(0)).init({"kernel": jnp.ones((20, 30))})
+    opt_state = optimizers.make_optimizer(config, 44, jax.random.key(0)).init({"kernel": jnp.ones((20, 30))})
     assert int(opt_state[-1].budget) == 60
 
 
@@ -46,7 +46,7 @@ def test_gradients_are_clipped(clip_norm, norm):
     config = smoke_config(dense=True)
     config.optimizer.clip_norm = clip_norm
     config.optimizer.weight_decay = config.optimizer.momentum = 0.0
-    tx, params = program.make_optimizer(config, 44), {"kernel": jnp.ones(9)}
+    tx, params = optimizers.make_optimizer(config, 44), {"kernel": jnp.ones(9)}
     updates, _ = tx.update({"kernel": jnp.full(9, 10.0)}, tx.init(params), params)
     assert jnp.linalg.norm(updates["kernel"]) == pytest.approx(norm * config.optimizer.learning_rate)
 

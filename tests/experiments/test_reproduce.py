@@ -12,11 +12,11 @@ from experiments.train import Stopped, train
 from experiments.workdir import Workdir
 
 ROOT = Path(__file__).parents[2]
-CONFIG = f"{ROOT / 'configs' / 'digits_sparse_momentum.py'}:smoke"
+CONFIG = str(ROOT / "configs" / "digits_sparse_momentum.py")
 
 
 def row(x, changes, published=None, seeds=2):
-    return Row("digits", x, f"digits/{x}", CONFIG, {"epochs": 1, **changes}, published, seeds)
+    return Row("digits", x, f"digits/{x}", CONFIG, {"smoke": True, "epochs": 1, **changes}, published, seeds)
 
 
 TABLE = Table(
@@ -40,10 +40,10 @@ def runs(tmp_path_factory):
 
 
 def test_every_run_of_the_table_is_run(runs):
-    errors = reproduce.test_errors(TABLE, runs)
-    assert [list(found) for found in errors] == [[0, 1], [0, 1], [0]]
+    outcomes = reproduce.outcomes(TABLE, runs)
+    assert [list(found) for found in outcomes] == [[0, 1], [0, 1], [0]]
     result = json.loads((runs / "digits/20/seed_1/result.json").read_text())
-    assert errors[1][1] == pytest.approx(100 - 100 * result["test_accuracy"])
+    assert outcomes[1][1] == (pytest.approx(100 - 100 * result["test_accuracy"]), 20, None)
     assert result["density"] == 0.2
 
 
@@ -60,12 +60,16 @@ def test_runs_of_another_process_are_left_to_it(runs, capsys, tmp_path):
     reproduce.reproduce(TABLE, tmp_path, None, seeds=[0], only="10|dense")
     run.close()
     assert "left to the process that is at it" in capsys.readouterr().out
-    assert [list(found) for found in reproduce.test_errors(TABLE, tmp_path)] == [[], [], [0]]
+    assert [list(found) for found in reproduce.outcomes(TABLE, tmp_path)] == [[], [], [0]]
+
+
+def outcomes(*errors, kept=10.0):
+    return {seed: reproduce.Outcome(error, kept) for seed, error in enumerate(errors)}
 
 
 def test_markdown():
-    errors = [{0: 19.0, 1: 21.0, 2: 23.0}, {0: 16.5}, {}]
-    text = reproduce.as_markdown("small", TABLE, errors, "the command")
+    found = [outcomes(19.0, 21.0, 23.0), outcomes(16.5), {}]
+    text = reproduce.as_markdown("small", TABLE, found, "the command")
     assert "| digits | 10 | 20.00 ± 1.000 | 21.00 ± 1.155 | 0, 1, 2 | +1.000 | 3.055 |" in text  # 2 sqrt(1 + 4 / 3)
     assert "| digits | 20 | 15.00 | 16.50 | 0 | +1.500 |  |" in text
     assert "| digits | dense |  | not run |  |  |  |" in text
@@ -75,13 +79,28 @@ def test_markdown():
 
 def test_markdown_of_changes():
     table = TABLE._replace(relative_to=10)
-    text = reproduce.as_markdown("small", table, [{0: 20.0, 1: 22.0}, {0: 15.0, 1: 17.0}, {}], "")
+    text = reproduce.as_markdown("small", table, [outcomes(20.0, 22.0), outcomes(15.0, 17.0), {}], "")
     assert "| digits | 20 | -5.00 | -5.00 ± 1.414 |" in text
     assert "Change against 10, in points:" in text
 
 
+def test_markdown_and_picture_of_what_finds_its_sparsity_itself():
+    rows = tuple(row._replace(published=None, x=x) for row, x in zip(TABLE.rows, ("a", "b", "dense"), strict=True))
+    table = TABLE._replace(x="setting", rows=rows, against_kept=True, others={})
+    found = [outcomes(20.0, 22.0, kept=9.5), outcomes(15.0, kept=30.25), outcomes(3.0, kept=100.0)]
+    text = reproduce.as_markdown("small", table, found, "the command")
+    assert "| network | setting | kept (%) | ours | seeds |" in text
+    assert "| digits | a | 9.50 ± 0.000 | 21.00 ± 1.000 | 0, 1 |" in text
+    assert "paper" not in text
+    found[0] = {0: reproduce.Outcome(20.0, 9.5, validation_error=18.0)}
+    assert "| digits | a | 9.50 | 18.00 | 20.00 | 0 |" in reproduce.as_markdown("small", table, found, "the command")
+    (axes,) = reproduce.picture(table, found).axes
+    assert axes.get_xlabel() == "weights kept (%)"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["9.5", "30.25"]
+
+
 def test_picture(runs, tmp_path):
-    reproduce.picture(TABLE, reproduce.test_errors(TABLE, runs)).savefig(tmp_path / "table.png")
+    reproduce.picture(TABLE, reproduce.outcomes(TABLE, runs)).savefig(tmp_path / "table.png")
     assert (tmp_path / "table.png").stat().st_size > 1000
 
 
@@ -151,7 +170,11 @@ def test_add_keeps_what_the_results_have(tmp_path, monkeypatch):
     monkeypatch.setitem(TABLES, "small", TABLE)
     began = []
     monkeypatch.setattr(reproduce, "train", lambda config, workdir: began.append((workdir.parent.name, config.seed)))
-    known = {"digits/10": {"0": 20.0, "7": 22.0}, "digits/20": {"1": 15.5}}
+
+    def outcome(error):
+        return {"test_error": error, "kept": 10.0}
+
+    known = {"digits/10": {"0": outcome(20.0), "7": outcome(22.0)}, "digits/20": {"1": outcome(15.5)}}
     (tmp_path / "small.json").write_text(json.dumps(known))
     reproduce.main(["small", "--add", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path)])
     assert began == [("20", 0), ("dense", 0), ("10", 1)]

@@ -142,8 +142,20 @@ def test_redistribution_statistics_set_the_shares():
         new = jaxsparse.momentum_regrowth(weights, momentum, masks, 0.5, redistribution=mode)
         gains[mode] = int(new["a"].sum()) - 20
         assert total(new) == 80
-    # a's shares of 40: 1/5, 3/3.5 (34.3, and the one that is left), 40/60 and 400/1600.
-    assert gains == {"momentum": 8, "magnitude": 35, "nonzeros": 27, "none": 10}
+    # a's shares of 40: 1/5, 3/3.5 (34.3), 40/60 (26.7) and 400/1600, rounded up: one too many, taken from the larger.
+    assert gains == {"momentum": 8, "magnitude": 34, "nonzeros": 26, "none": 10}
+
+
+def test_a_small_layer_does_not_dwindle():
+    # Without redistribution its share of what is regrown is less than one weight, and each update prunes one of it.
+    masks = {"big": jnp.arange(40_000).reshape(200, 200) < 2000, "small": jnp.arange(100).reshape(10, 10) < 5}
+    keys = jax.random.split(jax.random.key(0), 2)
+    for i in range(50):
+        weights = {n: jnp.where(m, 1.0 + i + jnp.arange(m.size).reshape(m.shape), 0) for n, m in masks.items()}
+        momentum = {n: jax.random.normal(k, m.shape) for k, (n, m) in zip(keys, masks.items(), strict=True)}
+        masks = jaxsparse.momentum_regrowth(weights, momentum, masks, 0.005, redistribution="none")
+        assert total(masks) == 2005
+        assert int(masks["small"].sum()) >= 5
 
 
 def test_SET_prunes_half_the_smallest_and_half_the_most_negative():

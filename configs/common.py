@@ -1,0 +1,90 @@
+"""What the configurations share: all keys, with the recipes of the papers' authors as far as they are the same.
+
+Every key can be changed on the command line: ``--config.optimizer.weight_decay=1e-4``.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def training() -> ConfigDict:
+    """The keys of every run; those that are None or "" have to be set."""
+    config = ConfigDict()
+    config.seed = 0
+    config.dense = False  # True leaves the sparse link out
+    config.smoke = False  # True makes the run small, to see that it works
+    config.data_dir = config_dict.placeholder(str)  # of TensorFlow Datasets; None: ~/tensorflow_datasets
+    config.epochs = 100
+    config.eval_every_epochs = 1
+    config.checkpoint_every_epochs = 1
+    config.log_every_steps = 500
+
+    config.data = ConfigDict()
+    config.data.name = ""
+    config.data.batch_size = 100
+    config.data.validation = 0.0  # share of the train examples that is held out, the last of them
+    config.data.mean = config_dict.placeholder(tuple)  # None: that of the train images
+    config.data.std = config_dict.placeholder(tuple)
+    config.data.examples = config_dict.placeholder(int)  # take the first so many; None: all
+    config.data.pad = 0  # augmentation: random crops of images padded by so many pixels,
+    config.data.pad_mode = "zeros"  # or "reflect",
+    config.data.flip = False  # and mirrored at random
+
+    config.model = ConfigDict()
+    config.model.name = ""
+    config.model.dtype = "float32"  # or "bfloat16", of the computation; weights are float32
+
+    config.optimizer = ConfigDict()
+    config.optimizer.weight_decay = 5e-4  # of all params
+    config.optimizer.clip_norm = config_dict.placeholder(float)  # None: gradients are not clipped
+    config.sparsity = ConfigDict()
+    return config
+
+
+def sparse_momentum() -> ConfigDict:
+    """Sparse momentum (Dettmers and Zettlemoyer, 2019): SGD with Nesterov momentum, learning rate by steps."""
+    config = training()
+    config.optimizer.learning_rate = 0.1
+    config.optimizer.decay_rate = 0.1
+    config.optimizer.decay_every_steps = 25_000
+    config.optimizer.momentum = 0.9
+
+    config.sparsity.method = "sparse_momentum"
+    config.sparsity.sparsity = 0.95
+    config.sparsity.update_every_epochs = 1
+    config.sparsity.prune_rate = 0.5
+    config.sparsity.prune_rate_decay = "cosine"  # or "linear", "constant"
+    config.sparsity.prune = "magnitude"  # or "SET", "global_magnitude"
+    config.sparsity.redistribution = "momentum"  # or "magnitude", "nonzeros", "none"
+    config.sparsity.growth = "momentum"  # or "random", "momentum_neuron"
+    config.sparsity.allocation = "uniform"  # or "erdos_renyi", "erdos_renyi_kernel"
+    return config
+
+
+def rda() -> ConfigDict:
+    """Training with compressed sensing (Siegel et al., 2020): generalised dual averaging with reweighted l1."""
+    config = training()
+    config.optimizer.step_size = 1.0
+    config.optimizer.schedule = "cosine"  # or "halving", "log_cosine"; it sets the averaging too
+    config.optimizer.halve_after_epochs = ()  # for "halving"
+    config.optimizer.momentum_time = 9.5
+
+    config.sparsity.method = "rda"
+    config.sparsity.l1 = 1e-6
+    config.sparsity.weight_time = config_dict.placeholder(float)  # None: momentum_time
+    config.sparsity.max_factor = 500.0
+    config.sparsity.structure = "weight"  # or "kernel", "channel"
+    return config
+
+
+def cifar(config: ConfigDict) -> ConfigDict:
+    """CIFAR-10 as both papers have it, but for the padding and the held out images."""
+    config.checkpoint_every_epochs = 10
+    config.log_every_steps = 50
+    config.data.name = "cifar10"
+    config.data.batch_size = 128
+    config.data.mean = (0.4914, 0.4822, 0.4465)
+    config.data.std = (0.2023, 0.1994, 0.2010)
+    config.data.pad = 4
+    config.data.flip = True
+    config.model.width = 1.0  # factor of all channel numbers
+    return config

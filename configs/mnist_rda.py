@@ -1,0 +1,33 @@
+"""LeNet-300-100 or LeNet-5 on MNIST, trained with compressed sensing from random weights.
+
+Siegel, Chen, Zhang and Xu, *Training Sparse Neural Networks using Compressed Sensing*, 2020 (arXiv:2008.09661). The
+paper has no MNIST; this is its CIFAR recipe (step size 1, cosine, momentum time 9.5, weight decay 5e-4, M = 500) with
+the epochs, batches and held out images of sparse momentum's Table 1, beside which results/rda_mnist.md puts it.
+
+  python -m experiments.train --config=configs/mnist_rda.py --config.data_dir=DIR --workdir=/tmp/mnist_rda
+  python -m experiments.train --config=configs/mnist_rda.py:lenet5_caffe ... --config.sparsity.l1=3e-6
+
+How many weights stay follows from ``sparsity.l1``, which was chosen on the held out images alone.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(model: str = "lenet_300_100") -> ConfigDict:
+    """The configuration, for the model "lenet_300_100" or "lenet5_caffe"."""
+    if model not in ("lenet_300_100", "lenet5_caffe"):
+        raise ValueError(f"this config comes with the models 'lenet_300_100' and 'lenet5_caffe', got {model!r}")
+    convolutional = model == "lenet5_caffe"
+    config = common.rda()
+    config.eval_every_epochs = 5 if convolutional else 1
+    config.checkpoint_every_epochs = 1 if convolutional else 10
+    config.log_every_steps = 108 if convolutional else 540
+    config.data.name = "mnist"
+    config.data.validation = 0.1
+    config.data.mean = (0.1307,)
+    config.data.std = (0.3081,)
+    config.model.name = model
+    config.sparsity.l1 = 3e-6
+    return config

@@ -1,0 +1,94 @@
+"""The optimizers of the papers, each with its sparse link or, dense, without."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+import jaxsparse
+
+PRUNE_RATES = {
+    "cosine": jaxsparse.cosine_prune_rate,
+    "linear": jaxsparse.linear_prune_rate,
+    "constant": lambda prune_rate, total_steps: prune_rate,
+}
+RDA_SCHEDULES = {
+    "cosine": lambda config, steps: jaxsparse.rda_cosine(config.optimizer.step_size, config.epochs * steps),
+    "log_cosine": lambda config, steps: jaxsparse.rda_log_cosine(config.optimizer.step_size, config.epochs * steps),
+    "halving": lambda config, steps: jaxsparse.rda_halving(
+        config.optimizer.step_size, [epoch * steps for epoch in config.optimizer.halve_after_epochs]
+    ),
+}
+
+
+def make_optimizer(
+    config: ConfigDict, steps_per_epoch: int, key: jax.Array | int = 0
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer with its sparse link, or without it if ``config.dense``; gradients are clipped first."""
+    clip_norm = config.optimizer.clip_norm
+    clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
+    method = choose(METHODS, config.sparsity.method, "config.sparsity.method")
+    return jaxsparse.chain(clip, *method(config, steps_per_epoch, key))
+
+
+def _sparse_momentum(config, steps_per_epoch, key):
+    """SGD with Nesterov momentum and weight decay, and sparse momentum as its last link."""
+    learning_rate = optax.exponential_decay(
+        config.optimizer.learning_rate,
+        transition_steps=config.optimizer.decay_every_steps,
+        decay_rate=config.optimizer.decay_rate,
+        staircase=True,
+    )
+    optimizer = [
+        optax.add_decayed_weights(config.optimizer.weight_decay),
+        optax.sgd(learning_rate, momentum=config.optimizer.momentum, nesterov=True),
+    ]
+    if config.dense:
+        return optimizer
+    prune_rate = choose(PRUNE_RATES, config.sparsity.prune_rate_decay, "config.sparsity.prune_rate_decay")
+    link = jaxsparse.sparse_momentum(
+        config.sparsity.sparsity,
+        update_every=config.sparsity.update_every_epochs * steps_per_epoch,
+        prune_rate=prune_rate(config.sparsity.prune_rate, config.epochs * steps_per_epoch),
+        growth=config.sparsity.growth,
+        redistribution=config.sparsity.redistribution,
+        prune=config.sparsity.prune,
+        allocation=config.sparsity.allocation,
+        key=key,
+    )
+    return [*optimizer, link]
+
+
+def _rda(config, steps_per_epoch, key):
+    """Generalised dual averaging with reweighted l1; dense is its SGD with averaged gradients alone."""
+    del key  # nothing is random
+    make = choose(RDA_SCHEDULES, config.optimizer.schedule, "config.optimizer.schedule")
+    step_size, averaging = make(config, steps_per_epoch)
+    if config.dense:
+        return [
+            optax.add_decayed_weights(config.optimizer.weight_decay),
+            jaxsparse.velocity(step_size, config.optimizer.momentum_time),
+        ]
+    link = jaxsparse.rda(
+        step_size,
+        l1=config.sparsity.l1,
+        averaging=averaging,
+        momentum_time=config.optimizer.momentum_time,
+        weight_time=config.sparsity.weight_time,
+        weight_decay=config.optimizer.weight_decay,
+        max_factor=config.sparsity.max_factor,
+        structure=config.sparsity.structure,
+    )
+    return [link]
+
+
+METHODS = {"sparse_momentum": _sparse_momentum, "rda": _rda}
+
+
+def choose(options: Mapping[str, Any], name: str, key: str) -> Any:
+    """``options[name]``, or a ValueError that lists the options."""
+    if name not in options:
+        raise ValueError(f"{key} is one of {', '.join(map(repr, options))}, got {name!r}")
+    return options[name]

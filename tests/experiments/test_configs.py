@@ -1,0 +1,103 @@
+"""Every configuration that the repository has."""
+
+import runpy
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import jaxsparse
+from experiments import data, program, train
+from experiments.workdir import read_metrics
+
+ROOT = Path(__file__).parents[2]
+ARGUMENTS = {
+    "digits_sparse_momentum": [None],
+    "mnist_sparse_momentum": ["lenet_300_100", "lenet5_caffe"],
+    "mnist_rda": ["lenet_300_100", "lenet5_caffe"],
+    "cifar10_sparse_momentum": list(runpy.run_path(str(ROOT / "configs/cifar10_sparse_momentum.py"))["NETWORKS"]),
+    "cifar_rda": list(runpy.run_path(str(ROOT / "configs/cifar_rda.py"))["EXPERIMENTS"]),
+}
+ALL = [(name, argument) for name, arguments in ARGUMENTS.items() for argument in arguments]
+IMAGES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10": (32, 32, 3), "cifar100": (32, 32, 3)}
+
+
+def config_of(name, argument):
+    get_config = runpy.run_path(str(ROOT / f"configs/{name}.py"))["get_config"]
+    return (get_config() if argument is None else get_config(argument)).lock()
+
+
+def random_images(config, count):
+    """Noise in the shape of the config's data set."""
+    random, shape = np.random.RandomState(0), IMAGES[config.data.name]
+    split = data.Split(
+        random.randint(0, 256, (count, *shape)).astype(np.uint8), random.randint(0, 10, count).astype(np.int32)
+    )
+    channels = np.ones(shape[-1], np.float32)
+    classes = 100 if config.data.name == "cifar100" else 10
+    return data.Dataset(split, data.Split(*(x[:0] for x in split)), split, classes, 128 * channels, 64 * channels)
+
+
+def test_no_config_is_forgotten():
+    assert {path.stem for path in (ROOT / "configs").glob("*.py")} == {*ARGUMENTS, "common"}
+
+
+@pytest.mark.parametrize(("name", "argument"), ALL)
+def test_every_config_makes_a_network_and_its_masks(name, argument):
+    config = config_of(name, argument)
+    dataset = random_images(config, count=256)
+    state = jax.eval_shape(program.make_program(config, dataset).init, 0)
+    masks = jax.eval_shape(lambda state: program.masks_of(config, state), state)
+    sparse = [mask for mask in jax.tree.leaves(masks) if mask.ndim]
+    kernels = [leaf for leaf in jax.tree.leaves(state.params) if leaf.ndim > 1]
+    assert [mask.shape for mask in sparse] == [kernel.shape for kernel in kernels]
+    assert kernels[-1].shape[-1] == dataset.num_classes or kernels[-1].ndim == 4
+    small = program.make_model(train.shrink(config), 10)
+    variables = jax.eval_shape(small.init, jax.random.key(0), dataset.train.images[:1].astype(np.float32))
+    if config.model.name not in ("lenet_300_100", "lenet5_caffe"):
+        size = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+        assert size < sum(leaf.size for leaf in jax.tree.leaves(state.params)) / 15
+
+
+@pytest.mark.parametrize("name", [name for name, arguments in ARGUMENTS.items() if arguments != [None]])
+def test_an_argument_that_is_not_there_names_those_that_are(name):
+    with pytest.raises(ValueError, match=f"this config comes with .*{ARGUMENTS[name][0]}.*, got 'resnet'"):
+        config_of(name, "resnet")
+
+
+def train_on_noise(config, workdir, monkeypatch):
+    monkeypatch.setattr(data, "load", lambda name, data_dir, *, examples, **_: random_images(config, examples))
+    return train.train(config, workdir)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "changes"),
+    [
+        ("cifar_rda", "resnet20", {"sparsity.l1": 1e-4, "model.dtype": "bfloat16"}),
+        ("cifar10_sparse_momentum", "alexnet_s", {}),
+    ],
+)
+def test_a_small_cifar_run(tmp_path, monkeypatch, name, argument, changes):
+    config = train.shrink(config_of(name, argument)).lock()
+    config.update_from_flattened_dict({"epochs": 2, "data.examples": 96, "log_every_steps": 3, **changes})
+    state, [result] = train_on_noise(config, tmp_path, monkeypatch)
+    losses = [line["train_loss"] for line in read_metrics(tmp_path)]
+    assert len(losses) == 2
+    assert np.isfinite(losses).all()
+    assert jax.tree.leaves(state.model_state["batch_stats"])[0].dtype == np.float32
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(state.params))
+    jaxsparse.check(state.opt_state, state.params)
+    assert 0 < result["density"] < 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "argument"), ALL)
+def test_every_config_runs_made_small(tmp_path, monkeypatch, name, argument):
+    config = train.shrink(config_of(name, argument)).lock()
+    state, [result] = train_on_noise(config, tmp_path, monkeypatch)
+    assert read_metrics(tmp_path)[-1]["step"] == result["steps"] == 4 * 44
+    jaxsparse.check(state.opt_state, state.params)
+    lines = read_metrics(tmp_path)
+    print(f"{name}:{argument}: first chunk {lines[0]['seconds']:.0f} s, the other three "
+          f"{sum(line['seconds'] for line in lines[1:]):.0f} s, density {result['density']:.3f}")  # fmt: skip
