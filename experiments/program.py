@@ -164,12 +164,12 @@ def make_model(config: ConfigDict, num_classes: int) -> Any:
 
 def make_augmentation(config: ConfigDict) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
     """A function of images, the epoch's key and the images' numbers, as ``config.data`` has it."""
-    pad, flip = config.data.get("pad", 0), config.data.get("flip", False)
-    if not (pad or flip):
-        return lambda images, key, rows: images
+    pad, flip = config.data.pad, config.data.flip
     if pad < 0:
         raise ValueError(f"config.data.pad is at least 0, got {pad}")
     pad_mode = choose(PADDINGS, config.data.pad_mode, "config.data.pad_mode")
+    if not (pad or flip):
+        return lambda images, key, rows: images
 
     def augmented(images, key, rows):
         keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)

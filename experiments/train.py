@@ -89,7 +89,7 @@ def train(
         validation=config.data.validation,
         mean=config.data.mean,
         std=config.data.std,
-        examples=config.data.get("examples"),
+        examples=config.data.examples,
     )
     check_config(config, num_examples=len(dataset.train.labels))
     steps_per_epoch = len(dataset.train.labels) // config.data.batch_size

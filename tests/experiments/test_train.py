@@ -3,6 +3,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -112,7 +113,8 @@ def test_dense_run(tmp_path, capsys):
 def test_validation_images_are_held_out_and_evaluated(tmp_path):
     _, [result] = train.train(smoke_config(**{"data.validation": 0.1, "epochs": 1}), tmp_path)
     assert result["steps"] == 1267 // 32  # nine tenths of 1408
-    assert (result["validation_accuracy"] * 144) % 1 == pytest.approx(0, abs=1e-4)
+    hits = result["validation_accuracy"] * 141
+    assert hits == pytest.approx(round(hits), abs=1e-3)
 
 
 def test_finished_run_is_not_run_again(sparse_run, capsys):
@@ -158,6 +160,7 @@ def test_seeds_one_after_another_and_side_by_side(sparse_run, tmp_path):
 
 class WithBatchNorm(nn.Module):
     num_classes: int
+    dtype: Any
 
     @nn.compact
     def __call__(self, images):
