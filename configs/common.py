@@ -76,6 +76,22 @@ def rda() -> ConfigDict:
     return config
 
 
+def mnist(config: ConfigDict, model: str) -> ConfigDict:
+    """LeNet-300-100 or LeNet-5 on MNIST as sparse momentum's Table 1 has it, a tenth of the images held out."""
+    if model not in ("lenet_300_100", "lenet5_caffe"):
+        raise ValueError(f"this config comes with the models 'lenet_300_100' and 'lenet5_caffe', got {model!r}")
+    convolutional = model == "lenet5_caffe"
+    config.eval_every_epochs = 5 if convolutional else 1
+    config.checkpoint_every_epochs = 1 if convolutional else 10
+    config.log_every_steps = 108 if convolutional else 540
+    config.data.name = "mnist"
+    config.data.validation = 0.1
+    config.data.mean = (0.1307,)
+    config.data.std = (0.3081,)
+    config.model.name = model
+    return config
+
+
 def cifar(config: ConfigDict) -> ConfigDict:
     """CIFAR-10 as both papers have it, but for the padding and the held out images."""
     config.checkpoint_every_epochs = 10

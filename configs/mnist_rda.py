@@ -17,17 +17,6 @@ from configs import common
 
 def get_config(model: str = "lenet_300_100") -> ConfigDict:
     """The configuration, for the model "lenet_300_100" or "lenet5_caffe"."""
-    if model not in ("lenet_300_100", "lenet5_caffe"):
-        raise ValueError(f"this config comes with the models 'lenet_300_100' and 'lenet5_caffe', got {model!r}")
-    convolutional = model == "lenet5_caffe"
-    config = common.rda()
-    config.eval_every_epochs = 5 if convolutional else 1
-    config.checkpoint_every_epochs = 1 if convolutional else 10
-    config.log_every_steps = 108 if convolutional else 540
-    config.data.name = "mnist"
-    config.data.validation = 0.1
-    config.data.mean = (0.1307,)
-    config.data.std = (0.3081,)
-    config.model.name = model
+    config = common.mnist(common.rda(), model)
     config.sparsity.l1 = 3e-6
     return config
