@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; without their yellow, too light for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -37,7 +37,7 @@ def learning_curve(lines: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def layer_densities(lines: Sequence[Mapping[str, Any]]) -> Figure:
-    """Density of each sparse layer over the epochs, and how many entries of its mask each update flipped.
+    """Density of each sparse layer over the epochs, and how many entries of its mask flipped.
 
     Args:
       lines: of metrics.jsonl, of a run with masks.
@@ -45,20 +45,27 @@ def layer_densities(lines: Sequence[Mapping[str, Any]]) -> Figure:
     figure, (densities, flips) = _panels(2, "epoch")
     lines = [line for line in lines if "layer_density" in line]
     updates = [line for line in lines if "flips" in line]
-    for i, path in enumerate(lines[0]["layer_density"] if lines else ()):
+    paths = list(lines[0]["layer_density"]) if lines else []
+    figure.set_figheight(max(4, 0.18 * len(paths)))  # room for the legend
+    deep = len(paths) > 3 * len(COLOURS)  # more layers than styles: their order as shades from dark to light
+    for i, path in enumerate(paths):
         style = {
             "label": path,
             "color": COLOURS[i % len(COLOURS)],
             "linestyle": ("-", "--", ":")[i // len(COLOURS) % 3],
         }
+        if deep:
+            style |= {"color": matplotlib.colormaps["viridis"](0.9 * i / len(paths)), "linestyle": "-"}
         densities.plot(
             [line["epoch"] for line in lines], [100 * line["layer_density"][path] for line in lines], **style
         )
         flips.plot([line["epoch"] for line in updates], [line["flips"][path] for line in updates], **style)
-    densities.set(ylabel="weights kept (%)", yscale="log")
+    shares = [share for line in lines for share in line["layer_density"].values() if share > 0]
+    wide = max(shares, default=1) >= 10 * min(shares, default=1)
+    densities.set(ylabel="weights kept (%)", yscale="log" if wide else "linear")
     densities.yaxis.set_major_formatter("{x:g}")
     flips.set_yscale("symlog", linthresh=1)
-    flips.set(ylabel="mask entries flipped by an update", ylim=(0, None))
+    flips.set(ylabel="mask entries flipped since the point before", ylim=(0, None))
     flips.yaxis.set_major_formatter("{x:,.0f}")
     figure.legend(*densities.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
@@ -92,6 +99,8 @@ def receptive_fields(mask: np.ndarray, image_shape: Sequence[int], most: int = 1
     units_axes.set_axis_off()
     image = pixels_axes.imshow(fields.sum(-1), cmap="viridis", vmin=0, interpolation="nearest")
     pixels_axes.set_title("how many units see each pixel")
+    for axis in (pixels_axes.xaxis, pixels_axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=pixels_axes, shrink=0.8)
     return figure
 

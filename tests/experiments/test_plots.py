@@ -43,12 +43,20 @@ def test_layer_densities(tmp_path):
     assert saved(figure, tmp_path)
 
 
-def test_layer_densities_of_more_layers_than_colours(tmp_path):
-    layers = {f"layer{i}": 0.5 for i in range(20)}
+@pytest.mark.parametrize("count", [20, 60])
+def test_layer_densities_of_more_layers_than_colours(tmp_path, count):
+    layers = {f"layer{i}": 0.5 for i in range(count)}
     figure = plots.layer_densities([{"step": 1, "epoch": 1, "layer_density": layers}])
     styles = {(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines}
-    assert len(styles) == 20
+    assert len(styles) == count
     assert saved(figure, tmp_path)
+
+
+@pytest.mark.parametrize(("densities", "scale"), [((0.9, 1.0), "linear"), ((0.05, 1.0), "log"), ((0.0, 0.5), "linear")])
+def test_layer_densities_are_logarithmic_over_a_wide_range(densities, scale):
+    layers = dict(zip("ab", densities, strict=True))
+    figure = plots.layer_densities([{"step": 1, "epoch": 1, "layer_density": layers}])
+    assert figure.axes[0].get_yscale() == scale
 
 
 @pytest.mark.parametrize("shape", [(12, 7), (12, 1), (2, 3, 2, 5), (3, 3, 1, 200)])
