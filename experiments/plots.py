@@ -9,6 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
+from jaxsparse.structures import natural_order
+
 # Okabe and Ito's colours, which colour-blind readers can tell apart; without their yellow, too light for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
@@ -45,7 +47,7 @@ def layer_densities(lines: Sequence[Mapping[str, Any]]) -> Figure:
     figure, (densities, flips) = _panels(2, "epoch")
     lines = [line for line in lines if "layer_density" in line]
     updates = [line for line in lines if "flips" in line]
-    paths = list(lines[0]["layer_density"]) if lines else []
+    paths = sorted(lines[0]["layer_density"] if lines else (), key=natural_order)
     figure.set_figheight(max(4, 0.18 * len(paths)))  # room for the legend
     deep = len(paths) > 3 * len(COLOURS)  # more layers than styles: their order as shades from dark to light
     for i, path in enumerate(paths):

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxsparse.links import link_states
 from jaxsparse.masks import apply_masks, validate_masks
-from jaxsparse.structures import align, by_path, is_masked_node, leaf_paths, prunable_leaves
+from jaxsparse.structures import align, by_path, is_masked_node, leaf_paths, natural_order, prunable_leaves
 
 __all__ = [
     "SparsityError", "Summary", "check", "closed_channels", "eval_params", "get_masks", "plot_masks", "sparsify",
@@ -202,7 +202,7 @@ def summary(params: Any, opt_state_or_masks: Any) -> Summary:
     for (path, leaf), mask in zip(by_path(params).items(), align(masks, params, "masks"), strict=True):
         size, dense = int(np.prod(leaf.shape)), np.ndim(mask) == 0
         rows.append(LayerSummary(path, tuple(leaf.shape), size, size if dense else int(mask.sum()), not dense))
-    return Summary(tuple(rows))
+    return Summary(tuple(sorted(rows, key=lambda row: natural_order(row.path))))
 
 
 def plot_masks(masks: Any, *, max_side: int = 512):
@@ -226,7 +226,7 @@ def plot_masks(masks: Any, *, max_side: int = 512):
 
     sparse = [
         (name, np.asarray(mask))
-        for name, mask in zip(leaf_paths(masks), jax.tree.leaves(masks), strict=True)
+        for name, mask in sorted(by_path(masks).items(), key=lambda item: natural_order(item[0]))
         if np.ndim(mask) > 0
     ]
     if not sparse:

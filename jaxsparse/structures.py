@@ -6,6 +6,7 @@ prunable leaf is its *structure*: here a single weight.
 
 import dataclasses
 import logging
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ import optax
 
 __all__ = [
     "Prunable", "align", "by_path", "check_structure", "group_axes", "is_function", "is_masked_node", "leaf_paths",
-    "path_name", "prunable_leaves", "resolve_structure",
+    "natural_order", "path_name", "prunable_leaves", "resolve_structure",
 ]  # fmt: skip
 
 logger = logging.getLogger("jaxsparse")
@@ -60,6 +61,16 @@ def path_name(path: tuple) -> str:
 def leaf_paths(tree: Any) -> list[str]:
     """The names of all leaves, in the order of ``jax.tree.leaves``."""
     return [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def natural_order(path: str) -> list[Any]:
+    """A sort key that puts conv2 before conv10: the numbers in a path count as numbers.
+
+    Examples:
+      >>> sorted(["conv10/kernel", "conv2/kernel"], key=natural_order)
+      ['conv2/kernel', 'conv10/kernel']
+    """
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
 
 
 def by_path(tree: Any) -> dict[str, Any]:

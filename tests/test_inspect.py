@@ -82,6 +82,14 @@ def test_summary_counts_and_prints():
     assert str(jaxsparse.summary(shapes, state)) == str(table)
 
 
+def test_layers_are_listed_and_drawn_in_their_natural_order():
+    params = {f"conv{i}": {"kernel": jnp.ones((2, 2))} for i in (10, 2, 1)}
+    masks = jax.tree.map(lambda p: p > 0, params)
+    names = ["conv1/kernel", "conv2/kernel", "conv10/kernel"]
+    assert [row.path for row in jaxsparse.summary(params, masks).layers] == names
+    assert [axes.get_title().split("\n")[0] for axes in jaxsparse.inspect.plot_masks(masks).figure.axes] == names
+
+
 def test_summary_of_masks_that_do_not_fit():
     with pytest.raises(ValueError, match=r"masks of w: expected bool of shape \(2, 2\)"):
         jaxsparse.summary({"w": jnp.ones((2, 2))}, {"w": jnp.ones((3, 2), bool)})
