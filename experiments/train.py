@@ -96,8 +96,10 @@ def train(
     total_steps = config.epochs * steps_per_epoch
     eval_every = config.eval_every_epochs * steps_per_epoch
     checkpoint_every = config.checkpoint_every_epochs * steps_per_epoch
-    # Sparse momentum changes its masks on the first step after each multiple of this, dual averaging at any step.
-    update_every = config.sparsity.get("update_every_epochs", 1 / steps_per_epoch) * steps_per_epoch
+    # Masks change on the first step after each multiple of this; those of dual averaging at any step.
+    update_every = (
+        config.sparsity.update_every_epochs * steps_per_epoch if "update_every_epochs" in config.sparsity else 1
+    )
     grid = chunk_grid(total_steps, config.log_every_steps, eval_every, checkpoint_every)
     program = make_program(config, dataset, side_by_side=seeds is not None)
     seed = config.seed if seeds is None else np.asarray(seeds)
