@@ -1,6 +1,6 @@
 """Pictures of runs and tables. Every function returns a ``matplotlib.figure.Figure``; ``savefig(path)`` writes it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -123,7 +123,7 @@ def errors_against(
       title: of the picture.
     """
     figure, (axes,) = _panels(1, xlabel)
-    figure.set_size_inches(10, 4.5)
+    figure.set_size_inches(10, 5.5)
     names = list(dict.fromkeys(x for points in series.values() for x in points))
     named = any(isinstance(x, str) for x in names)
     position = {x: names.index(x) if named else x for x in names}
@@ -139,12 +139,24 @@ def errors_against(
     figure.suptitle(title)
     if not named and max(names, default=1) >= 10 * min(names, default=1):
         axes.set_xscale("log")
+    if not named:
+        scale = np.log if axes.get_xscale() == "log" else np.asarray
+        position = {x: x for x in _apart(sorted(position), scale)}
     axes.xaxis.set_major_locator(FixedLocator(list(position.values())))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticklabels([f"{x}".replace(" + ", "\n+ ") for x in position])
     if series or baselines:
-        figure.legend(loc="outside right upper", fontsize=8)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
+
+
+def _apart(xs: Sequence[float], scale: Callable[[Any], Any]) -> list[float]:
+    """Those of the increasing numbers that are not too near to one before for two labels side by side."""
+    kept: list[float] = []
+    for x in xs:
+        if not kept or scale(x) - scale(kept[-1]) > 0.04 * (scale(xs[-1]) - scale(xs[0])):
+            kept.append(x)
+    return kept
 
 
 def _panels(count: int, xlabel: str) -> tuple[Figure, Any]:

@@ -78,6 +78,8 @@ def test_errors_against_numbers_and_names(tmp_path):
     assert axes.get_xscale() == "log"
     assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "2", "20"]
     assert saved(figure, tmp_path)
+    near = plots.errors_against("weights kept (%)", {"ours": {1: (2, 0), 1.01: (2, 0), 8: (1, 0)}}, {}, "")
+    assert [text.get_text() for text in near.axes[0].get_xticklabels()] == ["1", "8"]
     named = plots.errors_against("variant", {"ours": {"a": (1, 0.1), "b": (2, 0.1)}, "paper": {"b": (2, 0)}}, {}, "")
     assert [text.get_text() for text in named.axes[0].get_xticklabels()] == ["a", "b"]
     assert saved(named, tmp_path)
