@@ -7,7 +7,7 @@ prunable leaf is its *structure*: here a single weight.
 import dataclasses
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ import optax
 
 __all__ = [
     "Prunable", "align", "by_path", "check_structure", "group_axes", "is_function", "is_masked_node", "leaf_paths",
-    "natural_order", "path_name", "prunable_leaves", "resolve_structure",
+    "natural_order", "path_name", "prunable_leaves",
 ]  # fmt: skip
 
 logger = logging.getLogger("jaxsparse")
@@ -155,25 +155,11 @@ def prunable_leaves(params: Any, prunable: Any = None) -> Any:
     return treedef.unflatten(chosen)
 
 
-def resolve_structure(structure: str) -> str:
-    """Checks the unit that is kept or dropped as one, for methods that know single weights only.
-
-    Args:
-      structure: ``"weight"``, every weight by itself.
-
-    Raises:
-      ValueError: for an unknown structure.
-    """
-    if structure != "weight":
-        raise ValueError(f"structure must be one of ['weight'], got {structure!r}")
-    return structure
-
-
-def check_structure(structure: str | Mapping[str, str]) -> None:
-    """Raises a ValueError for an unknown structure, or one of a mapping."""
+def check_structure(structure: str | Mapping[str, str], known: Sequence[str] = ("weight", *_GROUPED)) -> None:
+    """Raises a ValueError for a structure, or one of a mapping's, that a method does not know."""
     for value in structure.values() if isinstance(structure, Mapping) else [structure]:
-        if value not in ("weight", *_GROUPED):
-            raise ValueError(f"structure must be one of {['weight', *_GROUPED]}, got {value!r}")
+        if value not in known:
+            raise ValueError(f"structure must be one of {list(known)}, got {value!r}")
 
 
 def group_axes(structure: str | Mapping[str, str], params: Any, prunable: Any) -> Any:

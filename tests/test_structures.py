@@ -6,7 +6,7 @@ import optax
 import pytest
 
 import jaxsparse
-from jaxsparse.structures import align, prunable_leaves, resolve_structure
+from jaxsparse.structures import align, check_structure, prunable_leaves
 from tests.problems import SPARSE, make_params
 
 
@@ -65,6 +65,8 @@ def test_align_matches_by_path_and_ignores_what_is_masked():
 
 
 def test_structures_are_checked():
-    assert resolve_structure("weight") == "weight"
-    with pytest.raises(ValueError, match=r"structure must be one of \['weight'\], got 'blob'"):
-        resolve_structure("blob")
+    check_structure({"conv/kernel": "channel"})
+    with pytest.raises(ValueError, match=r"structure must be one of \['weight', 'kernel', 'channel'\], got 'blob'"):
+        check_structure("blob")
+    with pytest.raises(ValueError, match=r"structure must be one of \['weight'\], got 'channel'"):
+        jaxsparse.sparse_momentum(0.9, 100, structure="channel")

@@ -36,7 +36,7 @@ from jaxsparse.links import (
 )
 from jaxsparse.masks import as_key, random_masks, validate_masks
 from jaxsparse.selection import count_true, global_top_k_masks, random_scores, top_k_mask, top_k_masks
-from jaxsparse.structures import is_masked_node, leaf_paths, resolve_structure
+from jaxsparse.structures import check_structure, is_masked_node, leaf_paths
 
 __all__ = ["SparseMomentumState", "momentum_regrowth", "sparse_momentum"]
 
@@ -194,7 +194,7 @@ def sparse_momentum(
     check_range("decay", decay, 0, 1, open_end=True)
     if not callable(prune_rate):
         check_range("prune_rate", prune_rate, 0, 1)
-    resolve_structure(structure)
+    check_structure(structure, known=("weight",))
 
     def init_fn(params):
         refuse_replicated(params, "sparse_momentum")
