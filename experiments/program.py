@@ -21,6 +21,7 @@ MODELS = {
     "lenet5_caffe": models.LeNet5Caffe,
     "resnet_18": models.ResNet18,
     "resnet_20": models.ResNet20,
+    "resnet_50": models.ResNet50,
     "resnet_56": models.ResNet56,
     "vgg": models.VGG,
     "wide_resnet": models.WideResNet,

@@ -15,8 +15,8 @@ from jaxsparse.masks import apply_masks, validate_masks
 from jaxsparse.structures import align, by_path, is_masked_node, leaf_paths, natural_order, prunable_leaves
 
 __all__ = [
-    "SparsityError", "Summary", "check", "closed_channels", "eval_params", "get_masks", "plot_masks", "sparsify",
-    "summary",
+    "SparsityError", "Summary", "check", "closed_channels", "eval_params", "get_log_alpha", "get_masks", "plot_masks",
+    "sparsify", "summary",
 ]  # fmt: skip
 
 
@@ -71,7 +71,10 @@ def sparsify(params: Any, opt_state: Any) -> Any:
 
 
 def eval_params(opt_state: Any, params: Any) -> Any:
-    """The params to evaluate and ship: for methods that only hold masks, the params on their masks.
+    """The params to evaluate and ship.
+
+    Of methods that only hold masks these are the params on their masks; of gates (:func:`jaxsparse.l0`) the weights
+    behind them times their test-time values.
 
     Args:
       opt_state: the optimizer state.
@@ -80,7 +83,33 @@ def eval_params(opt_state: Any, params: Any) -> Any:
     Raises:
       ValueError: if there is no sparse link in the state.
     """
-    return sparsify(params, opt_state)
+    better: dict[str, Any] = {}
+    for link in _links(opt_state):
+        if hasattr(link, "eval_weights"):
+            better |= by_path(link.eval_weights())
+    params = sparsify(params, opt_state)
+    leaves = [better.get(path, leaf) for path, leaf in by_path(params).items()]
+    return jax.tree.structure(params).unflatten(leaves)
+
+
+def get_log_alpha(opt_state: Any) -> dict[str, jax.Array]:
+    """The locations of the gates in an optimizer state, by the name of their group.
+
+    ``hard_concrete_mean`` of them are the gates to evaluate with, ``prob_open`` the probabilities that they are open.
+
+    Args:
+      opt_state: the optimizer state.
+
+    Returns:
+      name of the group -> (size,), float32, in network order.
+
+    Raises:
+      ValueError: if there are no gates in the state.
+    """
+    gated = [link.log_alpha for link in link_states(opt_state) if hasattr(link, "log_alpha")]
+    if not gated:
+        raise ValueError("there are no gates in this optimizer state: wrap the optimizer in jaxsparse.l0 or dep_l0")
+    return {name: log_alpha for each in gated for name, log_alpha in each.items()}
 
 
 def check(opt_state: Any, params: Any = None) -> None:

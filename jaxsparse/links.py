@@ -40,9 +40,12 @@ class LinkState(Protocol):
 
 
 def link_states(opt_state: Any) -> list[Any]:
-    """The states of all sparse links in an optimizer state, however deep."""
-    leaves = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, LinkState))
-    return [leaf for leaf in leaves if isinstance(leaf, LinkState)]
+    """The states of all sparse links in an optimizer state, however deep, also those inside of a wrapper's."""
+    found = []
+    for leaf in jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, LinkState)):
+        if isinstance(leaf, LinkState):
+            found += [leaf, *link_states(getattr(leaf, "inner_state", ()))]
+    return found
 
 
 def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

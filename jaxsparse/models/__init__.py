@@ -1,9 +1,11 @@
 """Flax models as the papers of the field have them."""
 
+from jaxsparse.models.accounting import positions
 from jaxsparse.models.alexnet import AlexNet
+from jaxsparse.models.channels import channel_groups, reestimate_batch_stats, slim
 from jaxsparse.models.densenet import DenseNet, DenseNet40
 from jaxsparse.models.lenet import LeNet5Caffe, LeNet300100
-from jaxsparse.models.resnet import ResNet18, ResNet20, ResNet56, ResNetCIFAR
+from jaxsparse.models.resnet import ResNet18, ResNet20, ResNet50, ResNet56, ResNetCIFAR
 from jaxsparse.models.vgg import VGG
 from jaxsparse.models.wide_resnet import WideResNet
 
@@ -16,7 +18,12 @@ __all__ = [
     "LeNet300100",
     "ResNet18",
     "ResNet20",
+    "ResNet50",
     "ResNet56",
     "ResNetCIFAR",
     "WideResNet",
+    "channel_groups",
+    "positions",
+    "reestimate_batch_stats",
+    "slim",
 ]

@@ -7,7 +7,7 @@ from flax import linen as nn
 
 from jaxsparse.models.layers import Conv, fan_in_uniform
 
-__all__ = ["BatchNorm", "check_images", "conv_bn_relu", "dense", "he_normal", "scaled"]
+__all__ = ["BatchNorm", "check_features", "check_images", "conv_bn_relu", "dense", "he_normal", "scaled"]
 
 
 class BatchNorm(nn.BatchNorm):
@@ -111,4 +111,13 @@ def check_images(images: jax.Array, smallest: int, model: str) -> None:
         raise ValueError(
             f"{model} needs images of shape (batch, height, width, channels), at least {smallest} x {smallest}, got "
             f"{images.shape}"
+        )
+
+
+def check_features(model: nn.Module, number: int) -> None:
+    """Raises a ValueError unless the attribute ``features`` of a model holds so many ints >= 1."""
+    if len(model.features) != number or min(model.features) < 1:
+        raise ValueError(
+            f"{type(model).__name__} needs features >= 1 for each of its {number} hidden layers, got "
+            f"{len(model.features)}: {tuple(model.features)}"
         )

@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax.linen import dtypes
 from jax import lax
 
-__all__ = ["IMPLEMENTATIONS", "Conv", "conv", "conv_max_pool", "fan_in_uniform", "max_pool"]
+__all__ = ["IMPLEMENTATIONS", "Conv", "conv", "conv_max_pool", "fan_in_uniform", "max_pool", "output_size"]
 
 IMPLEMENTATIONS = ("xla", "slices")
 
@@ -289,6 +289,22 @@ def fan_in_uniform(fan_in: int) -> nn.initializers.Initializer:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init
+
+
+def output_size(
+    size: Sequence[int],
+    kernel_size: int | Sequence[int],
+    strides: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int | Sequence[int]] = "SAME",
+) -> tuple[int, int]:
+    """Height and width of what :func:`conv` makes of an image of this height and width; arguments as there.
+
+    Examples:
+      >>> output_size((28, 28), 5, padding="VALID")
+      (24, 24)
+    """
+    window, strides = _pair(kernel_size, "kernel_size"), _pair(strides, "strides")
+    return _output_size(size, window, strides, _explicit_padding(padding, size, window, strides))
 
 
 def _pick(implementation: str | None) -> str:

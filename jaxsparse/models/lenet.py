@@ -1,11 +1,13 @@
 """The two LeNets on which pruning papers report MNIST results, initialised as PyTorch initialises them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
 
-from jaxsparse.models.blocks import dense
+from jaxsparse.models.blocks import check_features, dense
 from jaxsparse.models.layers import Conv, fan_in_uniform
 
 __all__ = ["LeNet5Caffe", "LeNet300100"]
@@ -20,6 +22,9 @@ class LeNet300100(nn.Module):
 
     Attributes:
       num_classes: number of logits, int >= 1.
+      features: units of the two hidden layers.
+      inputs: which pixels are read, by their place in the flattened image; None: all. A network that lost inputs and
+        units by pruning is rebuilt with these two.
       dtype: dtype of the computation and of the logits; None promotes input and parameters. Parameters are float32.
 
     Raises:
@@ -41,16 +46,19 @@ class LeNet300100(nn.Module):
     """
 
     num_classes: int = 10
+    features: Sequence[int] = (300, 100)
+    inputs: Sequence[int] | None = None
     dtype: Any = None
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """Logits (batch, num_classes) of ``images`` (batch, ...)."""
+        check_features(self, 2)
         if images.ndim < 2:
             raise ValueError(f"LeNet300100 needs images of shape (batch, ...), got {images.shape}")
-        x = images.reshape(images.shape[0], -1)
-        x = nn.relu(dense(x, 300, name="fc1", dtype=self.dtype))
-        x = nn.relu(dense(x, 100, name="fc2", dtype=self.dtype))
+        x = _read(images.reshape(images.shape[0], -1), self.inputs)
+        x = nn.relu(dense(x, self.features[0], name="fc1", dtype=self.dtype))
+        x = nn.relu(dense(x, self.features[1], name="fc2", dtype=self.dtype))
         return dense(x, self.num_classes, name="fc3", dtype=self.dtype)
 
 
@@ -63,6 +71,9 @@ class LeNet5Caffe(nn.Module):
 
     Attributes:
       num_classes: number of logits, int >= 1.
+      features: filters of the two convolutions and units of the hidden layer.
+      inputs: which of the flattened outputs of the convolutions the hidden layer reads, channels varying fastest; None:
+        all. A network that lost channels, inputs and units by pruning is rebuilt with these two.
       dtype: dtype of the computation and of the logits; None promotes input and parameters. Parameters are float32.
       implementation: form of convolution and max-pool, as in :func:`jaxsparse.models.layers.conv`; None takes the
         fastest.
@@ -87,6 +98,8 @@ class LeNet5Caffe(nn.Module):
     """
 
     num_classes: int = 10
+    features: Sequence[int] = (20, 50, 500)
+    inputs: Sequence[int] | None = None
     dtype: Any = None
     implementation: str | None = None
 
@@ -98,8 +111,9 @@ class LeNet5Caffe(nn.Module):
                 "LeNet5Caffe needs images of shape (batch, height, width, channels), at least 16 x 16 for its two "
                 f"5 x 5 convolutions and 2 x 2 max-pools, got {images.shape}"
             )
+        check_features(self, 3)
         x = images
-        for name, features in (("conv1", 20), ("conv2", 50)):
+        for name, features in (("conv1", self.features[0]), ("conv2", self.features[1])):
             init = fan_in_uniform(5 * 5 * x.shape[-1])
             x = Conv(
                 features,
@@ -113,6 +127,10 @@ class LeNet5Caffe(nn.Module):
                 name=name,
             )(x)
             x = nn.relu(x)  # behind the max-pool instead of before it: the same numbers, a quarter of the work
-        x = x.reshape(x.shape[0], -1)
-        x = nn.relu(dense(x, 500, name="fc1", dtype=self.dtype))
+        x = _read(x.reshape(x.shape[0], -1), self.inputs)
+        x = nn.relu(dense(x, self.features[2], name="fc1", dtype=self.dtype))
         return dense(x, self.num_classes, name="fc2", dtype=self.dtype)
+
+
+def _read(x: jax.Array, inputs: Sequence[int] | None) -> jax.Array:
+    return x if inputs is None else x[:, np.asarray(inputs)]

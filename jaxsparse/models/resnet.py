@@ -1,4 +1,4 @@
-"""Residual networks for CIFAR images: the thin ones of the ResNet paper, and ResNet-18 with a stem for small images."""
+"""Residual networks: the thin ones of the ResNet paper for CIFAR images, ResNet-18 with a stem for such, ResNet-50."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxsparse.models.blocks import BatchNorm, check_images, dense, he_normal, scaled
-from jaxsparse.models.layers import Conv
+from jaxsparse.models.layers import Conv, max_pool
 
-__all__ = ["ResNet18", "ResNet20", "ResNet56", "ResNetCIFAR"]
+__all__ = ["ResNet18", "ResNet20", "ResNet50", "ResNet56", "ResNetCIFAR"]
 
 
 class ResNetCIFAR(nn.Module):
@@ -19,9 +19,9 @@ class ResNetCIFAR(nn.Module):
 
     A 3 x 3 convolution, three stages of (depth - 2) / 6 basic blocks with 16, 32 and 64 channels, the mean of all
     pixels, a dense layer. Shortcuts have no parameters (option A of the paper): where a stage begins, every second
-    pixel is kept and channels of zeros are added, half of them in front of the others and half behind. Kernels start
-    from N(0, sqrt(2 / fan_in)), the dense layer's bias from U(-1/sqrt(fan_in), 1/sqrt(fan_in)). The model returns
-    logits.
+    pixel is kept and channels of zeros are added, half of them in front of the others and half behind. With
+    ``project`` they are 1 x 1 convolutions with batch normalisation there (option B), as in Dep-L0. Kernels start from
+    N(0, sqrt(2 / fan_in)), the dense layer's bias from U(-1/sqrt(fan_in), 1/sqrt(fan_in)). The model returns logits.
 
     Training and evaluation: where the collection ``"batch_stats"`` is mutable, batch normalisation uses the statistics
     of the batch and updates the running ones; elsewhere it uses the running ones.
@@ -30,6 +30,9 @@ class ResNetCIFAR(nn.Module):
       depth: number of layers with kernels, 6 n + 2 for n >= 1 blocks per stage.
       num_classes: number of logits, int >= 1.
       width: factor of all hidden channel numbers, which are rounded and at least 1.
+      project: whether shortcuts that change the shape have parameters.
+      inner: channels inside of each block, ints >= 1; None: those of its stage. A network whose blocks lost channels by
+        pruning is rebuilt so.
       dtype: dtype of the computation and of the logits; None promotes input and parameters. Parameters and batch
         statistics are float32.
       implementation: form of the convolutions, as in :func:`jaxsparse.models.layers.conv`; None takes the fastest.
@@ -57,6 +60,8 @@ class ResNetCIFAR(nn.Module):
     depth: int
     num_classes: int = 10
     width: float = 1.0
+    project: bool = False
+    inner: Sequence[int] | None = None
     dtype: Any = None
     implementation: str | None = None
 
@@ -66,8 +71,17 @@ class ResNetCIFAR(nn.Module):
         if self.depth < 8 or (self.depth - 2) % 6:
             raise ValueError(f"ResNetCIFAR's depth is 6 n + 2 for n >= 1 blocks per stage, got {self.depth}")
         init = he_normal("fan_in")
-        x = _features(self, images, (16, 32, 64), (self.depth - 2) // 6, conv_init=init, project=False)
+        conv, norm, x = _begin(self, images, init, smallest=4)
+        x = conv(scaled(16, self.width), 3, padding=1, name="conv1")(x)
+        x = nn.relu(norm(name="bn1")(x))
+        block, times = partial(_Block, project=self.project, conv=conv, norm=norm), (self.depth - 2) // 6
+        x = _stages(x, block, (16, 32, 64), [times] * 3, self.width, _inner(self, 3 * times))
         return dense(x, self.num_classes, name="fc", dtype=self.dtype, kernel_init=init)
+
+    def inner_widths(self) -> tuple[int, ...]:
+        """Channels inside of each block."""
+        stages = [scaled(n, self.width) for n in (16, 32, 64) for _ in range((self.depth - 2) // 6)]
+        return tuple(stages if self.inner is None else self.inner)
 
 
 class ResNet20(ResNetCIFAR):
@@ -127,22 +141,102 @@ class ResNet18(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """Logits (batch, num_classes) of ``images`` (batch, height, width, channels)."""
-        x = _features(self, images, (64, 128, 256, 512), 2, conv_init=he_normal("fan_out"), project=True)
+        conv, norm, x = _begin(self, images, he_normal("fan_out"), smallest=8)
+        x = conv(scaled(64, self.width), 3, padding=1, name="conv1")(x)
+        x = nn.relu(norm(name="bn1")(x))
+        block = partial(_Block, project=True, conv=conv, norm=norm)
+        x = _stages(x, block, (64, 128, 256, 512), [2] * 4, self.width, [(None,)] * 8)
         return dense(x, self.num_classes, name="fc", dtype=self.dtype)
 
 
-def _features(model, images, channels: Sequence[int], blocks: int, *, conv_init, project: bool) -> jax.Array:
-    """Features (batch, channels[-1]) in front of a ResNet's dense layer, with the submodules of ``model``."""
-    check_images(images, 2 ** (len(channels) - 1), type(model).__name__)
-    conv = partial(Conv, use_bias=False, dtype=model.dtype, kernel_init=conv_init, implementation=model.implementation)
-    norm = partial(BatchNorm, dtype=model.dtype)
-    channels = [scaled(n, model.width) for n in channels]
-    x = conv(channels[0], 3, padding=1, name="conv1")(images)
-    x = nn.relu(norm(name="bn1")(x))
-    for stage, features in enumerate(channels, 1):
-        for i in range(1, blocks + 1):
+class ResNet50(nn.Module):
+    """ResNet-50 for ImageNet: 25,557,032 parameters.
+
+    A 7 x 7 convolution with strides 2, a 3 x 3 max-pool with strides 2, four stages of 3, 4, 6 and 3 bottleneck blocks
+    (1 x 1, 3 x 3 with the strides, 1 x 1 to four times the channels), the mean of all pixels, a dense layer. Where
+    stages begin, the shortcut is a 1 x 1 convolution with batch normalisation. Convolutions start from
+    N(0, sqrt(2 / fan_out)), the dense layer from U(-1/sqrt(fan_in), 1/sqrt(fan_in)). The model returns logits.
+
+    Training and evaluation: where the collection ``"batch_stats"`` is mutable, batch normalisation uses the statistics
+    of the batch and updates the running ones; elsewhere it uses the running ones.
+
+    Attributes:
+      num_classes: number of logits, int >= 1.
+      width: factor of all hidden channel numbers, which are rounded and at least 1.
+      inner: channels of the first and of the second convolution of each block, 32 ints >= 1; None: those of its stage.
+        A network whose blocks lost channels by pruning is rebuilt so.
+      dtype: dtype of the computation and of the logits; None promotes input and parameters. Parameters and batch
+        statistics are float32.
+      implementation: form of the convolutions, as in :func:`jaxsparse.models.layers.conv`; None takes the fastest.
+
+    Raises:
+      ValueError: if the input is not (batch, height, width, channels) or smaller than 32 x 32.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jaxsparse import models
+      >>> variables = jax.eval_shape(models.ResNet50().init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
+      >>> sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+      25557032
+
+    References:
+      He et al., *Deep residual learning for image recognition*, 2016; strides in the 3 x 3 convolution as torchvision
+      and Dep-L0 have them.
+    """
+
+    num_classes: int = 1000
+    width: float = 1.0
+    inner: Sequence[int] | None = None
+    dtype: Any = None
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Logits (batch, num_classes) of ``images`` (batch, height, width, channels)."""
+        conv, norm, x = _begin(self, images, he_normal("fan_out"), smallest=32)
+        x = conv(scaled(64, self.width), 7, strides=2, padding=3, name="conv1")(x)
+        x = nn.relu(norm(name="bn1")(x))
+        x = max_pool(x, 3, strides=2, padding=1, implementation=self.implementation)
+        block = partial(_Bottleneck, conv=conv, norm=norm)
+        x = _stages(x, block, (64, 128, 256, 512), (3, 4, 6, 3), self.width, _inner(self, 16, 2))
+        return dense(x, self.num_classes, name="fc", dtype=self.dtype)
+
+    def inner_widths(self) -> tuple[int, ...]:
+        """Channels of the first and of the second convolution of each block."""
+        stages = zip((64, 128, 256, 512), (3, 4, 6, 3), strict=True)
+        widths = [scaled(n, self.width) for n, times in stages for _ in range(2 * times)]
+        return tuple(widths if self.inner is None else self.inner)
+
+
+def _begin(model, images: jax.Array, kernel_init, smallest: int):
+    """The layers of a model, convolution and batch normalisation, and its images after a check."""
+    check_images(images, smallest, type(model).__name__)
+    conv = partial(
+        Conv, use_bias=False, dtype=model.dtype, kernel_init=kernel_init, implementation=model.implementation
+    )
+    return conv, partial(BatchNorm, dtype=model.dtype), images
+
+
+def _inner(model, blocks: int, each: int = 1) -> Sequence[Sequence[int | None]]:
+    """The attribute ``inner`` by blocks."""
+    if model.inner is None:
+        return [(None,) * each] * blocks
+    if len(model.inner) != blocks * each or min(model.inner) < 1:
+        raise ValueError(
+            f"{type(model).__name__} needs {blocks * each} inner channel numbers >= 1, got {len(model.inner)}: "
+            f"{tuple(model.inner)}"
+        )
+    return [model.inner[i : i + each] for i in range(0, blocks * each, each)]
+
+
+def _stages(x, block, channels: Sequence[int], blocks: Sequence[int], width: float, inner) -> jax.Array:
+    """Features (batch, channels) in front of a ResNet's dense layer: the blocks, and the mean of all pixels."""
+    numbers = iter(inner)
+    for stage, (features, times) in enumerate(zip(channels, blocks, strict=True), 1):
+        for i in range(1, times + 1):
             strides = 2 if stage > 1 and i == 1 else 1
-            x = _Block(features, strides, project, conv, norm, name=f"block{stage}_{i}")(x)
+            x = block(scaled(features, width), strides, next(numbers), name=f"block{stage}_{i}")(x)
     return x.mean((1, 2))
 
 
@@ -151,13 +245,14 @@ class _Block(nn.Module):
 
     features: int
     strides: int
+    inner: Sequence[int | None]  # channels between the convolutions
     project: bool  # whether a shortcut that changes the shape has parameters
     conv: Any
     norm: Any
 
     @nn.compact
     def __call__(self, x):
-        y = self.conv(self.features, 3, strides=self.strides, padding=1, name="conv1")(x)
+        y = self.conv(self.inner[0] or self.features, 3, strides=self.strides, padding=1, name="conv1")(x)
         y = nn.relu(self.norm(name="bn1")(y))
         y = self.norm(name="bn2")(self.conv(self.features, 3, padding=1, name="conv2")(y))
         if x.shape == y.shape:
@@ -169,4 +264,26 @@ class _Block(nn.Module):
             added = self.features - x.shape[-1]
             x = x[:, :: self.strides, :: self.strides]
             x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (added // 2, added - added // 2)))
+        return nn.relu(x + y)
+
+
+class _Bottleneck(nn.Module):
+    """A 1 x 1, a 3 x 3 and a 1 x 1 convolution to four times the channels, added to the block's input."""
+
+    features: int
+    strides: int
+    inner: Sequence[int | None]  # channels behind the first and the second convolution
+    conv: Any
+    norm: Any
+
+    @nn.compact
+    def __call__(self, x):
+        y = self.conv(self.inner[0] or self.features, 1, padding=0, name="conv1")(x)
+        y = nn.relu(self.norm(name="bn1")(y))
+        y = self.conv(self.inner[1] or self.features, 3, strides=self.strides, padding=1, name="conv2")(y)
+        y = nn.relu(self.norm(name="bn2")(y))
+        y = self.norm(name="bn3")(self.conv(4 * self.features, 1, padding=0, name="conv3")(y))
+        if x.shape != y.shape:
+            x = self.conv(4 * self.features, 1, strides=self.strides, padding=0, name="shortcut_conv")(x)
+            x = self.norm(name="shortcut_bn")(x)
         return nn.relu(x + y)

@@ -15,20 +15,19 @@ __all__ = ["VGG"]
 _CHANNELS = (64, 128, 256, 512, 512)  # of the convolutions of each block
 _UNITS = 512  # of each hidden dense layer
 
-# Convolutions per block, and hidden dense layers.
+_DEPTHS = {"11": (1, 1, 2, 2, 2), "13": (2, 2, 2, 2, 2), "16": (2, 2, 3, 3, 3), "19": (2, 2, 4, 4, 4)}
+# Convolutions per block, hidden dense layers, and whether the mean of all pixels takes the place of the last max-pool.
 _VARIANTS = {
-    "C": ((2, 2, 3, 3, 3), 2),
-    "D": ((2, 2, 3, 3, 3), 2),
-    "like": ((2, 2, 3, 3, 3), 1),
-    "11_bn": ((1, 1, 2, 2, 2), 0),
-    "13_bn": ((2, 2, 2, 2, 2), 0),
-    "16_bn": ((2, 2, 3, 3, 3), 0),
-    "19_bn": ((2, 2, 4, 4, 4), 0),
+    "C": (_DEPTHS["16"], 2, False),
+    "D": (_DEPTHS["16"], 2, False),
+    "like": (_DEPTHS["16"], 1, False),
+    **{depth: (blocks, 0, False) for depth, blocks in _DEPTHS.items()},
+    **{f"{depth}_bn": (blocks, 0, True) for depth, blocks in _DEPTHS.items()},
 }
 
 
 class VGG(nn.Module):
-    """VGG with batch normalisation: VGG16-C, -D and -like of SNIP and sparse momentum, VGG-11 to -19 of xRDA.
+    """VGG with batch normalisation, in the forms of SNIP and sparse momentum, of xRDA, and of Dep-L0 and ASNI.
 
     Five blocks of 3 x 3 convolutions, each convolution with bias, batch normalisation and ReLU, each block followed by
     a max-pool. Then
@@ -37,8 +36,11 @@ class VGG(nn.Module):
       normalisation. In "C" the last convolution of blocks 3 to 5 is 1 x 1, with a padding of 1 as in the authors' code:
       images grow by two pixels there, and 2 x 2 of them are left for the first dense layer. All kernels and biases
       start from U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
-    - "11_bn", "13_bn", "16_bn" and "19_bn": no max-pool behind the last block, but the mean of all pixels, and no
-      hidden dense layer. Convolutions start from N(0, sqrt(2 / fan_in)), the last layer from N(0, 0.01), biases from 0.
+    - "11", "13", "16" and "19" (Dep-L0, ASNI): no hidden dense layer. Convolutions start from N(0, sqrt(2 / fan_out)),
+      their biases from 0, the last layer from U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
+    - "11_bn", "13_bn", "16_bn" and "19_bn" (xRDA): no max-pool behind the last block, but the mean of all pixels, and
+      no hidden dense layer. Convolutions start from N(0, sqrt(2 / fan_in)), the last layer from N(0, 0.01), biases
+      from 0.
 
     The model returns logits.
 
@@ -46,7 +48,7 @@ class VGG(nn.Module):
     of the batch and updates the running ones; elsewhere it uses the running ones.
 
     Attributes:
-      variant: "C", "D", "like", "11_bn", "13_bn", "16_bn" or "19_bn".
+      variant: "C", "D", "like", "11", "13", "16", "19", "11_bn", "13_bn", "16_bn" or "19_bn".
       num_classes: number of logits, int >= 1.
       features: channels of every convolution and then units of every hidden dense layer, in network order, ints >= 1;
         None takes the papers' numbers. A network that lost channels by pruning is rebuilt so.
@@ -59,7 +61,7 @@ class VGG(nn.Module):
 
     Raises:
       ValueError: on an unknown variant, on ``features`` that are not one for each hidden layer, and if the input is not
-        (batch, height, width, channels) or smaller than 32 x 32 ("C", "D", "like") or 16 x 16.
+        (batch, height, width, channels) or smaller than 16 x 16 (those on "_bn") or 32 x 32.
 
     Examples:
       >>> import jax
@@ -74,7 +76,7 @@ class VGG(nn.Module):
       Simonyan and Zisserman, *Very deep convolutional networks for large-scale image recognition*, 2015; Dettmers and
       Zettlemoyer, *Sparse networks from scratch*, 2019, ``VGG16`` in https://github.com/TimDettmers/sparse_learning at
       e19ff16; Siegel et al., *Training sparse neural networks using compressed sensing*, 2020, ``models/vgg.py`` in
-      https://github.com/dmaywald/xrda-sparse-training at 5f3ab13.
+      https://github.com/dmaywald/xrda-sparse-training at 5f3ab13; Li and Ji, *Dep-L0*, 2021.
     """
 
     variant: str = "D"
@@ -89,14 +91,14 @@ class VGG(nn.Module):
         """Logits (batch, num_classes) of ``images`` (batch, height, width, channels)."""
         if self.variant not in _VARIANTS:
             raise ValueError(f"VGG's variant is one of {tuple(_VARIANTS)}, got {self.variant!r}")
-        blocks, hidden = _VARIANTS[self.variant]
-        pooled = hidden == 0  # the mean of all pixels, instead of a max-pool and hidden dense layers
+        blocks, hidden, pooled = _VARIANTS[self.variant]
         check_images(images, 16 if pooled else 32, f"VGG({self.variant!r})")
-        features = iter(self._features(blocks, hidden))
+        features = iter(self.widths())
 
         layer = partial(conv_bn_relu, dtype=self.dtype, implementation=self.implementation)
-        if pooled:
-            layer = partial(layer, kernel_init=he_normal("fan_in"), bias_init=nn.initializers.zeros_init())
+        if not hidden:
+            init = he_normal("fan_in" if pooled else "fan_out")
+            layer = partial(layer, kernel_init=init, bias_init=nn.initializers.zeros_init())
         x, number = images, 0
         for block, convolutions in enumerate(blocks):
             for i in range(convolutions):
@@ -115,7 +117,9 @@ class VGG(nn.Module):
             x = BatchNorm(dtype=self.dtype, name=f"bn{number + i}")(x)
         return dense(x, self.num_classes, name=f"fc{hidden + 1}", dtype=self.dtype)
 
-    def _features(self, blocks, hidden) -> Sequence[int]:
+    def widths(self) -> Sequence[int]:
+        """Channels of every convolution, then units of every hidden dense layer."""
+        blocks, hidden, _ = _VARIANTS[self.variant]
         if self.features is None:
             numbers = [n for n, times in zip(_CHANNELS, blocks, strict=True) for _ in range(times)] + [_UNITS] * hidden
             return [scaled(n, self.width) for n in numbers]
@@ -125,3 +129,9 @@ class VGG(nn.Module):
                 f"hidden dense layers, got {len(self.features)}: {tuple(self.features)}"
             )
         return self.features
+
+
+def convolutions_and_hidden(variant: str) -> tuple[int, int]:
+    """How many convolutions and hidden dense layers a variant of :class:`VGG` has."""
+    blocks, hidden, _ = _VARIANTS[variant]
+    return sum(blocks), hidden

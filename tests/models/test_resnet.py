@@ -1,3 +1,5 @@
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,8 @@ from tests.models.networks import quick_jit
 
 def test_shortcut_without_parameters_keeps_every_second_pixel_and_surrounds_the_channels_with_zeros():
     x = jax.random.uniform(jax.random.key(0), (2, 5, 4, 3))
-    block = resnet._Block(8, 2, False, lambda *args, **kwargs: Conv(*args, use_bias=False, **kwargs), BatchNorm)
+    conv = partial(Conv, use_bias=False)
+    block = resnet._Block(8, 2, (None,), False, conv, BatchNorm)
     variables = quick_jit(block.init)(jax.random.key(1), x)
     variables["params"]["conv2"]["kernel"] *= 0  # the shortcut is all that is left
     y = quick_jit(block.apply)(variables, x)

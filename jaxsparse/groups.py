@@ -1,0 +1,285 @@
+"""Channels that live and die together: slices of several leaves that one gate multiplies, or that go away with it.
+
+A network loses a channel of a convolution in several places at once: a filter of its kernel, an entry of its bias and
+of the batch normalisation behind it, an input slice of the layer that reads it. A :class:`Group` says which they are.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxsparse.structures import by_path, is_masked_node, natural_order
+
+__all__ = ["Group", "Remaining", "entries", "expected_counts", "group_sizes", "remaining"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The channels of one place in a network, each with one gate.
+
+    Which slices to *multiply* so that the output of a channel is multiplied:
+
+    * behind a batch normalisation: its scale and its bias (the same before a ReLU as behind it);
+    * of a layer without one: the filter, the last axis of the kernel, and its bias;
+    * the inputs of a dense layer: the first axis of its kernel.
+
+    Never a filter ahead of its batch normalisation, which would take the factor out again.
+
+    Attributes:
+      name: of the group, such as ``"conv1"``; no two groups have the same.
+      multiplies: leaf path -> the axis along which the gates multiply it. All these axes have the length of the group.
+      removes: leaf path -> the axis along which closed channels go away, for counting and for removing them. Its length
+        may be a multiple of the group's, as where images (height, width, channels) were flattened: channels vary
+        fastest there. In any other order, (axis, channels) says of which channel each entry is. Leaves that are
+        multiplied are named here too if they shrink.
+      kernel: the path of the kernel that makes the channels, or, where inputs are gated, that reads them; a penalty
+        counts its weights. None: the kernel that is multiplied, or else the first that loses outputs.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> params = {
+      ...     "conv": {"kernel": jnp.ones((3, 3, 1, 8))},
+      ...     "norm": {"scale": jnp.ones(8), "bias": jnp.zeros(8)},
+      ...     "fc": {"kernel": jnp.ones((4 * 4 * 8, 10)), "bias": jnp.zeros(10)},
+      ... }
+      >>> group = Group(
+      ...     "conv",
+      ...     multiplies={"norm/scale": 0, "norm/bias": 0},
+      ...     removes={"conv/kernel": -1, "norm/scale": 0, "norm/bias": 0, "fc/kernel": 0},
+      ... )
+      >>> group_sizes([group], params)
+      (8,)
+    """
+
+    name: str
+    multiplies: Mapping[str, int]
+    removes: Mapping[str, int | tuple[int, Sequence[int]]] = dataclasses.field(default_factory=dict)
+    kernel: str | None = None
+
+
+def group_sizes(groups: Sequence[Group], params: Any) -> tuple[int, ...]:
+    """The number of channels of each group, after a check that they fit the params.
+
+    Args:
+      groups: the groups.
+      params: the params or their shapes. Where parts of them are hidden by ``optax.MaskedNode()``, ``removes`` may name
+        leaves that are not seen; ``multiplies`` may not.
+
+    Raises:
+      ValueError: naming the group and the leaf: for unknown paths, axes that a leaf does not have, sizes that do not
+        agree, a leaf that is multiplied by two groups, two groups of the same name, and a filter that is multiplied
+        although a batch normalisation goes away with it.
+    """
+    groups = tuple(groups)
+    if not groups or not all(isinstance(group, Group) for group in groups):
+        raise ValueError(f"groups must be one or more jaxsparse.Group, got {groups!r}")
+    leaves = by_path(params)
+    partial = any(map(is_masked_node, jax.tree.leaves(params, is_leaf=is_masked_node)))
+    names = [group.name for group in groups]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"two groups have the name {', '.join(map(repr, twice))}")
+    multiplied: dict[str, str] = {}
+    sizes = []
+    for group in groups:
+        who = f"group {group.name!r}"
+        if not group.multiplies:
+            raise ValueError(f"{who} multiplies nothing: its gates would have no effect")
+        lengths = {path: _length(leaves, path, axis, who) for path, axis in group.multiplies.items()}
+        size = next(iter(lengths.values()))
+        for path, length in lengths.items():
+            if path in multiplied:
+                raise ValueError(f"{who} and group {multiplied[path]!r} overlap: both multiply {path}")
+            if not jnp.issubdtype(leaves[path].dtype, jnp.floating):
+                raise ValueError(f"{who} multiplies {path} of dtype {leaves[path].dtype}: only floats have gates")
+            if length != size:
+                first = next(iter(lengths))
+                raise ValueError(f"{who}: {path} has {length} channels where it is multiplied, but {first} has {size}")
+            multiplied[path] = group.name
+        for path, axis in group.removes.items():
+            if partial and path not in leaves:
+                continue
+            axis, channels = axis if isinstance(axis, tuple) else (axis, None)
+            length = _length(leaves, path, axis, who)
+            if channels is not None and (len(channels) != length or min(channels) < 0 or max(channels) >= size):
+                raise ValueError(
+                    f"{who}: axis {axis} of {path} has {length} entries, so their channels must be so many numbers "
+                    f"from 0 to {size - 1}, got {len(channels)} from {min(channels)} to {max(channels)}"
+                )
+            if channels is None and length % size:
+                raise ValueError(
+                    f"{who} has {size} channels, but axis {axis} of {path}, from which they are removed, has "
+                    f"{length}, no multiple of it"
+                )
+        if group.kernel is not None:
+            _length(leaves, group.kernel, -1, who)
+        _refuse_filters_before_a_norm(group, leaves, who)
+        sizes.append(size)
+    return tuple(sizes)
+
+
+def entries(group: Group, path: str, shape: Sequence[int], size: int) -> tuple[int, np.ndarray]:
+    """The axis of a leaf from which a group removes channels, >= 0, and the channel of each entry along it."""
+    removed = group.removes[path]
+    axis, channels = removed if isinstance(removed, tuple) else (removed, None)
+    axis %= len(shape)
+    return axis, np.arange(shape[axis]) % size if channels is None else np.asarray(channels)
+
+
+def expected_counts(
+    groups: Sequence[Group], shapes: Mapping[str, Sequence[int]], open_channels: Sequence[ArrayLike]
+) -> dict[str, jax.Array]:
+    """How many entries of every leaf stay, expected or counted.
+
+    Args:
+      groups: the groups.
+      shapes: of the leaves, by path; the leaves that are counted.
+      open_channels: for every group the probability of each channel to be open, or 0 and 1; (size,).
+
+    Returns:
+      path -> (), float32. Channels are taken for independent, so expected numbers are exact unless a group is on
+      two axes of one leaf.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> group = Group("hidden", {"fc2": 0}, {"fc1": -1, "fc2": 0})
+      >>> counts = expected_counts([group], {"fc1": (5, 4), "fc2": (4, 3)}, [jnp.array([1.0, 1.0, 0.5, 0.0])])
+      >>> {path: float(number) for path, number in counts.items()}
+      {'fc1': 12.5, 'fc2': 7.5}
+    """
+    kept: dict[tuple[str, int], jax.Array] = {}
+    for group, channels in zip(groups, open_channels, strict=True):
+        channels = jnp.asarray(channels, jnp.float32)
+        for path in group.removes:
+            if path in shapes:
+                axis, numbers = entries(group, path, shapes[path], channels.size)
+                kept[path, axis] = kept.get((path, axis), 1) * channels[numbers]
+    return {
+        path: jnp.asarray(
+            np.prod([size for axis, size in enumerate(shape) if (path, axis) not in kept], dtype=np.float32)
+            * jnp.prod(jnp.stack([jnp.ones(()), *(along.sum() for (p, _), along in kept.items() if p == path)]))
+        )
+        for path, shape in shapes.items()
+    }
+
+
+class LayerRemaining(NamedTuple):
+    """One line of :class:`Remaining`: a leaf, and of its entries and multiply-adds how many there are and stay."""
+
+    path: str
+    params: int
+    kept_params: float
+    multiply_adds: int
+    kept_multiply_adds: float
+
+
+class Remaining(NamedTuple):
+    """What is left of a network whose closed channels are removed; printed, it is a table.
+
+    Attributes:
+      layers: one :class:`LayerRemaining` a leaf.
+    """
+
+    layers: tuple[LayerRemaining, ...]
+
+    @property
+    def params(self) -> float:
+        """Share of the params that stays."""
+        return _share(self.layers, "kept_params", "params")
+
+    @property
+    def multiply_adds(self) -> float:
+        """Share of the multiply-adds that stays; NaN if none were counted."""
+        return _share(self.layers, "kept_multiply_adds", "multiply_adds")
+
+    def __str__(self) -> str:
+        columns = [[getattr(row, name) for row in self.layers] for name in LayerRemaining._fields[1:]]
+        lines = [["layer", "params", "kept", "", "multiply-adds", "kept", ""]]
+        total = LayerRemaining("all", *(sum(column) for column in columns))
+        for path, params, kept, adds, kept_adds in [*self.layers, total]:
+            numbers = [f"{params:,}", f"{kept:,.0f}", f"{kept / max(params, 1):.1%}"]
+            numbers += [f"{adds:,}", f"{kept_adds:,.0f}", f"{kept_adds / adds:.1%}"] if adds else ["", "", ""]
+            lines.append([path, *numbers])
+        widths = [max(len(line[i]) for line in lines) for i in range(7)]
+        text = [
+            "  ".join(
+                cell.rjust(width) if i else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        ]
+        rule = "  ".join("-" * width for width in widths)
+        return "\n".join([text[0], rule, *text[1:-1], rule, text[-1]])
+
+
+def remaining(
+    params: Any,
+    groups: Sequence[Group],
+    open_channels: Sequence[ArrayLike],
+    positions: Mapping[str, int] | None = None,
+) -> Remaining:
+    """Counts what is left of a network whose closed channels are removed.
+
+    Args:
+      params: the params or their shapes.
+      groups: the groups.
+      open_channels: for every group which channels are open, 0 or 1, or the probability that they are; (size,).
+      positions: for the kernels, by path, at how many places of an example they are applied: output height x width of a
+        convolution, 1 for a dense layer; see :func:`jaxsparse.models.positions`. None counts params only.
+
+    Returns:
+      A :class:`Remaining`. Print it for a table.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> params = {"fc1": {"kernel": jnp.ones((5, 4))}, "fc2": {"kernel": jnp.ones((4, 3))}}
+      >>> group = Group("hidden", {"fc2/kernel": 0}, {"fc1/kernel": -1, "fc2/kernel": 0})
+      >>> print(remaining(params, [group], [jnp.array([1, 0, 0, 1])], {"fc1/kernel": 1, "fc2/kernel": 1}))
+      layer       params  kept         multiply-adds  kept
+      ----------  ------  ----  -----  -------------  ----  -----
+      fc1/kernel      20    10  50.0%             20    10  50.0%
+      fc2/kernel      12     6  50.0%             12     6  50.0%
+      ----------  ------  ----  -----  -------------  ----  -----
+      all             32    16  50.0%             32    16  50.0%
+    """
+    group_sizes(groups, params)
+    shapes = {path: tuple(leaf.shape) for path, leaf in by_path(params).items()}
+    if unknown := sorted(set(positions or {}) - set(shapes)):
+        raise ValueError(f"positions names {', '.join(unknown)}, which the params do not have")
+    counts = jax.device_get(expected_counts(groups, shapes, open_channels))
+    rows = []
+    for path in sorted(shapes, key=natural_order):
+        size, kept = int(np.prod(shapes[path])), float(counts[path])
+        places = (positions or {}).get(path, 0)
+        rows.append(LayerRemaining(path, size, kept, places * size, places * kept))
+    return Remaining(tuple(rows))
+
+
+def _share(rows: Sequence[LayerRemaining], kept: str, whole: str) -> float:
+    total = sum(getattr(row, whole) for row in rows)
+    return sum(getattr(row, kept) for row in rows) / total if total else float("nan")
+
+
+def _length(leaves: Mapping[str, Any], path: str, axis: int, who: str) -> int:
+    if path not in leaves:
+        near = difflib.get_close_matches(path, leaves, n=3, cutoff=0.4) or list(leaves)[:3]
+        raise ValueError(f"{who} names {path!r}, which the params do not have; they have {', '.join(near)}, ...")
+    shape = leaves[path].shape
+    if isinstance(axis, bool) or not isinstance(axis, int) or not -len(shape) <= axis < len(shape):
+        raise ValueError(f"{who} names axis {axis!r} of {path}, whose shape is {tuple(shape)}")
+    return shape[axis]
+
+
+def _refuse_filters_before_a_norm(group: Group, leaves: Mapping[str, Any], who: str) -> None:
+    filters = [p for p, axis in group.multiplies.items() if leaves[p].ndim > 1 and axis % leaves[p].ndim > 0]
+    norms = [p for p in [*group.removes, *group.multiplies] if p.rpartition("/")[2] == "scale"]
+    if filters and norms:
+        raise ValueError(
+            f"{who} multiplies the filters {filters[0]}, but their outputs are normalised ({norms[0]}), which takes "
+            f"the factor out again: multiply {norms[0]} and its bias instead"
+        )

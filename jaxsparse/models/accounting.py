@@ -1,0 +1,43 @@
+"""At how many places of an example each kernel of a model is applied, which makes multiply-adds of weights."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxsparse.models import layers
+
+__all__ = ["positions"]
+
+
+def positions(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
+    """At how many places of an example each kernel is applied: its weights times this are its multiply-adds.
+
+    Args:
+      model: a Flax model of ``nn.Dense``, ``nn.Conv`` and :class:`jaxsparse.models.layers.Conv` layers.
+      shape: of one example, such as (32, 32, 3).
+
+    Returns:
+      path of the kernel -> output height x width of a convolution (ahead of its max-pool), 1 for a dense layer.
+
+    Examples:
+      >>> from jaxsparse import models
+      >>> positions(models.LeNet5Caffe(), (28, 28, 1))
+      {'conv1/kernel': 576, 'conv2/kernel': 64, 'fc1/kernel': 1, 'fc2/kernel': 1}
+    """
+    found: dict[str, int] = {}
+
+    def look(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        y, module = call(*args, **kwargs), context.module
+        if context.method_name == "__call__" and isinstance(module, layers.Conv | nn.Conv | nn.Dense):
+            places = y.shape[1:-1]
+            if isinstance(module, layers.Conv) and module.max_pool is not None:
+                places = layers.output_size(args[0].shape[1:3], module.kernel_size, module.strides, module.padding)
+            found["/".join((*module.path, "kernel"))] = math.prod(places)
+        return y
+
+    with nn.intercept_methods(look):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *shape)))
+    return found

@@ -1,0 +1,370 @@
+import itertools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jaxsparse
+from jaxsparse import Group, Penalty
+from jaxsparse.methods import l0 as method
+
+GOLDEN = np.load(pathlib.Path(__file__).parent.parent / "golden" / "hard_concrete.npz")
+
+
+def test_the_gates_are_those_of_the_authors():
+    log_alpha, uniform = jnp.asarray(GOLDEN["log_alpha"]), jnp.asarray(GOLDEN["uniform"])
+    gates = jaxsparse.hard_concrete(log_alpha, uniform)
+    np.testing.assert_allclose(gates, GOLDEN["gate"], atol=1e-6)
+    slopes = jax.vmap(jax.grad(jaxsparse.hard_concrete))(log_alpha, uniform)
+    np.testing.assert_allclose(slopes, GOLDEN["dgate_dlog_alpha"], atol=1e-6)
+    np.testing.assert_allclose(jaxsparse.prob_open(log_alpha), GOLDEN["prob_open"], atol=1e-6)
+    np.testing.assert_allclose(
+        jax.vmap(jax.grad(jaxsparse.prob_open))(log_alpha), GOLDEN["dprob_dlog_alpha"], atol=1e-6
+    )
+    np.testing.assert_allclose(jaxsparse.hard_concrete_mean(log_alpha), GOLDEN["test_gate"], atol=1e-6)
+    assert 0 < int((np.asarray(gates) == 0).sum()) < gates.size  # the file has closed and open gates
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_generator_is_that_of_the_authors(direction):
+    generator = [{name: GOLDEN[f"{direction}/{name}_{i}"] for name in ("kernel", "bias")} for i in range(4)]
+    for i, log_alpha in enumerate(jaxsparse.dependent_logits(generator, direction)):
+        np.testing.assert_allclose(log_alpha, GOLDEN[f"{direction}/log_alpha_layer_{i}"], atol=1e-5)
+
+
+def test_the_probability_to_be_open_is_that_of_the_samples():
+    uniform = jax.random.uniform(jax.random.key(0), (200_000,), minval=1e-6, maxval=1 - 1e-6)
+    for log_alpha in (-2.0, 0.3, 1.5):
+        share = float(jnp.mean(jaxsparse.hard_concrete(jnp.float32(log_alpha), uniform) > 0))
+        assert abs(share - float(jaxsparse.prob_open(log_alpha))) < 4 * (0.25 / uniform.size) ** 0.5
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.floats(-8, 8), st.floats(-8, 8), st.floats(1e-5, 1 - 1e-5))
+def test_gates_grow_with_log_alpha_and_stay_between_0_and_1(a, b, uniform):
+    low, high = sorted((a, b))
+    for function in (
+        lambda la: jaxsparse.hard_concrete(la, uniform),
+        jaxsparse.hard_concrete_mean,
+        jaxsparse.prob_open,
+    ):
+        smaller, larger = float(function(low)), float(function(high))
+        assert 0 <= smaller <= larger <= 1
+
+
+class ConvNet(nn.Module):
+    """A convolution behind which is batch normalisation, one without, and a dense layer behind a flattening."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(6, (3, 3), name="conv1")(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=False, name="bn1")(x))
+        x = nn.relu(nn.Conv(4, (3, 3), strides=2, name="conv2")(x))
+        return nn.Dense(3, name="fc")(x.reshape(x.shape[0], -1))
+
+
+GROUPS = (
+    Group(
+        "conv1",
+        {"bn1/scale": 0, "bn1/bias": 0},
+        {"conv1/kernel": -1, "conv1/bias": 0, "bn1/scale": 0, "bn1/bias": 0, "conv2/kernel": 2},
+    ),
+    Group("conv2", {"conv2/kernel": 3, "conv2/bias": 0}, {"conv2/kernel": -1, "conv2/bias": 0, "fc/kernel": 0}),
+    Group("inputs", {"fc/kernel": 0}, {"fc/kernel": 0}),
+)
+IMAGES = jax.random.normal(jax.random.key(1), (16, 8, 8, 2))
+LABELS = jnp.arange(16) % 3
+
+
+@pytest.fixture(scope="module")
+def problem():
+    variables = ConvNet().init(jax.random.key(0), IMAGES)
+
+    def loss(params, images=IMAGES, labels=LABELS):
+        logits, _ = ConvNet().apply({**variables, "params": params}, images, mutable=["batch_stats"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    # Biases and scales that are not their initial constants.
+    noise = jax.random.normal(jax.random.key(2), (1000,))
+    params = jax.tree.map(lambda p: p + 0.1 * jnp.resize(noise, p.shape), variables["params"])
+    return params, loss
+
+
+def gated(params, gates):
+    """What the wrapper hands out, written out: each leaf times its gates."""
+    conv1, conv2, inputs = gates
+    return {
+        "conv1": params["conv1"],
+        "bn1": {name: leaf * conv1 for name, leaf in params["bn1"].items()},
+        "conv2": {
+            name: leaf * (conv2[None, None, None] if leaf.ndim > 1 else conv2) for name, leaf in params["conv2"].items()
+        },
+        "fc": {"kernel": params["fc"]["kernel"] * inputs[:, None], "bias": params["fc"]["bias"]},
+    }
+
+
+def train(tx, params, loss, steps):
+    """The optimizer state and the params after so many steps."""
+    step = stepper(tx, loss)
+    opt_state = tx.init(params)
+    for _ in range(steps):
+        params, opt_state = step(params, opt_state)
+    return opt_state, params
+
+
+def stepper(tx, loss):
+    @jax.jit
+    def step(params, opt_state):
+        updates, opt_state = tx.update(jax.grad(loss)(params), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    return step
+
+
+def next_noise(opt_state):
+    """The uniform numbers of which the next update makes its gates."""
+    draw = jax.random.split(opt_state.key)[1]
+    return jax.random.uniform(draw, (6 + 4 + 64,), minval=method.EPSILON, maxval=1 - method.EPSILON)
+
+
+def behind(params, opt_state):
+    """The weights behind the gates, and the params that have none."""
+    return jax.tree.map(lambda p, w: p if isinstance(w, optax.MaskedNode) else w, params, opt_state.weights)
+
+
+PENALTIES = {
+    "alone": Penalty([0.02, 0.01, 0.03], "alone", weight_decay=0.1, examples=2),
+    "all": Penalty(0.01, "all"),
+}
+
+
+def explicit_penalty(name, params, logits):
+    """The penalties of Louizos et al. and the expected number of params, by hand for this network."""
+    p1, p2, p3 = (jax.nn.sigmoid(la - 2 / 3 * jnp.log(0.1 / 1.1)) for la in logits)
+    if name == "alone":
+        total = 0.02 * 3 * 3 * 2 * p1.sum() + 0.01 * 3 * 3 * 6 * p2.sum() + 0.03 * 3 * p3.sum()
+        for p, kernel, axes in (
+            (p1, params["conv1"]["kernel"], (0, 1, 2)),
+            (p2, params["conv2"]["kernel"], (0, 1, 2)),
+            (p3, params["fc"]["kernel"], (1,)),
+        ):
+            total += 0.05 * jnp.sum(p * jnp.sum(kernel**2, axes))
+        return total / 2
+    rows = jnp.sum(jnp.tile(p2, 16) * p3)
+    return 0.01 * (p1.sum() * (18 + 3) + 9 * p1.sum() * p2.sum() + p2.sum() + 3 * rows)
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_the_gradients_are_those_of_the_explicit_loss(problem, name):
+    params, loss = problem
+    # Optimizers that store the gradient itself, so that it can be read from their state.
+    inner, gates = optax.chain(optax.trace(0.0), optax.scale(-0.05)), optax.chain(optax.trace(0.0), optax.scale(-0.5))
+    tx = jaxsparse.l0(inner, GROUPS, penalty=PENALTIES[name], log_alpha=0.3, gate_optimizer=gates, key=3)
+    step = stepper(tx, loss)
+    opt_state = tx.init(params)
+    uniform = jnp.split(next_noise(opt_state), [6, 10])
+    params, opt_state = step(params, opt_state)
+    for _ in range(2):
+
+        def explicit(weights, logits, uniform=uniform):
+            gates = [jaxsparse.hard_concrete(la, u) for la, u in zip(logits, uniform, strict=True)]
+            return loss(gated(weights, gates)) + explicit_penalty(name, weights, logits)
+
+        logits = [opt_state.log_alpha[group.name] for group in GROUPS]
+        wanted = jax.grad(explicit, argnums=(0, 1))(behind(params, opt_state), logits)
+        uniform = jnp.split(next_noise(opt_state), [6, 10])
+        params, opt_state = step(params, opt_state)
+        jaxsparse.check(opt_state, params)
+        found = opt_state.inner_state[0].trace, opt_state.gate_state[0].trace
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+    assert all(float(jnp.abs(g).max()) > 1e-3 for g in wanted[1])
+
+
+def test_penalty_of_neighbours_is_the_product_of_expected_widths(problem):
+    params, _ = problem
+    logits = [jnp.linspace(-1, 1, 6), jnp.linspace(0, 2, 4)]
+    widths = [float(jaxsparse.prob_open(la).sum()) for la in logits]
+    found = method._penalty_of(Penalty(1e-3, "neighbours"), GROUPS[:2], params, logits)
+    np.testing.assert_allclose(found, 1e-3 * 9 * (2 * widths[0] + widths[0] * widths[1]), rtol=1e-6)
+    with pytest.raises(ValueError, match="group 'inputs' gates the inputs of fc/kernel: take counts='all'"):
+        jaxsparse.dep_l0(optax.sgd(0.1), GROUPS, penalty=1e-3).init(params)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_dep_l0_trains_its_generator_through_the_gates(problem, direction):
+    params, loss = problem
+    tx = jaxsparse.dep_l0(
+        optax.sgd(0.05),
+        GROUPS,
+        penalty=Penalty(0.01, "all"),
+        direction=direction,
+        gate_optimizer=optax.chain(optax.trace(0.0), optax.scale(-0.5)),
+        input_width=5,
+    )
+    opt_state = tx.init(params)
+    shapes = [layer["kernel"].shape for layer in opt_state.generator]
+    assert shapes == ([(5, 6), (6, 4), (4, 64)] if direction == "forward" else [(5, 64), (64, 4), (4, 6)])
+    step = stepper(tx, loss)
+    params, opt_state = step(params, opt_state)
+    uniform = jnp.split(next_noise(opt_state), [6, 10])
+    params, opt_state = step(params, opt_state)
+    weights = behind(params, opt_state)
+
+    def explicit(generator):
+        logits = jaxsparse.dependent_logits(generator, direction)
+        gates = [jaxsparse.hard_concrete(la, u) for la, u in zip(logits, uniform, strict=True)]
+        return loss(gated(weights, gates)) + explicit_penalty("all", weights, logits)
+
+    wanted = jax.grad(explicit)(opt_state.generator)
+    _, opt_state = step(params, opt_state)
+    for a, b in zip(jax.tree.leaves(opt_state.gate_state[0].trace), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(wanted)) > 1e-3
+
+
+def test_with_all_gates_frozen_open_it_is_the_inner_optimizer(problem):
+    params, loss = problem
+    inner = optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(0.1, momentum=0.9, nesterov=True))
+    tx = jaxsparse.l0(inner, GROUPS, penalty=1.0, log_alpha=3.0, freeze_gates_at=0)
+    (_, params_of_gates), (_, plain) = train(tx, params, loss, 5), train(inner, params, loss, 5)
+    for a, b in zip(jax.tree.leaves(params_of_gates), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_freezing_takes_the_test_gates_and_holds_them(problem):
+    params, loss = problem
+    tx = jaxsparse.l0(optax.sgd(0.05), GROUPS, penalty=0.1, gate_optimizer=optax.adam(0.1), freeze_gates_at=4, key=1)
+    opt_state, logits, gates = tx.init(params), [], []
+    step = stepper(tx, loss)
+    for _ in range(8):
+        params, opt_state = step(params, opt_state)
+        logits.append(jaxsparse.get_log_alpha(opt_state))
+        gates.append(opt_state.gates)
+    moved = [bool((a["conv1"] != b["conv1"]).any()) for a, b in itertools.pairwise(logits)]
+    assert moved == [True, True, True, False, False, False, False]
+    np.testing.assert_allclose(gates[3]["bn1/scale"], jaxsparse.hard_concrete_mean(logits[3]["conv1"]), atol=1e-6)
+    assert bool((gates[2]["bn1/scale"] != opt_state.test_gates["bn1/scale"]).any())
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(jaxsparse.eval_params(opt_state, params)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_eval_params_are_the_weights_times_the_test_gates(problem):
+    params, loss = problem
+    tx = jaxsparse.l0(optax.sgd(0.05), GROUPS, penalty=5.0, gate_optimizer=optax.adam(0.3), key=1)
+    opt_state, params = train(tx, params, loss, 12)
+    log_alpha = jaxsparse.get_log_alpha(opt_state)
+    evaluated = jaxsparse.eval_params(opt_state, params)
+    np.testing.assert_allclose(
+        evaluated["conv2"]["kernel"],
+        opt_state.weights["conv2"]["kernel"] * jaxsparse.hard_concrete_mean(log_alpha["conv2"]),
+        atol=1e-7,
+    )
+    np.testing.assert_array_equal(evaluated["conv1"]["kernel"], params["conv1"]["kernel"])
+    assert int((evaluated["conv2"]["bias"] == 0).sum()) > 0  # the penalty closes some
+
+
+def test_clamped_log_alpha_stays_in_its_bounds(problem):
+    params, loss = problem
+    tx = jaxsparse.l0(optax.sgd(0.05), GROUPS, penalty=5.0, gate_optimizer=optax.sgd(10.0), clamp=(-1.0, 2.0), key=1)
+    opt_state, _ = train(tx, params, loss, 3)
+    for log_alpha in jaxsparse.get_log_alpha(opt_state).values():
+        assert -1.0 <= float(log_alpha.min()) <= float(log_alpha.max()) <= 2.0
+    assert float(min(la.min() for la in jaxsparse.get_log_alpha(opt_state).values())) == -1.0
+
+
+def test_each_device_samples_its_own_gates_and_the_average_is_unbiased(problem):
+    params, loss = problem
+    gates = optax.chain(optax.trace(0.0), optax.scale(0.0))
+    inner = optax.chain(optax.trace(0.0), optax.scale(0.0))
+
+    def estimates(axis_name, keys):
+        """Gradients of weights and log_alpha at the same point, one for each key; (keys, ...)."""
+
+        def one(key):
+            tx = jaxsparse.l0(inner, GROUPS, penalty=0.01, gate_optimizer=gates, axis_name=axis_name, key=0)
+            opt_state, p = tx.init(params), params
+            opt_state = opt_state._replace(key=key)
+            for _ in range(2):
+                updates, opt_state = tx.update(jax.grad(loss)(p), opt_state, p)
+                p = optax.apply_updates(p, updates)
+            return opt_state.inner_state[0].trace["fc"]["kernel"], opt_state.gate_state[0].trace[1]
+
+        return jax.lax.map(one, keys)
+
+    many = jax.random.split(jax.random.key(7), 8 * 40).reshape(8, 40)
+    alone = jax.pmap(lambda keys: estimates(None, keys))(many)
+    # The devices have the same keys, as a replicated state has.
+    same = jnp.stack([jax.random.split(jax.random.key(8), 40)] * 8)
+    averaged = jax.pmap(lambda keys: estimates("devices", keys), axis_name="devices")(same)
+    for one, mean in zip(alone, averaged, strict=True):
+        np.testing.assert_array_equal(mean[0], mean[7])  # all devices agree
+        one, mean = np.asarray(one).reshape(320, -1), np.asarray(mean[0]).reshape(40, -1)
+        error = np.sqrt(one.var(0) / 320 + mean.var(0) / 40) + 1e-7
+        far = np.abs(one.mean(0) - mean.mean(0)) / error
+        assert far.max() < 5
+        assert far.mean() < 1.2
+        assert mean.var(0).sum() < one.var(0).sum() / 4  # eight samples instead of one
+
+
+def test_works_around_a_sparse_optimizer(problem):
+    params, loss = problem
+    prunable = jax.tree.map(lambda p: p.ndim == 4, params)
+    inner = jaxsparse.chain(optax.sgd(0.05, momentum=0.9), jaxsparse.sparse_momentum(0.5, 2, prunable=prunable))
+    tx = jaxsparse.l0(inner, GROUPS[:1], penalty=0.1, key=1)
+    opt_state = tx.init(params)
+    params = jaxsparse.sparsify(params, opt_state)
+    step = stepper(tx, loss)
+    for _ in range(4):
+        params, opt_state = step(params, opt_state)
+        jaxsparse.check(opt_state, params)
+    masks = jaxsparse.get_masks(opt_state, params)
+    assert float(masks["conv1"]["kernel"].mean()) < 1
+    assert masks["bn1"]["scale"].shape == (6,)
+    assert int((params["conv1"]["kernel"] == 0).sum()) >= params["conv1"]["kernel"].size // 2 - 30
+
+
+def test_check_finds_params_that_moved(problem):
+    params, loss = problem
+    tx = jaxsparse.l0(optax.sgd(0.05), GROUPS, penalty=0.1)
+    opt_state, params = train(tx, params, loss, 3)
+    jaxsparse.check(opt_state, params)
+    moved = {**params, "bn1": {**params["bn1"], "scale": params["bn1"]["scale"] * 1.01}}
+    with pytest.raises(jaxsparse.SparsityError, match="bn1/scale is not its weights times their gates"):
+        jaxsparse.check(opt_state, moved)
+    broken = opt_state._replace(log_alpha={**opt_state.log_alpha, "conv1": jnp.full(6, jnp.nan)})
+    with pytest.raises(jaxsparse.SparsityError, match="log_alpha of group 'conv1' is not finite"):
+        jaxsparse.check(broken, params)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: jaxsparse.l0(optax.sgd(0.1), GROUPS, penalty=-1.0), "strength of the penalty must be at least 0"),
+        (lambda: Penalty([1.0, -2.0]), "strength of the penalty must be at least 0, got -2"),
+        (lambda: Penalty(1.0, "some"), r"counts must be one of \['alone', 'neighbours', 'all'\], got 'some'"),
+        (lambda: Penalty([1.0], "all"), "counts='all' has one strength"),
+        (lambda: Penalty(1.0, examples=0), "examples must be at least 1, got 0"),
+        (lambda: Penalty(1.0, weight_decay=-1), "weight_decay must be at least 0"),
+        (lambda: jaxsparse.l0(optax.sgd(0.1), GROUPS, penalty=[1.0]), "1 strengths for 3 groups"),
+        (lambda: jaxsparse.l0(optax.sgd(0.1), GROUPS, penalty=1.0, log_alpha=[1.0]), "one for each of the 3 groups"),
+        (lambda: jaxsparse.l0(optax.sgd(0.1), GROUPS, penalty=1.0, clamp=(1, 0)), r"clamp must be bounds"),
+        (lambda: jaxsparse.l0(optax.sgd(0.1), GROUPS, penalty=1.0, freeze_gates_at=-1), "freeze_gates_at must be at"),
+        (lambda: jaxsparse.dep_l0(optax.sgd(0.1), GROUPS, penalty=1.0, direction="up"), "direction must be 'forward'"),
+        (lambda: jaxsparse.dep_l0(optax.sgd(0.1), GROUPS, penalty=1.0, input_width=0), "input_width must be at least"),
+        (
+            lambda: jaxsparse.dependent_logits([{"kernel": np.ones((2, 3)), "bias": np.ones(3)}] * 2),
+            r"layer 1 of the generator has a kernel of shape \(2, 3\).*with 3 inputs",
+        ),
+        (lambda: jaxsparse.get_log_alpha(optax.sgd(0.1).init({})), "no gates in this optimizer state"),
+    ],
+)
+def test_bad_options_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

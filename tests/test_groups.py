@@ -1,0 +1,90 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxsparse.groups import Group, expected_counts, group_sizes, remaining
+
+PARAMS = {
+    "conv": {"bias": jnp.zeros(4), "kernel": jnp.ones((3, 3, 2, 4))},
+    "norm": {"bias": jnp.zeros(4), "scale": jnp.ones(4)},
+    "fc": {"bias": jnp.zeros(5), "kernel": jnp.ones((2 * 2 * 4, 5))},
+    "steps": jnp.arange(4),
+}
+NORM = {"norm/scale": 0, "norm/bias": 0}
+CONV = Group("conv", NORM, {"conv/kernel": -1, "conv/bias": 0, **NORM, "fc/kernel": 0})
+ROWS = Group("rows", {"fc/kernel": 0}, {"fc/kernel": 0})
+
+
+def test_sizes():
+    assert group_sizes([CONV, ROWS], PARAMS) == (4, 16)
+    hidden = {**PARAMS, "conv": optax.MaskedNode()}
+    assert group_sizes([CONV, ROWS], hidden) == (4, 16)  # what is not seen may be named where it goes away
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([], "one or more jaxsparse.Group"),
+        ([{"name": "conv"}], "one or more jaxsparse.Group"),
+        ([CONV, CONV], "two groups have the name 'conv'"),
+        ([CONV, Group("other", {"norm/bias": 0})], "group 'other' and group 'conv' overlap: both multiply norm/bias"),
+        ([Group("a", {})], "group 'a' multiplies nothing"),
+        ([Group("a", {"norm/scales": 0})], "'norm/scales', which the params do not have; they have norm/scale"),
+        ([Group("a", {"norm/scale": 1})], r"axis 1 of norm/scale, whose shape is \(4,\)"),
+        ([Group("a", {"norm/scale": 0, "fc/bias": 0})], "fc/bias has 5 channels.*norm/scale has 4"),
+        ([Group("a", {"steps": 0})], "steps of dtype int32: only floats have gates"),
+        ([Group("a", NORM, {"fc/bias": 0})], "has 4 channels, but axis 0 of fc/bias.*has 5, no multiple"),
+        ([Group("a", NORM, {"fc/kernel": (0, [0, 1])})], r"has 16 entries.*from 0 to 3, got 2 from 0 to 1"),
+        ([Group("a", NORM, {"conv/kernels": -1})], "which the params do not have"),
+        ([Group("a", NORM, kernel="conv/kernels")], "which the params do not have"),
+        (
+            [Group("a", {"conv/kernel": -1}, {"conv/kernel": -1, **NORM})],
+            r"multiplies the filters conv/kernel, but their outputs are normalised \(norm/scale\)",
+        ),
+    ],
+)
+def test_bad_groups_are_refused(groups, message):
+    with pytest.raises(ValueError, match=message):
+        group_sizes(groups, PARAMS)
+
+
+def test_expected_counts_are_the_mean_of_counts():
+    shapes = {"conv/kernel": (3, 3, 2, 4), "fc/kernel": (16, 5), "fc/bias": (5,)}
+    rng = np.random.default_rng(0)
+    chances = [rng.uniform(size=4), rng.uniform(size=16)]
+    expected = expected_counts([CONV, ROWS], shapes, chances)
+    counted = []
+    for _ in range(4000):
+        conv, rows = (rng.uniform(size=p.size) < p for p in chances)
+        kept = np.ones((16, 5)) * (np.tile(conv, 4) * rows)[:, None]
+        counted.append((conv.sum() * 18, kept.sum()))
+    error = np.std(counted, 0) / len(counted) ** 0.5
+    np.testing.assert_array_less(
+        np.abs(np.mean(counted, 0) - [expected["conv/kernel"], expected["fc/kernel"]]), 4 * error
+    )
+    assert float(expected["fc/bias"]) == 5
+    exact = expected_counts([CONV, ROWS], shapes, [np.array([1, 0, 0, 1]), np.arange(16) < 6])
+    assert {path: float(count) for path, count in exact.items()} == {"conv/kernel": 36, "fc/kernel": 15, "fc/bias": 5}
+
+
+def test_channels_in_another_order():
+    slowest = Group("conv", NORM, {"fc/kernel": (0, np.arange(16) // 4)})  # flattened with the channels first
+    exact = expected_counts([slowest, ROWS], {"fc/kernel": (16, 5)}, [np.array([1, 0, 0, 1]), np.arange(16) < 6])
+    assert float(exact["fc/kernel"]) == 20
+
+
+def test_remaining_counts_params_and_multiply_adds():
+    params = {name: layer for name, layer in PARAMS.items() if name != "steps"}
+    found = remaining(
+        params, [CONV, ROWS], [np.array([1, 0, 0, 1]), np.ones(16)], {"conv/kernel": 100, "fc/kernel": 1}
+    )
+    assert found.params == (36 + 2 + 2 + 2 + 40 + 5) / (72 + 4 + 4 + 4 + 80 + 5)
+    assert found.multiply_adds == (3600 + 40) / (7200 + 80)
+    assert "conv/kernel      72    36   50.0%" in str(found)
+    assert str(remaining(params, [ROWS], [np.ones(16)])).count("100.0%") == 7
+    with pytest.raises(ValueError, match="positions names conv/weights"):
+        remaining(params, [ROWS], [np.ones(16)], {"conv/weights": 1})
+    shapes = jax.eval_shape(lambda: params)
+    assert str(remaining(shapes, [ROWS], [np.ones(16)])) == str(remaining(params, [ROWS], [np.ones(16)]))
