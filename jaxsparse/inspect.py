@@ -12,7 +12,15 @@ import numpy as np
 
 from jaxsparse.links import link_states
 from jaxsparse.masks import apply_masks, validate_masks
-from jaxsparse.structures import align, by_path, is_masked_node, leaf_paths, natural_order, prunable_leaves
+from jaxsparse.structures import (
+    align,
+    by_path,
+    by_plain_path,
+    is_masked_node,
+    leaf_paths,
+    natural_order,
+    prunable_leaves,
+)
 
 __all__ = [
     "SparsityError", "Summary", "check", "closed_channels", "eval_params", "get_log_alpha", "get_masks", "plot_masks",
@@ -86,9 +94,9 @@ def eval_params(opt_state: Any, params: Any) -> Any:
     better: dict[str, Any] = {}
     for link in _links(opt_state):
         if hasattr(link, "eval_weights"):
-            better |= by_path(link.eval_weights())
+            better |= by_plain_path(link.eval_weights())
     params = sparsify(params, opt_state)
-    leaves = [better.get(path, leaf) for path, leaf in by_path(params).items()]
+    leaves = [better.get(path, leaf) for path, leaf in by_plain_path(params).items()]
     return jax.tree.structure(params).unflatten(leaves)
 
 

@@ -16,8 +16,8 @@ import numpy as np
 import optax
 
 __all__ = [
-    "Prunable", "align", "by_path", "check_structure", "group_axes", "is_function", "is_masked_node", "leaf_paths",
-    "natural_order", "path_name", "prunable_leaves",
+    "Prunable", "align", "by_path", "by_plain_path", "check_structure", "group_axes", "is_function", "is_masked_node",
+    "leaf_paths", "natural_order", "path_name", "plain_path", "prunable_leaves",
 ]  # fmt: skip
 
 logger = logging.getLogger("jaxsparse")
@@ -76,6 +76,24 @@ def natural_order(path: str) -> list[Any]:
 def by_path(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by the names of their paths."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def plain_path(path: str) -> str:
+    """A path without the names that wrappers of leaves add: "kernel" where flax.nnx has "kernel/value".
+
+    Examples:
+      >>> plain_path("layers/0/kernel/value")
+      'layers/0/kernel'
+    """
+    parts = path.split("/")
+    while len(parts) > 1 and parts[-1] in _WRAPPER_NAMES:
+        parts.pop()
+    return "/".join(parts)
+
+
+def by_plain_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by the names of their paths, as :func:`plain_path` has them."""
+    return {plain_path(path): leaf for path, leaf in by_path(tree).items()}
 
 
 def is_function(value: Any) -> bool:

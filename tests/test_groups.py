@@ -77,9 +77,7 @@ def test_channels_in_another_order():
 
 def test_remaining_counts_params_and_multiply_adds():
     params = {name: layer for name, layer in PARAMS.items() if name != "steps"}
-    found = remaining(
-        params, [CONV, ROWS], [np.array([1, 0, 0, 1]), np.ones(16)], {"conv/kernel": 100, "fc/kernel": 1}
-    )
+    found = remaining(params, [CONV, ROWS], [np.array([1, 0, 0, 1]), np.ones(16)], {"conv/kernel": 100, "fc/kernel": 1})
     assert found.params == (36 + 2 + 2 + 2 + 40 + 5) / (72 + 4 + 4 + 4 + 80 + 5)
     assert found.multiply_adds == (3600 + 40) / (7200 + 80)
     assert "conv/kernel      72    36   50.0%" in str(found)

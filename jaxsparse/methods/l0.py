@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 from jaxsparse.groups import Group, expected_counts, group_sizes
 from jaxsparse.links import check_range, check_zeros, refuse_replicated, require_params
 from jaxsparse.masks import as_key
-from jaxsparse.structures import by_path, is_masked_node, leaf_paths, path_name
+from jaxsparse.structures import by_plain_path, is_masked_node, leaf_paths, path_name, plain_path
 
 __all__ = [
     "L0State", "Penalty", "dep_l0", "dependent_logits", "hard_concrete", "hard_concrete_mean", "l0", "prob_open",
@@ -60,11 +60,11 @@ class L0State(NamedTuple):
 
     def sparse_masks(self) -> Any:
         """Where the gates in force are not zero."""
-        return self._gated(lambda w, path: jnp.broadcast_to(self.gates[path] != 0, w.shape))
+        return self._gated(lambda w, path: jnp.broadcast_to(_leaf(self.gates[path]) != 0, w.shape))
 
     def eval_weights(self) -> Any:
         """The weights times the test-time gates; ``optax.MaskedNode()`` for leaves without gates."""
-        return self._gated(lambda w, path: (w * self.test_gates[path]).astype(w.dtype))
+        return self._gated(lambda w, path: (w * _leaf(self.test_gates[path])).astype(w.dtype))
 
     def wants_momentum(self) -> bool:
         """The gates learn from the gradients."""
@@ -76,19 +76,19 @@ class L0State(NamedTuple):
         found = [
             f"{who}: log_alpha of group {name!r} is not finite. The training has diverged"
             for name, log_alpha in self.log_alpha.items()
-            if not bool(jnp.isfinite(log_alpha).all())
+            if not bool(jnp.isfinite(_leaf(log_alpha)).all())
         ]
         found += [
             f"{who}: the weights of {path} are not finite. The training has diverged"
-            for path, w in by_path(self.weights).items()
+            for path, w in by_plain_path(self.weights).items()
             if not bool(jnp.isfinite(w).all())
         ]
         if params is None or found:
             return found
         found = check_zeros(self.sparse_masks(), params, who)
-        leaves = by_path(params)
-        for path, w in by_path(self.weights).items():
-            away = jnp.max(jnp.abs(leaves[path] - w * self.gates[path]), initial=0)
+        leaves = by_plain_path(params)
+        for path, w in by_plain_path(self.weights).items():
+            away = jnp.max(jnp.abs(leaves[path] - w * _leaf(self.gates[path])), initial=0)
             if away > 16 * jnp.finfo(w.dtype).eps * (1 + jnp.max(jnp.abs(w), initial=0)):
                 found.append(
                     f"{who}: {path} is not its weights times their gates, but up to {float(away):.2g} away. Something "
@@ -98,8 +98,9 @@ class L0State(NamedTuple):
         return found
 
     def _gated(self, make):
+        """``make(weights, path)`` for the leaves with gates."""
         leaves, treedef = jax.tree.flatten(self.weights, is_leaf=is_masked_node)
-        paths = iter(leaf_paths(self.weights))
+        paths = iter(_names(self.weights))
         return treedef.unflatten([w if is_masked_node(w) else make(w, next(paths)) for w in leaves])
 
 
@@ -439,7 +440,7 @@ def _gated(
 
     def by_leaf(vectors, weights):
         """Vectors, one a group, in the dimensions of the leaves that they multiply."""
-        ranks = {path: leaf.ndim for path, leaf in by_path(weights).items()}
+        ranks = {path: leaf.ndim for path, leaf in by_plain_path(weights).items()}
         return {
             path: jnp.expand_dims(vector, [i for i in range(ranks.get(path, 1)) if i != axis % ranks.get(path, 1)])
             for group, vector in zip(groups, vectors, strict=True)
@@ -455,7 +456,9 @@ def _gated(
         multiplied = {path for group in groups for path in group.multiplies}
         weights = jax.tree_util.tree_map_with_path(
             # A copy: the state and the params may both be donated.
-            lambda path, p: jnp.array(p, copy=True) if path_name(path) in multiplied else optax.MaskedNode(),
+            lambda path, p: (
+                jnp.array(p, copy=True) if plain_path(path_name(path)) in multiplied else optax.MaskedNode()
+            ),
             params,
         )
         draw, gate_key = jax.random.split(as_key(key))
@@ -478,8 +481,8 @@ def _gated(
     def update_fn(updates, state, params=None, **extra_args):
         require_params(params, who)
         frozen = jnp.array(False) if freeze_gates_at is None else state.count >= freeze_gates_at
-        paths, (leaves, treedef) = leaf_paths(params), jax.tree.flatten(params)
-        behind = by_path(state.weights)
+        paths, (leaves, treedef) = _names(params), jax.tree.flatten(params)
+        behind = by_plain_path(state.weights)
         real = treedef.unflatten([behind.get(path, p) for path, p in zip(paths, leaves, strict=True)])
         grads = dict(zip(paths, treedef.flatten_up_to(updates), strict=True))
 
@@ -497,12 +500,13 @@ def _gated(
         gate_params = state.generator if generate is not None else [state.log_alpha[name] for name in names]
         logits, pull_back = jax.vjp(logits_of, gate_params)
         of_penalty = jax.grad(lambda logits: _penalty_of(penalty, groups, real, logits))(logits)
+        of_gates = [_placed_like(log_alpha, g) for log_alpha, g in zip(logits, of_gates, strict=True)]
         of_logits = [
-            slope * jnp.asarray(g, slope.dtype) + jnp.where(frozen, 0, extra)
+            slope * g.astype(slope.dtype) + jnp.where(frozen, 0, extra)
             for slope, g, extra in zip([state.slopes[name] for name in names], of_gates, of_penalty, strict=True)
         ]
         if penalty.weight_decay:  # the gradient of P c/2 W^2 by W
-            kernels = by_path(real)
+            kernels = by_plain_path(real)
             for group, log_alpha in zip(groups, logits, strict=True):
                 path, axis = _kernel_of(group, kernels)
                 rank = kernels[path].ndim
@@ -569,7 +573,7 @@ def _penalty_of(
     penalty: Penalty, groups: Sequence[Group], params: Any, logits: Sequence[jax.Array] | None = None
 ) -> jax.Array:
     """The penalty, see :class:`Penalty`; without logits only whether it fits the params."""
-    leaves = by_path(params)
+    leaves = by_plain_path(params)
     kernels = [_kernel_of(group, leaves) for group in groups] if penalty.counts != "all" or penalty.weight_decay else []
     if penalty.counts == "neighbours":
         for group, (path, axis) in zip(groups, kernels, strict=True):
@@ -620,3 +624,21 @@ def _kernel_of(group: Group, leaves: Any) -> tuple[str, int]:
 def _check_direction(direction: str) -> None:
     if direction not in ("forward", "backward"):
         raise ValueError(f"direction must be 'forward' or 'backward', got {direction!r}")
+
+
+def _names(tree: Any) -> list[str]:
+    """The plain paths of all leaves, in the order of ``jax.tree.leaves``."""
+    return [plain_path(path) for path in leaf_paths(tree)]
+
+
+def _leaf(wrapped: Any) -> jax.Array:
+    """The array, where flax.nnx wraps the leaves of an optimizer state."""
+    return jax.tree.leaves(wrapped)[0]
+
+
+def _placed_like(x: jax.Array, y: jax.Array) -> jax.Array:
+    """``y`` with the sharding of ``x``, which must be said on a mesh with explicit axes."""
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    if sharding is None or sharding == jax.typeof(y).sharding:
+        return y
+    return jax.sharding.reshard(y, sharding)
