@@ -76,6 +76,32 @@ def rda() -> ConfigDict:
     return config
 
 
+def gates(method: str) -> ConfigDict:
+    """L0 regularisation, "l0" (Louizos et al., 2018) or "dep_l0" (Li and Ji, 2021): SGD or Adam, gates on channels."""
+    config = training()
+    config.optimizer.name = "sgd"  # or "adam"
+    config.optimizer.learning_rate = 0.1
+    config.optimizer.momentum = 0.9
+    config.optimizer.decay_at_epochs = ()  # where the learning rates are multiplied by their decay rate
+    config.optimizer.decay_rate = 0.1
+
+    config.sparsity.method = method
+    config.sparsity.penalty = 1e-6  # strength of the penalty,
+    config.sparsity.penalty_factors = config_dict.placeholder(tuple)  # times one factor for each group; None: 1
+    config.sparsity.counts = "alone"  # or "neighbours", "all": which weights it counts, see jaxsparse.Penalty
+    config.sparsity.examples = 1  # by what it is divided
+    config.sparsity.gate_learning_rate = 1e-3  # of Adam, on the gates
+    config.sparsity.gate_decay_rate = 1.0
+    config.sparsity.freeze_gates_at_epoch = config_dict.placeholder(int)  # from then on they are deterministic
+    if method == "l0":
+        config.sparsity.log_alpha = 0.0  # where gates start
+        config.sparsity.clamp = config_dict.placeholder(tuple)  # bounds of log_alpha
+    else:
+        config.sparsity.direction = "forward"  # or "backward"
+        config.sparsity.input_width = config_dict.placeholder(int)  # None: that of the first group of the chain
+    return config
+
+
 def mnist(config: ConfigDict, model: str) -> ConfigDict:
     """LeNet-300-100 or LeNet-5 on MNIST as sparse momentum's Table 1 has it, a tenth of the images held out."""
     if model not in ("lenet_300_100", "lenet5_caffe"):

@@ -1,4 +1,4 @@
-"""The optimizers of the papers, each with its sparse link or, dense, without."""
+"""The optimizers of the papers, each with its sparse link or wrapper or, dense, without."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +8,7 @@ import optax
 from ml_collections import ConfigDict
 
 import jaxsparse
+from jaxsparse import models
 
 PRUNE_RATES = {
     "cosine": jaxsparse.cosine_prune_rate,
@@ -24,17 +25,26 @@ RDA_SCHEDULES = {
 
 
 def make_optimizer(
-    config: ConfigDict, steps_per_epoch: int, key: jax.Array | int = 0
+    config: ConfigDict, steps_per_epoch: int, key: jax.Array | int = 0, model: Any = None
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer with its sparse link, or without it if ``config.dense``; gradients are clipped first."""
+    """The optimizer with its sparse link or wrapper, or without it if ``config.dense``; gradients are clipped first.
+
+    Gates need the model, for its groups of channels.
+    """
     clip_norm = config.optimizer.clip_norm
     clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
     method = choose(METHODS, config.sparsity.method, "config.sparsity.method")
-    return jaxsparse.chain(clip, *method(config, steps_per_epoch, key))
+    return method(config, steps_per_epoch, clip, model, key)
 
 
-def _sparse_momentum(config, steps_per_epoch, key):
+def is_gated(config: ConfigDict) -> bool:
+    """Whether gates on channels take the place of masks."""
+    return not config.dense and config.sparsity.method in GATES
+
+
+def _sparse_momentum(config, steps_per_epoch, clip, model, key):
     """SGD with Nesterov momentum and weight decay, and sparse momentum as its last link."""
+    del model
     learning_rate = optax.exponential_decay(
         config.optimizer.learning_rate,
         transition_steps=config.optimizer.decay_every_steps,
@@ -42,11 +52,12 @@ def _sparse_momentum(config, steps_per_epoch, key):
         staircase=True,
     )
     optimizer = [
+        clip,
         optax.add_decayed_weights(config.optimizer.weight_decay),
         optax.sgd(learning_rate, momentum=config.optimizer.momentum, nesterov=True),
     ]
     if config.dense:
-        return optimizer
+        return jaxsparse.chain(*optimizer)
     prune_rate = choose(PRUNE_RATES, config.sparsity.prune_rate_decay, "config.sparsity.prune_rate_decay")
     link = jaxsparse.sparse_momentum(
         config.sparsity.sparsity,
@@ -58,19 +69,20 @@ def _sparse_momentum(config, steps_per_epoch, key):
         allocation=config.sparsity.allocation,
         key=key,
     )
-    return [*optimizer, link]
+    return jaxsparse.chain(*optimizer, link)
 
 
-def _rda(config, steps_per_epoch, key):
+def _rda(config, steps_per_epoch, clip, model, key):
     """Generalised dual averaging with reweighted l1; dense is its SGD with averaged gradients alone."""
-    del key  # nothing is random
+    del model, key  # nothing is random
     make = choose(RDA_SCHEDULES, config.optimizer.schedule, "config.optimizer.schedule")
     step_size, averaging = make(config, steps_per_epoch)
     if config.dense:
-        return [
+        return jaxsparse.chain(
+            clip,
             optax.add_decayed_weights(config.optimizer.weight_decay),
             jaxsparse.velocity(step_size, config.optimizer.momentum_time),
-        ]
+        )
     link = jaxsparse.rda(
         step_size,
         l1=config.sparsity.l1,
@@ -81,10 +93,47 @@ def _rda(config, steps_per_epoch, key):
         max_factor=config.sparsity.max_factor,
         structure=config.sparsity.structure,
     )
-    return [link]
+    return jaxsparse.chain(clip, link)
 
 
-METHODS = {"sparse_momentum": _sparse_momentum, "rda": _rda}
+def _gates(config, steps_per_epoch, clip, model, key):
+    """SGD or Adam in a wrapper of L0 gates, which train with Adam; the gradients of the weights are clipped."""
+
+    def by_steps(learning_rate, decay_rate):
+        milestones = {epoch * steps_per_epoch: decay_rate for epoch in config.optimizer.decay_at_epochs}
+        return optax.piecewise_constant_schedule(learning_rate, milestones)
+
+    learning_rate = by_steps(config.optimizer.learning_rate, config.optimizer.decay_rate)
+    optimizers = {
+        "adam": lambda: optax.adam(learning_rate),
+        "sgd": lambda: optax.sgd(learning_rate, momentum=config.optimizer.momentum),
+    }
+    inner = optax.chain(
+        clip,
+        optax.add_decayed_weights(config.optimizer.weight_decay),
+        choose(optimizers, config.optimizer.name, "config.optimizer.name")(),
+    )
+    if config.dense:
+        return inner
+    sparsity, freeze = config.sparsity, config.sparsity.freeze_gates_at_epoch
+    groups = models.channel_groups(model)
+    strength = sparsity.penalty
+    if sparsity.penalty_factors is not None:
+        strength = tuple(sparsity.penalty * factor for factor in sparsity.penalty_factors)
+    common = {
+        "penalty": jaxsparse.Penalty(strength, sparsity.counts, examples=sparsity.examples),
+        "gate_optimizer": optax.adam(by_steps(sparsity.gate_learning_rate, sparsity.gate_decay_rate)),
+        "freeze_gates_at": None if freeze is None else freeze * steps_per_epoch,
+        "key": key,
+    }
+    if sparsity.method == "dep_l0":
+        options = {"direction": sparsity.direction, "input_width": sparsity.input_width}
+        return jaxsparse.dep_l0(inner, groups, **common, **options)
+    return jaxsparse.l0(inner, groups, **common, log_alpha=sparsity.log_alpha, clamp=sparsity.clamp)
+
+
+METHODS = {"sparse_momentum": _sparse_momentum, "rda": _rda, "l0": _gates, "dep_l0": _gates}
+GATES = ("l0", "dep_l0")
 
 
 def choose(options: Mapping[str, Any], name: str, key: str) -> Any:

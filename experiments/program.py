@@ -1,5 +1,6 @@
 """What a run computes: the model, the optimizer with its sparse link, and the compiled functions around them."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,8 +11,8 @@ from ml_collections import ConfigDict
 
 import jaxsparse
 from experiments import data
-from experiments.optimizers import choose, make_optimizer
-from jaxsparse import models
+from experiments.optimizers import choose, is_gated, make_optimizer
+from jaxsparse import groups, models
 from jaxsparse.structures import by_path
 
 MODELS = {
@@ -52,12 +53,14 @@ class Program(NamedTuple):
     """The compiled parts of a run. Side by side, every state, seed and result has a leading axis for the seeds.
 
     Attributes:
+      model: the model.
       init: seed -> TrainState.
       train_chunk: (state, dataset, start, length) -> the state after the steps start, ..., start + length - 1, and
         what :func:`make_program` says. Donates the state.
       evaluate: (state, dataset, split) -> mean loss and accuracy on a split of the dataset.
     """
 
+    model: Any
     init: Callable[[Any], TrainState]
     train_chunk: Callable[..., tuple[TrainState, dict[str, Any]]]
     evaluate: Callable[..., tuple[jax.Array, jax.Array]]
@@ -68,20 +71,24 @@ def make_program(config: ConfigDict, dataset: data.Dataset, side_by_side: bool =
 
     What ``train_chunk`` measures: "losses" and "accuracies" of the batches, (length,); "density" of all sparse leaves
     together; "layer_density" and "flips" by the path of every sparse leaf, the flips being the entries of its mask that
-    the chunk has changed; "finite" by the path of every leaf, whether all of its weights are.
+    the chunk has changed; "finite" by the path of every leaf, whether all of its weights are. Of gates, "density" is
+    the share of the params that stay when closed channels are removed, "layer_density" and "flips" are of the channels
+    by the name of their group, and "remaining" has the shares of the multiply-adds, and what is expected of both.
     """
     num_examples, batch_size = len(dataset.train.labels), config.data.batch_size
     steps_per_epoch = num_examples // batch_size  # the rest of an epoch is dropped
     model = make_model(config, dataset.num_classes)
     augmented = make_augmentation(config)
     first_image = data.normalise(jnp.asarray(dataset.train.images[:1]), dataset)
-    tx = make_optimizer(config, steps_per_epoch)
+    tx = make_optimizer(config, steps_per_epoch, model=model)
+    if is_gated(config):
+        places = models.positions(model, first_image.shape[1:])
 
     def init(seed):
         init_key, order_key, mask_key = jax.random.split(jax.random.key(seed), 3)
         variables = dict(model.init(init_key, first_image))
         params = variables.pop("params")
-        opt_state = make_optimizer(config, steps_per_epoch, mask_key).init(params)
+        opt_state = make_optimizer(config, steps_per_epoch, mask_key, model).init(params)
         if not config.dense:
             params = jaxsparse.sparsify(params, opt_state)
         return TrainState(params, opt_state, variables, order_key)
@@ -117,14 +124,33 @@ def make_program(config: ConfigDict, dataset: data.Dataset, side_by_side: bool =
         rows = batches(state.order_key, start, length, batch_size, num_examples, epochs)
         state, (losses, accuracies) = jax.lax.scan(train_step, state, (start + jnp.arange(length), rows))
         new = {path: mask for path, mask in by_path(masks_of(config, state)).items() if mask.ndim}
+        density, remaining = jaxsparse.density(new), {}
+        if is_gated(config):
+            logits = jaxsparse.get_log_alpha(state.opt_state)
+            density, adds = shares(state, [new[name] for name in logits])
+            expected_params, expected_adds = shares(state, [jaxsparse.prob_open(la) for la in logits.values()])
+            remaining = {
+                "multiply_adds": adds,
+                "expected_params": expected_params,
+                "expected_multiply_adds": expected_adds,
+            }
         return state, {
             "losses": losses,
             "accuracies": accuracies,
-            "density": jaxsparse.density(new),
+            "density": density,
+            "remaining": remaining,
             "layer_density": {path: jnp.mean(mask) for path, mask in new.items()},
             "flips": {path: jnp.sum(mask != old[path]) for path, mask in new.items()},
             "finite": {path: jnp.all(jnp.isfinite(leaf)) for path, leaf in by_path(state.params).items()},
         }
+
+    def shares(state, open_channels):
+        """Of the params and of the multiply-adds, how much stays."""
+        shapes = {path: leaf.shape for path, leaf in by_path(state.params).items()}
+        kept = groups.expected_counts(models.channel_groups(model), shapes, open_channels)
+        sizes = {path: math.prod(shape) for path, shape in shapes.items()}
+        adds = sum(places[path] * kept[path] for path in places) / sum(places[path] * sizes[path] for path in places)
+        return sum(kept.values()) / sum(sizes.values()), adds
 
     def evaluate(state, dataset, split):
         params = state.params if config.dense else jaxsparse.eval_params(state.opt_state, state.params)
@@ -149,7 +175,7 @@ def make_program(config: ConfigDict, dataset: data.Dataset, side_by_side: bool =
         epochs = (start + length - 1) // steps_per_epoch - start // steps_per_epoch + 1
         return compiled_chunk(state, dataset, start, length, epochs)
 
-    return Program(jax.jit(for_seeds(init)), chunk, jax.jit(for_seeds(evaluate)))
+    return Program(model, jax.jit(for_seeds(init)), chunk, jax.jit(for_seeds(evaluate)))
 
 
 def make_model(config: ConfigDict, num_classes: int) -> Any:
@@ -180,7 +206,10 @@ def make_augmentation(config: ConfigDict) -> Callable[[jax.Array, jax.Array, jax
 
 
 def masks_of(config: ConfigDict, state: TrainState) -> Any:
-    """The masks, like the params; the scalar True for dense leaves."""
+    """The masks, like the params; the scalar True for dense leaves. Of gates: which channels of each group are open."""
+    if is_gated(config):
+        logits = jaxsparse.get_log_alpha(state.opt_state)
+        return {name: jaxsparse.hard_concrete_mean(log_alpha) > 0 for name, log_alpha in logits.items()}
     if config.dense:
         return jax.tree.map(lambda _: jnp.ones((), bool), state.params)
     return jaxsparse.get_masks(state.opt_state, state.params)

@@ -38,8 +38,11 @@ from ml_collections import ConfigDict, config_flags
 import jaxsparse
 from experiments import command_line, data, plots
 from experiments.checkpoints import KEPT, Checkpoints
+from experiments.optimizers import is_gated
 from experiments.program import TrainState, make_program, masks_of
 from experiments.workdir import Workdir, require_space, write_json, writing
+from jaxsparse import models
+from jaxsparse.groups import group_sizes
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "Python file with get_config(); --config.KEY=VALUE changes a key.")
@@ -157,7 +160,7 @@ def train(
         for run, mine in zip(runs, one_a_run(state, seeds), strict=True):
             draw(run, mine, image_shape)
             if stop == total_steps:
-                finish(run, mine)
+                finish(run, mine, program.model)
         if told_to_stop:
             raise Stopped(f"at step {stop} of {total_steps}", told_to_stop[0])
         return state, [run.result for run in runs]
@@ -199,6 +202,8 @@ def shrink(config: ConfigDict) -> ConfigDict:
             config.optimizer.decay_every_steps = 2 * 44
         if "halve_after_epochs" in config.optimizer:
             config.optimizer.halve_after_epochs = (1, 2, 3)
+        if "decay_at_epochs" in config.optimizer:
+            config.optimizer.decay_at_epochs = (1, 2, 3)
     return config
 
 
@@ -212,24 +217,37 @@ def draw(run: Workdir, state: TrainState, image_shape: Sequence[int]) -> None:
     plots.layer_densities(lines).savefig(run.path / "layer_densities.png")
     jaxsparse.inspect.plot_masks(masks).savefig(run.path / "masks.png")
     for mask in jax.tree.leaves(masks):
+        if mask.shape == (np.prod(image_shape),):  # gates on the pixels
+            mask = mask[:, None]
         of_pixels = mask.ndim == 2 and len(mask) == np.prod(image_shape)
         if of_pixels or (mask.ndim == 4 and mask.shape[2] == image_shape[2]):
             plots.receptive_fields(mask, image_shape).savefig(run.path / "receptive_fields.png")
             break
 
 
-def finish(run: Workdir, state: TrainState) -> None:
-    """Checks the masks, writes and prints the result."""
+def finish(run: Workdir, state: TrainState, model: Any) -> None:
+    """Checks the masks, writes and prints the result. Of gates, it is that of the model without closed channels."""
     if not run.config.dense:
         jaxsparse.check(state.opt_state, state.params)
     lines = run.metrics()
     result = {"dense": run.config.dense, "seed": run.config.seed, "steps": lines[-1]["step"]}
-    result |= {name: value for name, value in lines[-1].items() if name.startswith(("density", "validation", "test"))}
+    names = ("density", "validation", "test", "multiply_adds")
+    result |= {name: value for name, value in lines[-1].items() if name.startswith(names)}
     result["seconds"] = sum(line["seconds"] for line in lines)
+    masks, widths = masks_of(run.config, state), ""
+    if is_gated(run.config):
+        params = jaxsparse.eval_params(state.opt_state, state.params)
+        small, slim_params, _ = models.slim(model, params, state.model_state.get("batch_stats"))
+        sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (slim_params, params)]
+        result["density"] = sizes[0] / sizes[1]
+        result["widths"] = list(group_sizes(models.channel_groups(small), slim_params))
+        widths = f" ({'-'.join(map(str, result['widths']))})"
+        print(jaxsparse.remaining(state.params, models.channel_groups(model), list(masks.values())))
+    else:
+        print(jaxsparse.summary(state.params, masks))
     run.finish(result)
-    print(jaxsparse.summary(state.params, masks_of(run.config, state)))
     print(
-        f"test accuracy {result['test_accuracy']:.2%} at density {result['density']:g}, "
+        f"test accuracy {result['test_accuracy']:.2%} at density {result['density']:g}{widths}, "
         f"{result['seconds']:.1f} s; see {run.path}"
     )
 
@@ -241,6 +259,7 @@ def chunk_metrics(chunk: Mapping[str, Any], updated: bool) -> dict[str, Any]:
         "train_accuracy": chunk["accuracies"].mean(dtype=float),
         "density": round(float(chunk["density"]), 6),
     }
+    metrics |= {name: round(float(share), 6) for name, share in chunk["remaining"].items()}
     if chunk["layer_density"]:
         metrics["layer_density"] = {path: round(float(share), 6) for path, share in chunk["layer_density"].items()}
         if updated:

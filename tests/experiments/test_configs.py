@@ -9,7 +9,10 @@ import pytest
 
 import jaxsparse
 from experiments import data, program, train
+from experiments.optimizers import is_gated
 from experiments.workdir import read_metrics
+from jaxsparse import models
+from jaxsparse.groups import group_sizes
 
 ROOT = Path(__file__).parents[2]
 ARGUMENTS = {
@@ -17,6 +20,8 @@ ARGUMENTS = {
     "mnist_sparse_momentum": ["lenet_300_100", "lenet5_caffe"],
     "mnist_rda": ["lenet_300_100", "lenet5_caffe"],
     "cifar10_sparse_momentum": list(runpy.run_path(str(ROOT / "configs/cifar10_sparse_momentum.py"))["NETWORKS"]),
+    "mnist_l0": ["lenet_300_100", "lenet5_caffe", "lenet_300_100_dep", "lenet5_caffe_dep"],
+    "cifar_l0": list(runpy.run_path(str(ROOT / "configs/cifar_l0.py"))["EXPERIMENTS"]),
     "cifar_rda": list(runpy.run_path(str(ROOT / "configs/cifar_rda.py"))["EXPERIMENTS"]),
 }
 ALL = [(name, argument) for name, arguments in ARGUMENTS.items() for argument in arguments]
@@ -51,7 +56,12 @@ def test_every_config_makes_a_network_and_its_masks(name, argument):
     masks = jax.eval_shape(lambda state: program.masks_of(config, state), state)
     sparse = [mask for mask in jax.tree.leaves(masks) if mask.ndim]
     kernels = [leaf for leaf in jax.tree.leaves(state.params) if leaf.ndim > 1]
-    assert [mask.shape for mask in sparse] == [kernel.shape for kernel in kernels]
+    if is_gated(config):
+        groups = models.channel_groups(program.make_model(config, dataset.num_classes))
+        assert sorted(masks) == sorted(group.name for group in groups)
+        assert sorted(mask.size for mask in sparse) == sorted(group_sizes(groups, state.params))
+    else:
+        assert [mask.shape for mask in sparse] == [kernel.shape for kernel in kernels]
     assert kernels[-1].shape[-1] == dataset.num_classes or kernels[-1].ndim == 4
     small = program.make_model(train.shrink(config), 10)
     variables = jax.eval_shape(small.init, jax.random.key(0), dataset.train.images[:1].astype(np.float32))
@@ -76,16 +86,19 @@ def train_on_noise(config, workdir, monkeypatch):
     [
         ("cifar_rda", "resnet20", {"sparsity.l1": 1e-4, "model.dtype": "bfloat16"}),
         ("cifar10_sparse_momentum", "alexnet_s", {}),
+        ("cifar_l0", "vgg16_forward", {"sparsity.penalty": 1.0, "sparsity.gate_learning_rate": 0.3}),
+        ("mnist_l0", "lenet5_caffe", {"sparsity.penalty": 1e5, "sparsity.gate_learning_rate": 1.0}),
     ],
 )
-def test_a_small_cifar_run(tmp_path, monkeypatch, name, argument, changes):
+def test_a_small_run(tmp_path, monkeypatch, name, argument, changes):
     config = train.shrink(config_of(name, argument)).lock()
     config.update_from_flattened_dict({"epochs": 2, "data.examples": 96, "log_every_steps": 3, **changes})
     state, [result] = train_on_noise(config, tmp_path, monkeypatch)
     losses = [line["train_loss"] for line in read_metrics(tmp_path)]
     assert len(losses) == 2
     assert np.isfinite(losses).all()
-    assert jax.tree.leaves(state.model_state["batch_stats"])[0].dtype == np.float32
+    for statistic in jax.tree.leaves(state.model_state):
+        assert statistic.dtype == np.float32
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(state.params))
     jaxsparse.check(state.opt_state, state.params)
     assert 0 < result["density"] < 1
