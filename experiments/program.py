@@ -127,8 +127,10 @@ def make_program(config: ConfigDict, dataset: data.Dataset, side_by_side: bool =
         density, remaining = jaxsparse.density(new), {}
         if is_gated(config):
             logits = jaxsparse.get_log_alpha(state.opt_state)
-            density, adds = shares(state, [new[name] for name in logits])
-            expected_params, expected_adds = shares(state, [jaxsparse.prob_open(la) for la in logits.values()])
+            density, adds = shares(state, new)
+            expected_params, expected_adds = shares(
+                state, {name: jaxsparse.prob_open(la) for name, la in logits.items()}
+            )
             remaining = {
                 "multiply_adds": adds,
                 "expected_params": expected_params,

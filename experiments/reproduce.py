@@ -36,11 +36,13 @@ class Outcome(NamedTuple):
       test_error: of the last step.
       kept: the share of the weights that the masks kept, of all layers that have masks; 100 if none has.
       validation_error: likewise of the examples that were held out; None if there were none, or it was not recorded.
+      widths: of the layers that are left of a network with gates, such as "266-88-33"; None for others.
     """
 
     test_error: float
     kept: float
     validation_error: float | None = None
+    widths: str | None = None
 
 
 def reproduce(
@@ -103,13 +105,18 @@ def _outcome(result: Mapping[str, Any]) -> Outcome:
         test_error=100 * (1 - result["test_accuracy"]),
         kept=100 * result["density"],
         validation_error=None if validation is None else 100 * (1 - validation),
+        widths="-".join(map(str, result["widths"])) if "widths" in result else None,
     )
 
 
-def as_json(found: Mapping[int, Outcome]) -> dict[int, dict[str, float]]:
+def as_json(found: Mapping[int, Outcome]) -> dict[int, dict[str, Any]]:
     """In the order of the seeds, without what is None, and without the digits that float32 made up."""
     return {
-        seed: {name: round(value, 4) for name, value in found[seed]._asdict().items() if value is not None}
+        seed: {
+            name: round(value, 4) if isinstance(value, float) else value
+            for name, value in found[seed]._asdict().items()
+            if value is not None
+        }
         for seed in sorted(found)
     }
 
@@ -130,8 +137,8 @@ def as_markdown(name: str, table: Table, found: Sequence[Mapping[int, Outcome]],
     lines += ["", f"![{table.title.partition('.')[0]}]({name}.png)", "", "Every run, test error in %:", ""]
     seeds = sorted({seed for of_row in errors for seed in of_row})
     every = [
-        [row.series, f"{row.x}", *(f"{of_row[seed]:.2f}" if seed in of_row else "" for seed in seeds)]
-        for row, of_row in zip(table.rows, errors, strict=True)
+        [row.series, f"{row.x}", *(_one_run(of_row[seed]) if seed in of_row else "" for seed in seeds)]
+        for row, of_row in zip(table.rows, found, strict=True)
     ]
     lines += _markdown_rows(["network", table.x, *(f"seed {seed}" for seed in seeds)], every)
     device = jax.devices()[0].device_kind
@@ -146,7 +153,7 @@ def picture(table: Table, found: Sequence[Mapping[int, Outcome]]) -> Any:
     baselines: dict[str, float] = {}
     for row, of_row in zip(table.rows, found, strict=True):
         if of_row:
-            errors, kept, _ = zip(*of_row.values(), strict=True)
+            errors, kept, *_ = zip(*of_row.values(), strict=True)
             x = round(mean_and_error(kept)[0], 2) if table.against_kept else row.x
             if row.x == "dense":
                 baselines[f"{row.series}, dense, ours"] = mean_and_error(errors)[0]
@@ -168,7 +175,7 @@ def _compared(table: Table, row: Row, found: Mapping[int, Outcome]) -> dict[str,
         cells["paper"] = _with_error(*row.published)
     if not found:
         return cells | {"ours": "not run"}
-    errors, kept, validation = zip(*found.values(), strict=True)
+    errors, kept, validation, _ = zip(*found.values(), strict=True)
     mean, error = mean_and_error(errors)
     cells |= {"ours": _with_error(mean, error), "seeds": ", ".join(map(str, sorted(found)))}
     if table.against_kept:  # else the method was told how many to keep
@@ -180,6 +187,10 @@ def _compared(table: Table, row: Row, found: Mapping[int, Outcome]) -> dict[str,
         if error and row.published[1]:
             cells["two standard errors"] = f"{2 * (error**2 + row.published[1] ** 2) ** 0.5:.3f}"
     return cells
+
+
+def _one_run(outcome: Outcome) -> str:
+    return f"{outcome.test_error:.2f}" + (f" ({outcome.widths})" if outcome.widths else "")
 
 
 def _changed(table: Table, errors: Sequence[Mapping[int, float]], row: Row, found: Mapping[int, float]) -> list[str]:

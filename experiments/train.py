@@ -242,7 +242,7 @@ def finish(run: Workdir, state: TrainState, model: Any) -> None:
         result["density"] = sizes[0] / sizes[1]
         result["widths"] = list(group_sizes(models.channel_groups(small), slim_params))
         widths = f" ({'-'.join(map(str, result['widths']))})"
-        print(jaxsparse.remaining(state.params, models.channel_groups(model), list(masks.values())))
+        print(jaxsparse.remaining(state.params, models.channel_groups(model), masks))
     else:
         print(jaxsparse.summary(state.params, masks))
     run.finish(result)

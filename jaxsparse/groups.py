@@ -139,14 +139,14 @@ def entries(group: Group, path: str, shape: Sequence[int], size: int) -> tuple[i
 
 
 def expected_counts(
-    groups: Sequence[Group], shapes: Mapping[str, Sequence[int]], open_channels: Sequence[ArrayLike]
+    groups: Sequence[Group], shapes: Mapping[str, Sequence[int]], open_channels: Mapping[str, ArrayLike]
 ) -> dict[str, jax.Array]:
     """How many entries of every leaf stay, expected or counted.
 
     Args:
       groups: the groups.
       shapes: of the leaves, by path; the leaves that are counted.
-      open_channels: for every group the probability of each channel to be open, or 0 and 1; (size,).
+      open_channels: for every group, by its name, the probability of each channel to be open, or 0 and 1; (size,).
 
     Returns:
       path -> (), float32. Channels are taken for independent, so expected numbers are exact unless a group is on
@@ -155,13 +155,13 @@ def expected_counts(
     Examples:
       >>> import jax.numpy as jnp
       >>> group = Group("hidden", {"fc2": 0}, {"fc1": -1, "fc2": 0})
-      >>> counts = expected_counts([group], {"fc1": (5, 4), "fc2": (4, 3)}, [jnp.array([1.0, 1.0, 0.5, 0.0])])
+      >>> counts = expected_counts([group], {"fc1": (5, 4), "fc2": (4, 3)}, {"hidden": jnp.array([1, 1, 0.5, 0])})
       >>> {path: float(number) for path, number in counts.items()}
       {'fc1': 12.5, 'fc2': 7.5}
     """
     kept: dict[tuple[str, int], jax.Array] = {}
-    for group, channels in zip(groups, open_channels, strict=True):
-        channels = jnp.asarray(channels, jnp.float32)
+    for group in groups:
+        channels = jnp.asarray(open_channels[group.name], jnp.float32)
         for path in group.removes:
             if path in shapes:
                 axis, numbers = entries(group, path, shapes[path], channels.size)
@@ -227,7 +227,7 @@ class Remaining(NamedTuple):
 def remaining(
     params: Any,
     groups: Sequence[Group],
-    open_channels: Sequence[ArrayLike],
+    open_channels: Mapping[str, ArrayLike],
     positions: Mapping[str, int] | None = None,
 ) -> Remaining:
     """Counts what is left of a network whose closed channels are removed.
@@ -235,18 +235,22 @@ def remaining(
     Args:
       params: the params or their shapes.
       groups: the groups.
-      open_channels: for every group which channels are open, 0 or 1, or the probability that they are; (size,).
+      open_channels: for every group, by its name, which channels are open, 0 or 1, or the probability that they are;
+        (size,).
       positions: for the kernels, by path, at how many places of an example they are applied: output height x width of a
         convolution, 1 for a dense layer; see :func:`jaxsparse.models.positions`. None counts params only.
 
     Returns:
       A :class:`Remaining`. Print it for a table.
 
+    Raises:
+      ValueError: for groups that do not fit the params, and for channels and positions that do not fit the groups.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> params = {"fc1": {"kernel": jnp.ones((5, 4))}, "fc2": {"kernel": jnp.ones((4, 3))}}
       >>> group = Group("hidden", {"fc2/kernel": 0}, {"fc1/kernel": -1, "fc2/kernel": 0})
-      >>> print(remaining(params, [group], [jnp.array([1, 0, 0, 1])], {"fc1/kernel": 1, "fc2/kernel": 1}))
+      >>> print(remaining(params, [group], {"hidden": jnp.array([1, 0, 0, 1])}, {"fc1/kernel": 1, "fc2/kernel": 1}))
       layer       params  kept         multiply-adds  kept
       ----------  ------  ----  -----  -------------  ----  -----
       fc1/kernel      20    10  50.0%             20    10  50.0%
@@ -254,7 +258,10 @@ def remaining(
       ----------  ------  ----  -----  -------------  ----  -----
       all             32    16  50.0%             32    16  50.0%
     """
-    group_sizes(groups, params)
+    for group, size in zip(groups, group_sizes(groups, params), strict=True):
+        found = jnp.shape(open_channels.get(group.name))
+        if found != (size,):
+            raise ValueError(f"group {group.name!r} has {size} channels, but open_channels has shape {found} for it")
     shapes = {path: tuple(leaf.shape) for path, leaf in by_plain_path(params).items()}
     if unknown := sorted(set(positions or {}) - set(shapes)):
         raise ValueError(f"positions names {', '.join(unknown)}, which the params do not have")

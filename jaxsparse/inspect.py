@@ -109,7 +109,7 @@ def get_log_alpha(opt_state: Any) -> dict[str, jax.Array]:
       opt_state: the optimizer state.
 
     Returns:
-      name of the group -> (size,), float32, in network order.
+      name of the group -> (size,), float32.
 
     Raises:
       ValueError: if there are no gates in the state.

@@ -17,6 +17,10 @@ CONV = Group("conv", NORM, {"conv/kernel": -1, "conv/bias": 0, **NORM, "fc/kerne
 ROWS = Group("rows", {"fc/kernel": 0}, {"fc/kernel": 0})
 
 
+OPEN = {"conv": np.array([1, 0, 0, 1]), "rows": np.arange(16) < 6}
+ALL = {"conv": np.array([1, 0, 0, 1]), "rows": np.ones(16)}
+
+
 def test_sizes():
     assert group_sizes([CONV, ROWS], PARAMS) == (4, 16)
     hidden = {**PARAMS, "conv": optax.MaskedNode()}
@@ -54,7 +58,7 @@ def test_expected_counts_are_the_mean_of_counts():
     shapes = {"conv/kernel": (3, 3, 2, 4), "fc/kernel": (16, 5), "fc/bias": (5,)}
     rng = np.random.default_rng(0)
     chances = [rng.uniform(size=4), rng.uniform(size=16)]
-    expected = expected_counts([CONV, ROWS], shapes, chances)
+    expected = expected_counts([CONV, ROWS], shapes, dict(zip(("conv", "rows"), chances, strict=True)))
     counted = []
     for _ in range(4000):
         conv, rows = (rng.uniform(size=p.size) < p for p in chances)
@@ -65,24 +69,33 @@ def test_expected_counts_are_the_mean_of_counts():
         np.abs(np.mean(counted, 0) - [expected["conv/kernel"], expected["fc/kernel"]]), 4 * error
     )
     assert float(expected["fc/bias"]) == 5
-    exact = expected_counts([CONV, ROWS], shapes, [np.array([1, 0, 0, 1]), np.arange(16) < 6])
+    exact = expected_counts([CONV, ROWS], shapes, OPEN)
     assert {path: float(count) for path, count in exact.items()} == {"conv/kernel": 36, "fc/kernel": 15, "fc/bias": 5}
 
 
 def test_channels_in_another_order():
     slowest = Group("conv", NORM, {"fc/kernel": (0, np.arange(16) // 4)})  # flattened with the channels first
-    exact = expected_counts([slowest, ROWS], {"fc/kernel": (16, 5)}, [np.array([1, 0, 0, 1]), np.arange(16) < 6])
+    exact = expected_counts(
+        [slowest, ROWS], {"fc/kernel": (16, 5)}, {"conv": np.array([1, 0, 0, 1]), "rows": np.arange(16) < 6}
+    )
     assert float(exact["fc/kernel"]) == 20
 
 
 def test_remaining_counts_params_and_multiply_adds():
     params = {name: layer for name, layer in PARAMS.items() if name != "steps"}
-    found = remaining(params, [CONV, ROWS], [np.array([1, 0, 0, 1]), np.ones(16)], {"conv/kernel": 100, "fc/kernel": 1})
+    found = remaining(
+        params,
+        [CONV, ROWS],
+        ALL,
+        {"conv/kernel": 100, "fc/kernel": 1},
+    )
     assert found.params == (36 + 2 + 2 + 2 + 40 + 5) / (72 + 4 + 4 + 4 + 80 + 5)
     assert found.multiply_adds == (3600 + 40) / (7200 + 80)
     assert "conv/kernel      72    36   50.0%" in str(found)
-    assert str(remaining(params, [ROWS], [np.ones(16)])).count("100.0%") == 7
+    assert str(remaining(params, [ROWS], ALL)).count("100.0%") == 7
     with pytest.raises(ValueError, match="positions names conv/weights"):
-        remaining(params, [ROWS], [np.ones(16)], {"conv/weights": 1})
+        remaining(params, [ROWS], ALL, {"conv/weights": 1})
+    with pytest.raises(ValueError, match=r"group 'rows' has 16 channels, but open_channels has shape \(4,\) for it"):
+        remaining(params, [ROWS], {"rows": np.ones(4)})
     shapes = jax.eval_shape(lambda: params)
-    assert str(remaining(shapes, [ROWS], [np.ones(16)])) == str(remaining(params, [ROWS], [np.ones(16)]))
+    assert str(remaining(shapes, [ROWS], ALL)) == str(remaining(params, [ROWS], ALL))

@@ -442,7 +442,7 @@ def _gated(
         """Vectors, one a group, in the dimensions of the leaves that they multiply."""
         ranks = {path: leaf.ndim for path, leaf in by_plain_path(weights).items()}
         return {
-            path: jnp.expand_dims(vector, [i for i in range(ranks.get(path, 1)) if i != axis % ranks.get(path, 1)])
+            path: jnp.expand_dims(vector, _others(axis, ranks.get(path, 1)))
             for group, vector in zip(groups, vectors, strict=True)
             for path, axis in group.multiplies.items()
         }
@@ -478,6 +478,20 @@ def _gated(
             gate_state=gate_optimizer.init(gate_params),
         )
 
+    def sample(logits, key, count):
+        """Gates for the step of this number, their slopes, and the gates to evaluate with; one vector a group."""
+        if axis_name is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        flat = jnp.concatenate(logits)
+        uniform = jax.random.uniform(key, flat.shape, minval=EPSILON, maxval=1 - EPSILON)
+        gates, slopes = jax.jvp(lambda la: hard_concrete(la, uniform), [flat], [jnp.ones_like(flat)])
+        tested = hard_concrete_mean(flat)
+        if freeze_gates_at is not None:
+            gates = jnp.where(count >= freeze_gates_at, tested, gates)
+            slopes = jnp.where(count >= freeze_gates_at, 0, slopes)
+        ends = np.cumsum([la.size for la in logits])[:-1]
+        return [jnp.split(vector, ends) for vector in (gates, slopes, tested)]
+
     def update_fn(updates, state, params=None, **extra_args):
         require_params(params, who)
         frozen = jnp.array(False) if freeze_gates_at is None else state.count >= freeze_gates_at
@@ -489,9 +503,8 @@ def _gated(
         # The chain rule: what the gradient of weight x gate says of each.
         of_gates = [
             sum(
-                jnp.sum(grads[path] * behind[path], [i for i in range(leaf_rank) if i != axis % leaf_rank])
+                jnp.sum(grads[path].astype(jnp.float32) * behind[path], _others(axis, behind[path].ndim))
                 for path, axis in group.multiplies.items()
-                for leaf_rank in [behind[path].ndim]
             )
             for group in groups
         ]
@@ -502,16 +515,15 @@ def _gated(
         of_penalty = jax.grad(lambda logits: _penalty_of(penalty, groups, real, logits))(logits)
         of_gates = [_placed_like(log_alpha, g) for log_alpha, g in zip(logits, of_gates, strict=True)]
         of_logits = [
-            slope * g.astype(slope.dtype) + jnp.where(frozen, 0, extra)
+            slope * g + jnp.where(frozen, 0, extra)
             for slope, g, extra in zip([state.slopes[name] for name in names], of_gates, of_penalty, strict=True)
         ]
         if penalty.weight_decay:  # the gradient of P c/2 W^2 by W
             kernels = by_plain_path(real)
             for group, log_alpha in zip(groups, logits, strict=True):
                 path, axis = _kernel_of(group, kernels)
-                rank = kernels[path].ndim
                 pull = jnp.where(frozen, 0, prob_open(log_alpha) * penalty.weight_decay / penalty.examples)
-                pull = jnp.expand_dims(pull, [i for i in range(rank) if i != axis % rank])
+                pull = jnp.expand_dims(pull, _others(axis, kernels[path].ndim))
                 grads[path] += (pull * kernels[path]).astype(grads[path].dtype)
         (of_gate_params,) = pull_back(of_logits)
         of_weights = treedef.unflatten([grads[path] for path in paths])
@@ -528,20 +540,8 @@ def _gated(
         gate_params = jax.tree.map(lambda old, new: jnp.where(frozen, old, new), gate_params, new_gate_params)
         logits = logits_of(gate_params)
 
-        # New gates, all groups in one vector.
-        new_key, draw = jax.random.split(state.key)
-        if axis_name is not None:
-            draw = jax.random.fold_in(draw, jax.lax.axis_index(axis_name))
-        flat = jnp.concatenate(logits)
-        uniform = jax.random.uniform(draw, flat.shape, minval=EPSILON, maxval=1 - EPSILON)
-        sampled, slopes = jax.jvp(lambda la: hard_concrete(la, uniform), [flat], [jnp.ones_like(flat)])
-        tested = hard_concrete_mean(flat)
-        if freeze_gates_at is not None:
-            deterministic = state.count + 1 >= freeze_gates_at
-            sampled = jnp.where(deterministic, tested, sampled)
-            slopes = jnp.where(deterministic, 0, slopes)
-        ends = np.cumsum([la.size for la in logits])[:-1]
-        sampled, slopes, tested = (jnp.split(vector, ends) for vector in (sampled, slopes, tested))
+        key, draw = jax.random.split(state.key)
+        sampled, slopes, tested = sample(logits, draw, state.count + 1)
         gates = by_leaf(sampled, state.weights)
 
         # The weights move as the inner optimizer proposes, and the params land on their product with the gates.
@@ -555,7 +555,7 @@ def _gated(
 
         return treedef.unflatten([land(path, p) for path, p in zip(paths, leaves, strict=True)]), L0State(
             count=optax.safe_increment(state.count),
-            key=new_key,
+            key=key,
             log_alpha=dict(zip(names, logits, strict=True)),
             generator=() if generate is None else gate_params,
             gates=gates,
@@ -590,7 +590,8 @@ def _penalty_of(
     total = jnp.zeros(())
     if penalty.counts == "all":
         shapes = {path: leaves[path].shape for group in groups for path in group.removes if path in leaves}
-        total += penalty.strength * sum(expected_counts(groups, shapes, is_open).values())
+        chances = {group.name: of_group for group, of_group in zip(groups, is_open, strict=True)}
+        total += penalty.strength * sum(expected_counts(groups, shapes, chances).values())
     else:
         before = leaves[kernels[0][0]].shape[-2]  # E_0
         for strength, (path, axis), chances in zip(strengths, kernels, is_open, strict=True):
@@ -602,9 +603,8 @@ def _penalty_of(
                 before = chances.sum()
     if penalty.weight_decay:
         for (path, axis), chances in zip(kernels, is_open, strict=True):
-            kernel = leaves[path]
-            others = [i for i in range(kernel.ndim) if i != axis % kernel.ndim]
-            total += penalty.weight_decay / 2 * jnp.sum(chances * jnp.sum(jnp.square(kernel), others))
+            norms = jnp.sum(jnp.square(leaves[path]), _others(axis, leaves[path].ndim))
+            total += penalty.weight_decay / 2 * jnp.sum(chances * norms)
     return total / penalty.examples
 
 
@@ -619,6 +619,11 @@ def _kernel_of(group: Group, leaves: Any) -> tuple[str, int]:
         if path in leaves and leaves[path].ndim > 1 and removed in (-1, leaves[path].ndim - 1):
             return path, -1
     raise ValueError(f"the penalty counts the weights of a kernel: say which, kernel=..., for group {group.name!r}")
+
+
+def _others(axis: int, rank: int) -> list[int]:
+    """All axes but one."""
+    return [i for i in range(rank) if i != axis % rank]
 
 
 def _check_direction(direction: str) -> None:

@@ -43,7 +43,7 @@ def test_every_run_of_the_table_is_run(runs):
     outcomes = reproduce.outcomes(TABLE, runs)
     assert [list(found) for found in outcomes] == [[0, 1], [0, 1], [0]]
     result = json.loads((runs / "digits/20/seed_1/result.json").read_text())
-    assert outcomes[1][1] == (pytest.approx(100 - 100 * result["test_accuracy"]), 20, None)
+    assert outcomes[1][1] == (pytest.approx(100 - 100 * result["test_accuracy"]), 20, None, None)
     assert result["density"] == 0.2
 
 

@@ -61,7 +61,8 @@ def test_slim_equals_the_network_with_gates(network):
     # The variables are those that the smaller model makes, and as few as the groups say.
     shapes = {"/".join(path): v.shape for path, v in variables_of(small, images[:1].shape).items()}
     assert shapes == {path: v.shape for path, v in by_path(slim_variables).items()}
-    expected = jaxsparse.remaining(params, groups, [gate != 0 for gate in gates])
+    is_open = {group.name: gate != 0 for group, gate in zip(groups, gates, strict=True)}
+    expected = jaxsparse.remaining(params, groups, is_open)
     assert size(slim_params) <= sum(row.kept_params for row in expected.layers)
     assert size(slim_params) >= 0.8 * sum(row.kept_params for row in expected.layers)
     assert size(slim_params) < 0.75 * size(params)
