@@ -22,5 +22,4 @@ def get_config(model: str = "lenet_300_100") -> ConfigDict:
     config.sparsity.l1 = 3e-6
     if model == "lenet5_caffe":
         config.optimizer.clip_norm = 1.0
-        config.sparsity.l1 = 5e-6
     return config

@@ -183,11 +183,12 @@ _RDA_L1 = Table(
 _RDA = Table(
     f"Training with compressed sensing on MNIST, beside sparse momentum. {COMPRESSED_SENSING} (arXiv:2008.09661)",
     "The recipe of rda_mnist_l1, by whose validation errors l1 was chosen: the best that keep at most 1.2, 3.2 "
-    "and 8% of the weights. Sparse momentum as in its Table 1, told to keep as many. The paper has no MNIST.",
+    "and 8% of the weights, of LeNet-5 1.2%. Sparse momentum as in its Table 1, told to keep as many. The paper has no MNIST.",
     "setting",
     (
         *(_rda("lenet_300_100", l1, 5) for l1 in (8e-6, 3e-6, 1e-6)),
         *(_beside("lenet_300_100", percent, 5) for percent in (1.2, 3.2, 8)),
+        _rda("lenet5_caffe", 3e-6, 1),
     ),
     against_kept=True,
 )
