@@ -14,16 +14,22 @@ import jax
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
-def interleaved(alternatives: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Runs each alternative once a round, in turn, after one round that does not count; returns median seconds."""
+def rounds_of(alternatives: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Runs each alternative once a round, in turn, back and forth, after one round that does not count; seconds."""
     seconds: dict[str, list[float]] = {name: [] for name in alternatives}
     for i in range(rounds + 1):
-        for name, run in alternatives.items():
+        turns = list(alternatives.items())
+        for name, run in turns if i % 2 else turns[::-1]:
             start = time.perf_counter()
             jax.block_until_ready(run())
             if i:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    return seconds
+
+
+def interleaved(alternatives: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of :func:`rounds_of`."""
+    return {name: statistics.median(times) for name, times in rounds_of(alternatives, rounds).items()}
 
 
 def machine() -> str:

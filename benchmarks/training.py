@@ -13,6 +13,7 @@ import functools
 import itertools
 import os
 import runpy
+import statistics
 
 import jax
 import numpy as np
@@ -95,8 +96,10 @@ def main():
     for model, torch_steps in (("lenet_300_100", STEPS), ("lenet5_caffe", STEPS // 10)):
         runs = {"dense": ours(model, dataset, dense=True), "sparse": ours(model, dataset, dense=False)}
         runs["sparse"]()  # the first epoch has no mask update
-        speed = {name: STEPS / seconds for name, seconds in timing.interleaved(runs, args.rounds).items()}
-        row = [model, f"{speed['dense']:.0f}", f"{speed['sparse']:.0f}", f"{speed['sparse'] / speed['dense']:.2f}"]
+        seconds = timing.rounds_of(runs, args.rounds)
+        speed = {name: STEPS / statistics.median(times) for name, times in seconds.items()}
+        ratio = statistics.median(a / b for a, b in zip(seconds["dense"], seconds["sparse"], strict=True))
+        row = [model, f"{speed['dense']:.0f}", f"{speed['sparse']:.0f}", f"{ratio:.3f}"]
         for with_loader in (True, False) if torch else ():
             torch.set_num_threads(1)
             run = functools.partial(theirs, model, dataset, torch_steps, with_loader)()
@@ -111,7 +114,7 @@ def main():
         "Train steps per second of the LeNets, batches of 100",
         header,
         rows,
-        f"Medians of {args.rounds} rounds; ours with {args.cores} of {os.cpu_count()} cores"
+        f"Medians of {args.rounds} rounds, of the ratio too; ours with {args.cores} of {os.cpu_count()} cores"
         + (f", PyTorch {torch.__version__} (dense) with one thread" if torch else "")
         + ". An epoch of ours has one mask update. Times: sparse over PyTorch.",
     )
