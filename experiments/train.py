@@ -160,7 +160,7 @@ def train(
         for run, mine in zip(runs, one_a_run(state, seeds), strict=True):
             draw(run, mine, image_shape)
             if stop == total_steps:
-                finish(run, mine, program.model)
+                finish(run, mine, program.model, image_shape)
         if told_to_stop:
             raise Stopped(f"at step {stop} of {total_steps}", told_to_stop[0])
         return state, [run.result for run in runs]
@@ -225,7 +225,7 @@ def draw(run: Workdir, state: TrainState, image_shape: Sequence[int]) -> None:
             break
 
 
-def finish(run: Workdir, state: TrainState, model: Any) -> None:
+def finish(run: Workdir, state: TrainState, model: Any, image_shape: tuple[int, ...]) -> None:
     """Checks the masks, writes and prints the result. Of gates, it is that of the model without closed channels."""
     if not run.config.dense:
         jaxsparse.check(state.opt_state, state.params)
@@ -242,7 +242,8 @@ def finish(run: Workdir, state: TrainState, model: Any) -> None:
         result["density"] = sizes[0] / sizes[1]
         result["widths"] = list(group_sizes(models.channel_groups(small), slim_params))
         widths = f" ({'-'.join(map(str, result['widths']))})"
-        print(jaxsparse.remaining(state.params, models.channel_groups(model), masks))
+        places = models.positions(model, image_shape)
+        print(jaxsparse.remaining(state.params, models.channel_groups(model), masks, places))
     else:
         print(jaxsparse.summary(state.params, masks))
     run.finish(result)

@@ -212,7 +212,9 @@ class Remaining(NamedTuple):
             numbers = [f"{params:,}", f"{kept:,.0f}", f"{kept / max(params, 1):.1%}"]
             numbers += [f"{adds:,}", f"{kept_adds:,.0f}", f"{kept_adds / adds:.1%}"] if adds else ["", "", ""]
             lines.append([path, *numbers])
-        widths = [max(len(line[i]) for line in lines) for i in range(7)]
+        if not total.multiply_adds:
+            lines = [line[:4] for line in lines]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = [
             "  ".join(
                 cell.rjust(width) if i else cell.ljust(width)

@@ -93,6 +93,7 @@ def test_remaining_counts_params_and_multiply_adds():
     assert found.multiply_adds == (3600 + 40) / (7200 + 80)
     assert "conv/kernel      72    36   50.0%" in str(found)
     assert str(remaining(params, [ROWS], ALL)).count("100.0%") == 7
+    assert "multiply-adds" not in str(remaining(params, [ROWS], ALL))
     with pytest.raises(ValueError, match="positions names conv/weights"):
         remaining(params, [ROWS], ALL, {"conv/weights": 1})
     with pytest.raises(ValueError, match=r"group 'rows' has 16 channels, but open_channels has shape \(4,\) for it"):
