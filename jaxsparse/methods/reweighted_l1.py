@@ -327,13 +327,11 @@ def rda(
 
 def _mean(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """The mean over the first axes of an array, which are kept with size 1."""
-    places = math.prod(x.shape[i] for i in axes[:2])
-    if len(axes) < 2 or places > 64:
+    if len(axes) != 2 or math.prod(x.shape[:2]) > 64:
         return x.mean(axes, keepdims=True)
     # A slice for each place of a convolution's kernel: on a CPU, XLA's sum over leading axes takes five times as long.
     slices = [x[i : i + 1, j : j + 1] for i in range(x.shape[0]) for j in range(x.shape[1])]
-    mean = functools.reduce(jnp.add, slices) / places
-    return mean.mean(axes[2:], keepdims=True) if axes[2:] else mean
+    return functools.reduce(jnp.add, slices) / len(slices)
 
 
 def _at(value: ArrayLike | optax.Schedule, count: jax.Array) -> jax.Array:
