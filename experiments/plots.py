@@ -39,7 +39,7 @@ def learning_curve(lines: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def layer_densities(lines: Sequence[Mapping[str, Any]]) -> Figure:
-    """Density of each sparse layer over the epochs, and how many entries of its mask flipped.
+    """Density of each sparse layer (or group of channels) over the epochs, and how many entries of its mask flipped.
 
     Args:
       lines: of metrics.jsonl, of a run with masks.
@@ -64,7 +64,7 @@ def layer_densities(lines: Sequence[Mapping[str, Any]]) -> Figure:
         flips.plot([line["epoch"] for line in updates], [line["flips"][path] for line in updates], **style)
     shares = [share for line in lines for share in line["layer_density"].values() if share > 0]
     wide = max(shares, default=1) >= 10 * min(shares, default=1)
-    densities.set(ylabel="weights kept (%)", yscale="log" if wide else "linear")
+    densities.set(ylabel="kept (%)", yscale="log" if wide else "linear")
     densities.yaxis.set_major_formatter("{x:g}")
     flips.set_yscale("symlog", linthresh=1)
     flips.set(ylabel="mask entries flipped since the point before", ylim=(0, None))
@@ -97,7 +97,8 @@ def receptive_fields(mask: np.ndarray, image_shape: Sequence[int], most: int = 1
     units_axes, pixels_axes = figure.subplots(1, 2)
     greys = matplotlib.colormaps["Greys"].with_extremes(bad="#7aa6d8")  # the lines between the units
     units_axes.imshow(grid, cmap=greys, vmin=0, vmax=1, interpolation="nearest")
-    units_axes.set_title(f"weights kept of {'all' if drawn == units else f'the first {drawn} of'} {units} units")
+    of = "all" if drawn == units else f"the first {drawn} of"
+    units_axes.set_title(f"weights kept of {of} {units} units" if units > 1 else "pixels kept")
     units_axes.set_axis_off()
     image = pixels_axes.imshow(fields.sum(-1), cmap="viridis", vmin=0, interpolation="nearest")
     pixels_axes.set_title("how many units see each pixel")

@@ -249,7 +249,7 @@ def plot_masks(masks: Any, *, max_side: int = 512):
     ``max_side`` are averaged over tiles, so a pixel's shade is its tile's density.
 
     Args:
-      masks: a pytree of bool arrays; scalars (dense leaves) are left out.
+      masks: a pytree of bool arrays; scalars (dense leaves) are left out, and vectors are drawn as stripes.
       max_side: the most pixels in each direction.
 
     Returns:
@@ -278,8 +278,11 @@ def plot_masks(masks: Any, *, max_side: int = 512):
         extent = (0, mask.shape[-1], mask.size // mask.shape[-1], 0)
         axes.imshow(image, cmap="Greys", aspect="auto", interpolation="antialiased", vmin=0, extent=extent)
         axes.set_title(f"{name}\n{int(mask.sum()):,} of {mask.size:,} ({mask.mean():.1%})", fontsize=9)
-        axes.set_xlabel("output")
-        axes.set_ylabel("input")
+        axes.set_xlabel("output" if mask.ndim > 1 else "channel")
+        if mask.ndim > 1:
+            axes.set_ylabel("input")
+        else:
+            axes.set_yticks([])
     return figure
 
 

@@ -27,7 +27,11 @@ __all__ = [
 
 @runtime_checkable
 class LinkState(Protocol):
-    """What the accessors ask of a link's state, wherever it lies in an optimizer state."""
+    """What the accessors ask of a link's state, wherever it lies in an optimizer state.
+
+    That of a wrapper may also have an ``inner_state``, with further links in it; ``eval_weights()``, the leaves to
+    evaluate with where they are not the params on their masks; and ``log_alpha``, of its gates.
+    """
 
     def sparse_masks(self) -> Any:
         """The masks: bool arrays, ``optax.MaskedNode()`` for dense leaves."""
