@@ -18,6 +18,8 @@ def training() -> ConfigDict:
     config.checkpoint_every_epochs = 1
     config.log_every_steps = 500
 
+    config.init = "model"  # where the weights start: as the model has it, or "he_normal": by fan-in, with biases of 0
+
     config.data = ConfigDict()
     config.data.name = ""
     config.data.batch_size = 100
@@ -99,6 +101,32 @@ def gates(method: str) -> ConfigDict:
     else:
         config.sparsity.direction = "forward"  # or "backward"
         config.sparsity.input_width = config_dict.placeholder(int)  # None: that of the first group of the chain
+    return config
+
+
+def asni() -> ConfigDict:
+    """ASNI (Damadi et al., 2022): Adam or SGD, global magnitude pruning on a sigmoid schedule, once an epoch."""
+    config = training()
+    config.init = "he_normal"
+    config.optimizer.name = "adam"  # or "sgd"
+    config.optimizer.learning_rate = 1.2e-4
+    config.optimizer.momentum = 0.9  # of SGD
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.cosine_scale = config_dict.placeholder(float)  # over so many times the epochs; None: constant
+
+    config.sparsity.method = "asni"  # or "mask_updates": fixed masks
+    config.sparsity.update_every_epochs = 1
+    config.sparsity.schedule = "sigmoid"  # or "cubic", "linear"
+    config.sparsity.magnitude = 0.98  # of the sparsity
+    config.sparsity.scale = 5.0  # of the sigmoid, in prunings: small is steep
+    config.sparsity.translation = 0.5
+    config.sparsity.normalised = False
+    config.sparsity.exact = False  # True: as many as the schedule says, nothing skipped
+    # For "mask_updates": the file of a sparse model, such as WORKDIR/sparse.safetensors of another run, and the weights
+    # to start with on its masks: "centroids" (ASNI-II: two numbers a layer), "centroids_and_biases" (two of its biases
+    # too), "original" (the random ones of this run's seed), "weights" (the model's own).
+    config.sparsity.masks_from = config_dict.placeholder(str)
+    config.sparsity.start = "centroids"
     return config
 
 

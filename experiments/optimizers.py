@@ -4,12 +4,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
 import jaxsparse
 from jaxsparse import models
 
+SPARSITIES = {
+    "sigmoid": lambda sparsity, stages: jaxsparse.sigmoid_sparsity(
+        sparsity.magnitude, stages, sparsity.scale, sparsity.translation, normalised=sparsity.normalised
+    ),
+    "cubic": lambda sparsity, stages: jaxsparse.cubic_sparsity(sparsity.magnitude, stages - 1),
+    "linear": lambda sparsity, stages: jaxsparse.linear_sparsity(sparsity.magnitude, stages),
+}
 PRUNE_RATES = {
     "cosine": jaxsparse.cosine_prune_rate,
     "linear": jaxsparse.linear_prune_rate,
@@ -96,6 +104,46 @@ def _rda(config, steps_per_epoch, clip, model, key):
     return jaxsparse.chain(clip, link)
 
 
+def _asni(config, steps_per_epoch, clip, model, key):
+    """SGD or Adam, with pruning by magnitude on a schedule as its last link, or on fixed masks."""
+    del model, key  # nothing is random
+    peak, cosine_scale = config.optimizer.learning_rate, config.optimizer.cosine_scale
+
+    def cosine(step):  # constant within an epoch
+        epoch = step // steps_per_epoch
+        return 0.5 * peak * (1 + jnp.cos(jnp.pi * epoch / (cosine_scale * (config.epochs + 1))))
+
+    learning_rate = peak if cosine_scale is None else cosine
+    optimizers = {
+        "adam": lambda: optax.adam(learning_rate),
+        "sgd": lambda: optax.sgd(learning_rate, momentum=config.optimizer.momentum),
+    }
+    optimizer = [
+        clip,
+        optax.add_decayed_weights(config.optimizer.weight_decay),
+        choose(optimizers, config.optimizer.name, "config.optimizer.name")(),
+    ]
+    if config.dense:
+        return jaxsparse.chain(*optimizer)
+    sparsity = config.sparsity
+    if sparsity.method == "mask_updates":
+        return jaxsparse.chain(*optimizer, jaxsparse.mask_updates(load_start(config)[1]))
+    schedule = choose(SPARSITIES, sparsity.schedule, "config.sparsity.schedule")
+    link = jaxsparse.asni(
+        schedule(sparsity, config.epochs // sparsity.update_every_epochs),
+        update_every=sparsity.update_every_epochs * steps_per_epoch,
+        exact=sparsity.exact,
+    )
+    return jaxsparse.chain(*optimizer, link)
+
+
+def load_start(config):
+    """Params and masks that a run with ``config.sparsity.masks_from`` starts from."""
+    if not config.sparsity.masks_from:
+        raise ValueError("config.sparsity.masks_from is the file of a sparse model, such as WORKDIR/sparse.safetensors")
+    return jaxsparse.load_sparse(config.sparsity.masks_from)
+
+
 def _gates(config, steps_per_epoch, clip, model, key):
     """SGD or Adam in a wrapper of L0 gates, which train with Adam; the gradients of the weights are clipped."""
 
@@ -132,7 +180,14 @@ def _gates(config, steps_per_epoch, clip, model, key):
     return jaxsparse.l0(inner, groups, **common, log_alpha=sparsity.log_alpha, clamp=sparsity.clamp)
 
 
-METHODS = {"sparse_momentum": _sparse_momentum, "rda": _rda, "l0": _gates, "dep_l0": _gates}
+METHODS = {
+    "asni": _asni,
+    "mask_updates": _asni,
+    "sparse_momentum": _sparse_momentum,
+    "rda": _rda,
+    "l0": _gates,
+    "dep_l0": _gates,
+}
 GATES = ("l0", "dep_l0")
 
 

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from jaxsparse.structures import natural_order
+from jaxsparse.structures import by_path, natural_order
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; without their yellow, too light for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -105,6 +105,55 @@ def receptive_fields(mask: np.ndarray, image_shape: Sequence[int], most: int = 1
     for axis in (pixels_axes.xaxis, pixels_axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=pixels_axes, shrink=0.8)
+    return figure
+
+
+def weight_distributions(params: Any, masks: Any) -> Figure:
+    """How the weights that each sparse layer keeps are distributed, with the means of either sign: ASNI's two numbers.
+
+    Args:
+      params: of a network.
+      masks: like ``params``: bool arrays, the scalar True for dense leaves.
+    """
+    weights = {path: np.asarray(leaf, np.float32) for path, leaf in by_path(params).items()}
+    layers = {
+        path: weights[path][np.asarray(mask)] for path, mask in by_path(masks).items() if np.ndim(mask) and mask.any()
+    }
+    columns = min(4, max(1, len(layers)))
+    rows = max(1, -(-len(layers) // columns))
+    figure = Figure(figsize=(4 * columns, 2.8 * rows + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for i, path in enumerate(sorted(layers, key=natural_order)):
+        axes, kept = figure.add_subplot(rows, columns, i + 1), layers[path]
+        low, high = np.quantile(kept, [0.001, 0.999])  # a few far ones would leave no room for the rest
+        edges = np.linspace(low, high, 61) if high > low else 11
+        axes.hist(kept, edges, color="#56B4E9")
+        for sign, colour, line, side in ((-1, "#D55E00", "--", "negative"), (1, "#000000", ":", "positive")):
+            if (of_sign := kept[np.sign(kept) == sign]).size:
+                axes.axvline(of_sign.mean(), color=colour, linestyle=line, label=f"mean of the {side}")
+        axes.set_title(f"{path}, {kept.size:,} of {weights[path].size:,}", fontsize=9)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.set(xlabel="weight", ylabel="weights" if i % columns == 0 else "")
+        if i == 0:
+            figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    return figure
+
+
+def sparsities(schedules: Mapping[str, Callable[[Any], Any]], stages: int) -> Figure:
+    """Sparsity schedules over the stages 0, ..., stages - 1.
+
+    Args:
+      schedules: for each label a schedule, such as ``jaxsparse.sigmoid_sparsity(...)``.
+      stages: how many stages.
+    """
+    figure, (axes,) = _panels(1, "stage")
+    figure.set_size_inches(9, 4.5)
+    for i, (label, schedule) in enumerate(schedules.items()):
+        values = [100 * float(schedule(stage)) for stage in range(stages)]
+        style = {"color": COLOURS[i % len(COLOURS)], "linestyle": ("-", "--", ":", "-.")[i % 4]}
+        axes.plot(range(stages), values, label=label, **style)
+    axes.set(ylabel="zeros (%)", ylim=(0, 102), xlim=(0, stages - 1))
+    figure.legend(loc="outside right upper", fontsize=8)
     return figure
 
 

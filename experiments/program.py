@@ -1,6 +1,7 @@
 """What a run computes: the model, the optimizer with its sparse link, and the compiled functions around them."""
 
 import math
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,17 +12,21 @@ from ml_collections import ConfigDict
 
 import jaxsparse
 from experiments import data
-from experiments.optimizers import choose, is_gated, make_optimizer
+from experiments.optimizers import choose, is_gated, load_start, make_optimizer
 from jaxsparse import groups, models
-from jaxsparse.structures import by_path
+from jaxsparse.structures import by_path, path_name
 
 MODELS = {
     "alexnet": models.AlexNet,
+    "conv_2": models.Conv2,
+    "conv_4": models.Conv4,
+    "conv_6": models.Conv6,
     "densenet_40": models.DenseNet40,
     "lenet_300_100": models.LeNet300100,
     "lenet5_caffe": models.LeNet5Caffe,
     "resnet_18": models.ResNet18,
     "resnet_20": models.ResNet20,
+    "resnet_34": models.ResNet34,
     "resnet_50": models.ResNet50,
     "resnet_56": models.ResNet56,
     "vgg": models.VGG,
@@ -84,10 +89,16 @@ def make_program(config: ConfigDict, dataset: data.Dataset, side_by_side: bool =
     if is_gated(config):
         places = models.positions(model, first_image.shape[1:])
 
-    def init(seed):
+    start = None if config.dense or config.sparsity.method != "mask_updates" else load_start(config)
+    fresh = choose(INITS, config.init, "config.init")
+
+    def init(seed, start):
         init_key, order_key, mask_key = jax.random.split(jax.random.key(seed), 3)
         variables = dict(model.init(init_key, first_image))
-        params = variables.pop("params")
+        params = fresh(variables.pop("params"), init_key)
+        if start is not None:
+            check_fits(*start, params, config.sparsity.masks_from)
+            params = choose(STARTS, config.sparsity.start, "config.sparsity.start")(params, *start)
         opt_state = make_optimizer(config, steps_per_epoch, mask_key, model).init(params)
         if not config.dense:
             params = jaxsparse.sparsify(params, opt_state)
@@ -169,7 +180,7 @@ def make_program(config: ConfigDict, dataset: data.Dataset, side_by_side: bool =
     def for_seeds(function):
         if not side_by_side:
             return function
-        return lambda state, *common: jax.vmap(lambda state: function(state, *common))(state)
+        return lambda each, *common: jax.vmap(lambda one: function(one, *common))(each)
 
     compiled_chunk = jax.jit(for_seeds(train_chunk), static_argnums=(3, 4), donate_argnums=0)
 
@@ -177,7 +188,47 @@ def make_program(config: ConfigDict, dataset: data.Dataset, side_by_side: bool =
         epochs = (start + length - 1) // steps_per_epoch - start // steps_per_epoch + 1
         return compiled_chunk(state, dataset, start, length, epochs)
 
-    return Program(model, jax.jit(for_seeds(init)), chunk, jax.jit(for_seeds(evaluate)))
+    compiled_init = jax.jit(for_seeds(init))
+    return Program(model, lambda seed: compiled_init(seed, start), chunk, jax.jit(for_seeds(evaluate)))
+
+
+def he_normal(params: Any, key: jax.Array) -> Any:
+    """Kernels from N(0, sqrt(2 / fan_in)), whatever the model has them start from, and biases of 0."""
+    draw = jax.nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+
+    def fresh(path, leaf):
+        if leaf.ndim > 1:
+            return draw(jax.random.fold_in(key, zlib.crc32(path.encode())), leaf.shape, leaf.dtype)
+        return jnp.zeros_like(leaf) if path.endswith("bias") else leaf
+
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: fresh(path_name(path), leaf), params)
+
+
+def two_numbers_a_layer(trained: Any, masks: Any, biases: bool = False) -> Any:
+    """The initialisation of ASNI-II."""
+    return jaxsparse.amenable_init(trained, masks, jaxsparse.centroids(trained, masks, biases=biases))
+
+
+INITS = {"model": lambda params, key: params, "he_normal": he_normal}
+# Of fresh params, the params of another run, and its masks: what a run on these masks starts with.
+STARTS = {
+    "centroids": lambda fresh, trained, masks: two_numbers_a_layer(trained, masks),
+    "centroids_and_biases": lambda fresh, trained, masks: two_numbers_a_layer(trained, masks, biases=True),
+    "original": lambda fresh, trained, masks: fresh,
+    "weights": lambda fresh, trained, masks: trained,
+}
+
+
+def check_fits(trained: Any, masks: Any, params: Any, file: str) -> None:
+    """Raises a ValueError if a model that was read from a file is not the one of the run."""
+    del masks  # they fit the params that they were saved with
+    there, here = ({path: leaf.shape for path, leaf in by_path(tree).items()} for tree in (trained, params))
+    for path in sorted(there | here):
+        if there.get(path) != here.get(path):
+            raise ValueError(
+                f"config.sparsity.masks_from={file!r} does not fit config.model: {path} is "
+                f"{there.get(path, 'not there')} in the file and {here.get(path, 'not there')} in the model"
+            )
 
 
 def make_model(config: ConfigDict, num_classes: int) -> Any:
@@ -186,7 +237,7 @@ def make_model(config: ConfigDict, num_classes: int) -> Any:
     if "dtype" in options:
         options["dtype"] = choose(DTYPES, options["dtype"], "config.model.dtype")
     try:
-        return choose(MODELS, config.model.name, "config.model.name")(num_classes=num_classes, **options)
+        return choose(MODELS, config.model.name, "config.model.name")(**{"num_classes": num_classes, **options})
     except TypeError as error:
         raise ValueError(f"config.model does not fit {config.model.name!r}: {error}") from None
 

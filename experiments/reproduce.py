@@ -75,17 +75,27 @@ def reproduce(
         workdir = runs / row.run / f"seed_{seed}"
         if read_json(workdir / "result.json") is None:
             print(f"run {i + 1} of {len(todo)}: {workdir}", flush=True)
+        if row.after and not masks_of(row, seed, runs).exists():
+            print(f"  left for later: it starts from the masks of {runs / row.after / f'seed_{seed}'}")
+            continue
         try:
-            train(config_of(row, seed, data_dir), workdir)
+            train(config_of(row, seed, data_dir, runs), workdir)
         except WorkdirInUseError:
             print("  left to the process that is at it")
 
 
-def config_of(row: Row, seed: int, data_dir: str | None = None) -> ConfigDict:
+def masks_of(row: Row, seed: int, runs: Path) -> Path:
+    """The file of the sparse model that a run of the row starts from, where it has a run to come after."""
+    return runs / str(row.after) / f"seed_{seed}" / "sparse.safetensors"
+
+
+def config_of(row: Row, seed: int, data_dir: str | None = None, runs: Path = Path("runs/reproduce")) -> ConfigDict:
     """The configuration of a run of a row."""
     path, _, argument = row.config.partition(":")
     config = runpy.run_path(path)["get_config"](*[argument] if argument else []).lock()
     config.update_from_flattened_dict({**row.changes, "seed": seed, "data_dir": data_dir})
+    if row.after:
+        config.sparsity.masks_from = str(masks_of(row, seed, runs))
     return shrink(config) if config.smoke else config
 
 
@@ -178,7 +188,7 @@ def _compared(table: Table, row: Row, found: Mapping[int, Outcome]) -> dict[str,
     errors, kept, validation, _ = zip(*found.values(), strict=True)
     mean, error = mean_and_error(errors)
     cells |= {"ours": _with_error(mean, error), "seeds": ", ".join(map(str, sorted(found)))}
-    if table.against_kept:  # else the method was told how many to keep
+    if table.against_kept or table.with_kept:  # else the method was told how many to keep
         cells["kept (%)"] = _with_error(*mean_and_error(kept))
         if None not in validation:
             cells["validation"] = _with_error(*mean_and_error(validation))

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from experiments.asni import ARMS, FIRST
+
 MNIST = "configs/mnist_sparse_momentum.py"
 PAPER = "Dettmers and Zettlemoyer, *Sparse Networks from Scratch*, 2019 (arXiv:1907.04840)"
 
@@ -18,6 +20,7 @@ class Row(NamedTuple):
       changes: to the config, by key.
       published: test error in % and its standard error, None where they give none.
       seeds: how many are run if not said otherwise: 0, ..., seeds - 1.
+      after: folder of the runs whose masks these start from, seed by seed.
     """
 
     series: str
@@ -27,6 +30,7 @@ class Row(NamedTuple):
     changes: Mapping[str, Any]
     published: tuple[float, float | None] | None
     seeds: int
+    after: str | None = None
 
 
 class Table(NamedTuple):
@@ -40,6 +44,7 @@ class Table(NamedTuple):
       others: published test errors in % of other methods, for the picture: label -> {x: error}.
       relative_to: the x whose error is subtracted, where a table is about changes.
       against_kept: draw the errors against the share of the weights that was kept, where x is something else.
+      with_kept: say how many were kept, where neither x nor the picture does.
     """
 
     title: str
@@ -49,6 +54,7 @@ class Table(NamedTuple):
     others: Mapping[str, Mapping[float, float]] = {}
     relative_to: str | None = None
     against_kept: bool = False
+    with_kept: bool = False
 
 
 def _mnist(model, x, folder, changes, published, seeds, protocol="") -> Row:
@@ -218,7 +224,65 @@ _L0 = Table(
     against_kept=True,
 )
 
+ASNI = "Damadi, Nouri and Pirsiavash, *Amenable Sparse Network Investigator*, 2022 (arXiv:2202.09284)"
+_ARM_NAMES = {
+    "dense": "dense",
+    "asni_1": "ASNI-I",
+    "asni_2": "ASNI-II",
+    "asni_2_biases": "ASNI-II, biases too",
+    "original": "original weights",
+}
+
+
+def _asni(series, folder, config, published, seeds, changes=None, dense=None) -> tuple[Row, ...]:
+    """A row for each arm; ``published`` has the accuracies in % of the author's log, their deviations and runs."""
+    rows = []
+    for arm, of_arm in ARMS.items():
+        accuracy, deviation, runs = published.get(arm, (None, None, None))
+        error = None if accuracy is None else (round(100 - accuracy, 2), deviation and deviation / (runs - 1) ** 0.5)
+        after = f"{folder}/{FIRST}" if "sparsity.method" in of_arm else None
+        mine = {**of_arm, **(changes or {}), **(dense or {} if arm == "dense" else {})}
+        rows.append(Row(series, _ARM_NAMES[arm], f"{folder}/{arm}", config, mine, error, seeds, after))
+    return tuple(rows)
+
+
+_ASNI = Table(
+    f"ASNI on MNIST. {ASNI}",
+    "LeNet-300-100 by the author's recipe: 50 epochs of all 60,000 train images, batches of 60, Adam, 1.2e-4 (dense: "
+    "1.2e-3), pruned to 96.9% zeros. ASNI-II starts from two numbers a layer, on the masks and signs of ASNI-I; in "
+    '"biases too" biases start from two numbers as well, and "original weights" are those that ASNI-I started from. '
+    "What stands for the paper are the means of the author's logs; they have none of ASNI-II with biases of 0.",
+    "start",
+    _asni(
+        "LeNet-300-100",
+        "asni_mnist/fc",
+        "configs/mnist_asni.py:fc",
+        {
+            "dense": (98.06, 0.10, 5),
+            "asni_1": (97.62, None, None),
+            "asni_2_biases": (97.83, 0.06, 9),
+            "original": (97.89, None, None),
+        },
+        3,
+        dense={"optimizer.learning_rate": 1.2e-3},
+    ),
+    with_kept=True,
+)
+_ASNI_CONV2 = Table(
+    f"ASNI on MNIST, Conv-2 in 5 epochs. {ASNI}",
+    "Not the author's run, which has 20 epochs: 5 epochs of all 60,000 train images, the sigmoid four times as steep "
+    "to fit into them, the learning rate 2e-4 as it is. It shows the path of a convolutional network, not its "
+    "accuracy at the end.",
+    "start",
+    _asni("Conv-2", "asni_mnist/conv2_5_epochs", "configs/mnist_asni.py:conv2", {}, 1, {
+        "epochs": 5, "sparsity.scale": 0.5,
+    }),
+    with_kept=True,
+)  # fmt: skip
+
 TABLES = {
+    "asni_mnist": _ASNI,
+    "asni_mnist_conv2": _ASNI_CONV2,
     "l0_mnist": _L0,
     "rda_mnist": _RDA,
     "rda_mnist_l1": _RDA_L1,

@@ -13,7 +13,8 @@ again, and ends with the same bits. WORKDIR, made if it is not there, holds
   metrics.jsonl   a line for each chunk of steps (the first line's speed includes compilation)
   tensorboard/    the same, for tensorboard --logdir=WORKDIR
   checkpoints/    the newest two
-  *.png           learning curve, density of the layers, masks, the first layer's masks as receptive fields
+  *.png           learning curve, density of the layers, masks, weights, the first layer's masks as receptive fields
+  sparse.safetensors   of a run with masks: the params and masks at the end (jaxsparse.load_sparse reads it)
   result.json     test accuracy, density, time
 
 and with --seeds one such folder for each seed, and seeds.json. What is evaluated are the weights that the network
@@ -202,6 +203,8 @@ def shrink(config: ConfigDict) -> ConfigDict:
             config.optimizer.decay_every_steps = 2 * 44
         if "halve_after_epochs" in config.optimizer:
             config.optimizer.halve_after_epochs = (1, 2, 3)
+        if "scale" in config.sparsity:
+            config.sparsity.scale = min(config.sparsity.scale, 0.4)
         if "decay_at_epochs" in config.optimizer:
             config.optimizer.decay_at_epochs = (1, 2, 3)
     return config
@@ -216,6 +219,9 @@ def draw(run: Workdir, state: TrainState, image_shape: Sequence[int]) -> None:
     masks = masks_of(run.config, state)
     plots.layer_densities(lines).savefig(run.path / "layer_densities.png")
     jaxsparse.inspect.plot_masks(masks).savefig(run.path / "masks.png")
+    if not is_gated(run.config):
+        params = jaxsparse.eval_params(state.opt_state, state.params)
+        plots.weight_distributions(params, masks).savefig(run.path / "weights.png")
     for mask in jax.tree.leaves(masks):
         if mask.shape == (np.prod(image_shape),):  # gates on the pixels
             mask = mask[:, None]
@@ -246,6 +252,9 @@ def finish(run: Workdir, state: TrainState, model: Any, image_shape: tuple[int, 
         print(jaxsparse.remaining(state.params, models.channel_groups(model), masks, places))
     else:
         print(jaxsparse.summary(state.params, masks))
+        if not run.config.dense:
+            params = jaxsparse.eval_params(state.opt_state, state.params)
+            jaxsparse.save_sparse(run.path / "sparse.safetensors", params, masks)
     run.finish(result)
     print(
         f"test accuracy {result['test_accuracy']:.2%} at density {result['density']:g}{widths}, "

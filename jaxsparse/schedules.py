@@ -1,17 +1,21 @@
-"""Optax schedules, step (from 0) to value: prune rates, and the step sizes and averagings of dual averaging.
+"""Optax schedules, step (from 0) to value: prune rates, sparsities, the step sizes and averagings of dual averaging.
 
-The prune rate is the share of a layer's weights that one mask update replaces.
+The prune rate is the share of a layer's weights that one mask update replaces. The sparsity is the fraction of zeros
+that pruning is to reach; its schedules count stages (or steps, as their user will have it) and compute in the precision
+of what they are called with.
 """
 
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
 __all__ = [
-    "RDASchedules", "cosine_prune_rate", "linear_prune_rate", "rda_cosine", "rda_halving", "rda_log_cosine",
+    "RDASchedules", "constant_sparsity", "cosine_prune_rate", "cubic_sparsity", "linear_prune_rate", "linear_sparsity",
+    "rda_cosine", "rda_halving", "rda_log_cosine", "sigmoid_sparsity", "two_phase_sparsity",
 ]  # fmt: skip
 
 
@@ -63,6 +67,161 @@ def linear_prune_rate(init_value: float, steps: int, end_value: float = 0.0) -> 
     """
     _check(init_value, steps, end_value)
     return optax.linear_schedule(init_value, end_value, steps)
+
+
+def sigmoid_sparsity(
+    magnitude: float, stages: int, scale: float, translation: float = 0.5, *, normalised: bool = False
+) -> optax.Schedule:
+    r"""The sparsity of ASNI, a sigmoid: slow, fast, slow.
+
+    .. math:: s_t = m \, \sigma\!\left(\frac{t - \tau N}{c}\right), \qquad t = 0, \dots, N - 1
+
+    It starts above 0 and ends below m. With ``normalised``, it is shifted and stretched to reach m exactly at the last
+    stage, N - 1, from exactly 0 one stage before the first:
+
+    .. math:: s_t = m \, \frac{\sigma(x_t) - \sigma(x_{-1})}{\sigma(x_{N-1}) - \sigma(x_{-1})}, \qquad
+       x_t = \frac{t - \tau N}{c}
+
+    Args:
+      magnitude: m, in [0, 1].
+      stages: N, at least 1.
+      scale: c > 0, in stages: the smaller, the steeper.
+      translation: :math:`\tau`: where in the N stages the sigmoid has its middle.
+      normalised: whether it ends at ``magnitude`` exactly. In N epochs of training with :func:`jaxsparse.asni`,
+        ``stages=N - 1`` are pruned: nothing is after the last epoch.
+
+    Raises:
+      ValueError: for values out of range.
+
+    Examples:
+      >>> schedule = sigmoid_sparsity(0.99, stages=160, scale=16)
+      >>> [round(float(schedule(t)), 4) for t in (0, 80, 159)]
+      [0.0066, 0.495, 0.9829]
+      >>> round(float(sigmoid_sparsity(0.99, stages=160, scale=16, normalised=True)(159)), 4)
+      0.99
+
+    References:
+      Damadi, Nouri and Pirsiavash, Amenable Sparse Network Investigator, 2022;
+      https://github.com/sdamadi/image-classification (utils/pruning.py).
+    """
+    _check_sparsities(stages, magnitude=magnitude)
+    if not scale > 0:
+        raise ValueError(f"scale is a number of stages and must be above 0, got {scale}")
+
+    def value(t):
+        return jax.nn.sigmoid((t - translation * stages) / scale)
+
+    if not normalised:
+        return lambda stage: magnitude * value(jnp.asarray(stage))
+
+    def normal(stage):
+        t = jnp.asarray(stage)
+        # The ends in the same precision and by the same operations, so that the last stage is exact.
+        first, last = (value(jnp.full_like(t, end)) for end in (-1, stages - 1))
+        return magnitude * jnp.clip((value(t) - first) / (last - first), 0, 1)
+
+    return normal
+
+
+def two_phase_sparsity(first: optax.Schedule, second: optax.Schedule, boundary: int) -> optax.Schedule:
+    r"""One sparsity schedule on top of another, ASNI's general form (its final runs have one phase).
+
+    .. math:: s_t = a_t \text{ for } t < K, \qquad s_t = a_{K-1} + b_{t-K} \text{ for } t \ge K
+
+    Args:
+      first: a, for instance ``sigmoid_sparsity(0.8, stages=K, scale=5)``.
+      second: b, what is added later.
+      boundary: K, at least 1.
+
+    Raises:
+      ValueError: for a boundary below 1.
+
+    Examples:
+      >>> schedule = two_phase_sparsity(linear_sparsity(0.5, 5), linear_sparsity(0.4, 2), boundary=5)
+      >>> [round(float(schedule(t)), 2) for t in range(7)]
+      [0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9]
+
+    References:
+      As :func:`sigmoid_sparsity`.
+    """
+    if boundary < 1:
+        raise ValueError(f"boundary is a stage and must be at least 1, got {boundary}")
+
+    def value(stage):
+        t = jnp.asarray(stage)
+        return jnp.where(t < boundary, first(t), first(jnp.full_like(t, boundary - 1)) + second(t - boundary))
+
+    return value
+
+
+def cubic_sparsity(final_value: float, stages: int, *, init_value: float = 0.0, start: int = 0) -> optax.Schedule:
+    r"""The sparsity of gradual magnitude pruning: fast at first, ever slower.
+
+    .. math:: s_t = s_f + (s_i - s_f) \left(1 - \frac{t - t_0}{n}\right)^3
+
+    from :math:`s_i` at :math:`t_0` to :math:`s_f` at :math:`t_0 + n`, and constant before and after.
+
+    Args:
+      final_value: :math:`s_f`, in [0, 1].
+      stages: n, at least 1.
+      init_value: :math:`s_i`, in [0, 1].
+      start: :math:`t_0`.
+
+    Raises:
+      ValueError: for values out of range.
+
+    Examples:
+      >>> schedule = cubic_sparsity(0.8, 10)
+      >>> [round(float(schedule(t)), 4) for t in (0, 5, 10, 20)]
+      [0.0, 0.7, 0.8, 0.8]
+
+    References:
+      Zhu and Gupta, To prune, or not to prune, 2017 (arXiv:1710.01878), eq. (1).
+    """
+    _check_sparsities(stages, final_value=final_value, init_value=init_value)
+
+    def value(stage):
+        left = 1 - jnp.clip((jnp.asarray(stage) - start) / stages, 0, 1)
+        return final_value + (init_value - final_value) * left**3
+
+    return value
+
+
+def linear_sparsity(final_value: float, stages: int, *, init_value: float = 0.0) -> optax.Schedule:
+    r"""The same share more in each stage: :math:`s_t = s_i + (s_f - s_i) (t + 1) / N`, and constant from N - 1 on.
+
+    Args:
+      final_value: :math:`s_f`, in [0, 1].
+      stages: N, at least 1.
+      init_value: :math:`s_i`, in [0, 1]: before the first stage.
+
+    Raises:
+      ValueError: for values out of range.
+
+    Examples:
+      >>> schedule = linear_sparsity(0.8, 4)
+      >>> [round(float(schedule(t)), 2) for t in range(5)]
+      [0.2, 0.4, 0.6, 0.8, 0.8]
+    """
+    _check_sparsities(stages, final_value=final_value, init_value=init_value)
+    return lambda stage: init_value + (final_value - init_value) * jnp.clip((jnp.asarray(stage) + 1) / stages, 0, 1)
+
+
+def constant_sparsity(value: float) -> optax.Schedule:
+    """The same sparsity always: all pruning at once.
+
+    Args:
+      value: in [0, 1].
+
+    Raises:
+      ValueError: for a value out of range.
+
+    Examples:
+      >>> constant_sparsity(0.9)(7)
+      0.9
+    """
+    _check_sparsities(1, value=value)
+    return optax.constant_schedule(value)
 
 
 class RDASchedules(NamedTuple):
@@ -189,6 +348,14 @@ def _check_rda(init_value: float, steps: int) -> None:
         raise ValueError(f"init_value is a step size and must be at least 0, got {init_value}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+
+
+def _check_sparsities(stages: int, **values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} is a sparsity, a fraction of zeros, and must be in [0, 1], got {value}")
+    if stages < 1:
+        raise ValueError(f"stages must be at least 1, got {stages}")
 
 
 def _check(init_value: float, steps: int, end_value: float) -> None:

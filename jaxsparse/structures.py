@@ -17,7 +17,8 @@ import optax
 
 __all__ = [
     "Prunable", "align", "by_path", "by_plain_path", "check_structure", "group_axes", "is_function", "is_masked_node",
-    "leaf_paths", "natural_order", "path_name", "plain_path", "prunable_leaves",
+    "leaf_paths", "natural_order", "path_name", "plain_path", "prunable_by_default",
+    "prunable_leaves",
 ]  # fmt: skip
 
 logger = logging.getLogger("jaxsparse")
@@ -137,8 +138,8 @@ def prunable_leaves(params: Any, prunable: Any = None) -> Any:
     Args:
       params: a pytree of arrays.
       prunable: ``None`` for every floating-point leaf with two or more dimensions
-        whose name does not end in "bias" or "scale" (so the two-dimensional
-        biases of attention layers stay dense too); a pytree of bools like the params;
+        whose name does not end in "bias", "scale" or "offset" (so the two-dimensional
+        biases of attention layers, and of Haiku's normalisations, stay dense too); a pytree of bools like the params;
         or a :class:`Prunable`.
 
     Returns:
@@ -150,7 +151,7 @@ def prunable_leaves(params: Any, prunable: Any = None) -> Any:
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     if prunable is None:
-        chosen = [_prunable_by_default(path, leaf) for path, leaf in leaves]
+        chosen = [prunable_by_default(path, leaf) for path, leaf in leaves]
     elif isinstance(prunable, Prunable):
         chosen = [bool(prunable.predicate(path_name(path), leaf)) for path, leaf in leaves]
     elif is_function(prunable):
@@ -231,12 +232,15 @@ def group_axes(structure: str | Mapping[str, str], params: Any, prunable: Any) -
     return treedef.unflatten(axes)
 
 
-def _prunable_by_default(path: tuple, leaf: Any) -> bool:
+def prunable_by_default(path: tuple, leaf: Any) -> bool:
+    """Whether :func:`prunable_leaves` chooses a leaf if not told otherwise; ``path`` as jax.tree_util has it."""
     names = [jax.tree_util.keystr((key,), simple=True).lower() for key in path]
     while names and names[-1] in _WRAPPER_NAMES:
         names.pop()
     name = names[-1] if names else ""
-    return leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating) and not name.endswith(("bias", "scale"))
+    return (
+        leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating) and not name.endswith(("bias", "scale", "offset"))
+    )
 
 
 def _listed(names: list[str], at_most: int = 8) -> str:

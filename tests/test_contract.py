@@ -25,7 +25,7 @@ class Method(NamedTuple):
     make: Callable[..., optax.GradientTransformation]  # (params, own_momentum, prunable) -> the link
     changes: bool  # whether its masks change
     random: bool  # whether its masks depend on key=
-    adaptive: bool = False  # whether it finds the number of weights itself: from all of them, at any step
+    adaptive: bool = False  # whether the number of weights changes: from all of them, perhaps at any step
     low_precision: bool = True  # whether it takes bfloat16 params
     wraps: bool = False  # whether it is a wrapper: make(..., inner=optimizer), and if not given, of the identity
 
@@ -54,6 +54,15 @@ def sparse_momentum(**options):
     return make
 
 
+def asni(**options):
+    def make(params, own_momentum=False, prunable=None, key=0):
+        del params, own_momentum, key
+        schedule = jaxsparse.sigmoid_sparsity(0.9, stages=4, scale=1.0)
+        return jaxsparse.asni(schedule, UPDATE_EVERY, prunable=prunable, **options)
+
+    return make
+
+
 def reweighted_l1(**options):
     def make(params, own_momentum=False, prunable=None, key=0):
         del params, own_momentum, key
@@ -78,6 +87,7 @@ def gates(wrapper, **options):
 METHODS = {
     "mask_updates": Method(fixed, changes=False, random=True),
     "sparse_momentum": Method(sparse_momentum(), changes=True, random=True),
+    "asni": Method(asni(), changes=True, random=False, adaptive=True),
     "reweighted_l1": Method(reweighted_l1(), changes=True, random=False, adaptive=True, low_precision=False),
     # Every gate starts open, whatever the key.
     "l0": Method(gates(jaxsparse.l0), changes=True, random=False, adaptive=True, wraps=True),
@@ -96,6 +106,7 @@ ABLATIONS = {
         changes=True,
         random=True,
     ),
+    "asni_exact": Method(asni(exact=True), changes=True, random=False, adaptive=True),
     "reweighted_l1_channel": Method(
         reweighted_l1(structure={"conv/kernel": "channel", "attention/kernel": "kernel"}),
         changes=True,

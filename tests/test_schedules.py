@@ -1,5 +1,7 @@
 import math
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import jaxsparse
@@ -76,3 +78,72 @@ def test_rda_log_cosine_is_the_authors_formula():
 def test_bad_input_of_dual_averaging(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# --- Sparsities -------------------------------------------------------------------------------------------------------
+
+
+def test_sigmoid_has_the_values_of_the_authors_code():
+    # Stages, magnitude, scale, and the values in % at some stages.
+    for stages, magnitude, scale, values in (
+        (160, 0.99, 16, {0: 0.66, 80: 49.5, 158: 98.25, 159: 98.29}),
+        (20, 0.985, 2, {0: 0.66, 10: 49.25, 18: 96.73, 19: 97.42}),
+        (90, 0.814, 10, {0: 0.89, 88: 80.31, 89: 80.41}),
+        (50, 0.98, 5, {48: 97.02, 49: 97.20}),
+    ):
+        schedule = jaxsparse.sigmoid_sparsity(magnitude, stages, scale)
+        for stage, percent in values.items():
+            assert 100 * float(schedule(stage)) == pytest.approx(percent, abs=0.0051)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 7, 50, 159])
+@pytest.mark.parametrize("scale", [0.5, 4.0, 16.0])
+def test_normalised_sigmoid_ends_at_its_magnitude_exactly(stages, scale):
+    schedule = jaxsparse.sigmoid_sparsity(0.8, stages, scale, normalised=True)
+    values = [float(schedule(t)) for t in range(-1, stages)]
+    assert values[0] == 0
+    assert values[-1] == float(jnp.float32(0.8))
+    assert values == sorted(values)
+    assert float(schedule(stages + 100)) == values[-1]
+
+
+def test_the_other_sparsities():
+    cubic = jaxsparse.cubic_sparsity(0.9, 100, init_value=0.1, start=10)
+    assert [float(cubic(t)) for t in (0, 10)] == pytest.approx([0.1, 0.1])
+    assert float(cubic(60)) == pytest.approx(0.9 - 0.8 * 0.5**3)
+    assert [float(cubic(t)) for t in (110, 1000)] == pytest.approx([0.9, 0.9])
+    linear = jaxsparse.linear_sparsity(0.8, 4, init_value=0.4)
+    assert [float(linear(t)) for t in range(5)] == pytest.approx([0.5, 0.6, 0.7, 0.8, 0.8])
+    assert float(jaxsparse.constant_sparsity(0.3)(5)) == pytest.approx(0.3)
+
+
+def test_two_phases_are_the_authors_general_form():
+    n, k = 30, 12
+    schedule = jaxsparse.two_phase_sparsity(
+        jaxsparse.sigmoid_sparsity(0.6, k, 1.5, 0.4), jaxsparse.sigmoid_sparsity(0.3, n - k, 2.0, 0.6), boundary=k
+    )
+
+    def sigmoid(x):
+        return 1 / (1 + math.exp(-x))
+
+    first = [0.6 * sigmoid((t - 0.4 * k) / 1.5) for t in range(k)]
+    second = [first[-1] + 0.3 * sigmoid((t - k - 0.6 * (n - k)) / 2.0) for t in range(k, n)]
+    assert [float(schedule(t)) for t in range(n)] == pytest.approx(first + second, rel=1e-5)
+    assert float(jax.jit(schedule)(20)) == pytest.approx(second[8], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "args", "message"),
+    [
+        (jaxsparse.sigmoid_sparsity, (1.2, 10, 1.0), "magnitude is a sparsity, a fraction of zeros"),
+        (jaxsparse.sigmoid_sparsity, (0.9, 0, 1.0), "stages must be at least 1, got 0"),
+        (jaxsparse.sigmoid_sparsity, (0.9, 10, 0.0), "scale is a number of stages and must be above 0, got 0.0"),
+        (jaxsparse.cubic_sparsity, (-0.1, 10), "final_value is a sparsity"),
+        (jaxsparse.linear_sparsity, (0.9, -1), "stages must be"),
+        (jaxsparse.constant_sparsity, (90,), "value is a sparsity, a fraction of zeros, and must be in .0, 1., got 90"),
+        (jaxsparse.two_phase_sparsity, (lambda t: t, lambda t: t, 0), "boundary is a stage and must be at least 1"),
+    ],
+)
+def test_bad_sparsities(make, args, message):
+    with pytest.raises(ValueError, match=message):
+        make(*args)

@@ -21,7 +21,7 @@ def names(tree):
 def test_the_default_leaves_biases_scales_scalars_and_integers_dense(caplog):
     params = {
         **make_params(),
-        "norm": {"scale": jnp.ones((2, 3)), "q_bias": jnp.ones((2, 3))},
+        "norm": {"scale": jnp.ones((2, 3)), "q_bias": jnp.ones((2, 3)), "offset": jnp.ones((1, 3))},
         "steps": jnp.ones((2, 2), int),
     }
     with caplog.at_level(logging.INFO, "jaxsparse"):

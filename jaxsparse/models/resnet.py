@@ -1,4 +1,4 @@
-"""Residual networks: the thin ones of the ResNet paper for CIFAR images, ResNet-18 with a stem for such, ResNet-50."""
+"""Residual networks: the thin ones of the ResNet paper for CIFAR images, and ResNet-18, -34 and -50."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxsparse.models.blocks import BatchNorm, check_images, dense, he_normal, scaled
 from jaxsparse.models.layers import Conv, max_pool
 
-__all__ = ["ResNet18", "ResNet20", "ResNet50", "ResNet56", "ResNetCIFAR"]
+__all__ = ["ResNet18", "ResNet20", "ResNet34", "ResNet50", "ResNet56", "ResNetCIFAR"]
 
 
 class ResNetCIFAR(nn.Module):
@@ -97,25 +97,29 @@ class ResNet56(ResNetCIFAR):
 
 
 class ResNet18(nn.Module):
-    """ResNet-18 with a stem for small images: 11,173,962 parameters.
+    """ResNet-18, with a stem for small images (11,173,962 parameters) or for ImageNet (11,689,512 with 1000 classes).
 
-    A 3 x 3 convolution with strides 1 and no max-pool behind it, four stages of two basic blocks with 64, 128, 256 and
-    512 channels, the mean of all pixels, a dense layer. Where stages 2 to 4 begin, the shortcut is a 1 x 1 convolution
-    with batch normalisation. Convolutions start from N(0, sqrt(2 / fan_out)), the dense layer from
-    U(-1/sqrt(fan_in), 1/sqrt(fan_in)). The model returns logits.
+    The stem, four stages of two basic blocks with 64, 128, 256 and 512 channels, the mean of all pixels, a dense layer.
+    The stem "small" is a 3 x 3 convolution with strides 1 and no max-pool behind it; "imagenet" is a 7 x 7 convolution
+    with strides 2 and a 3 x 3 max-pool with strides 2, as torchvision has it. Where stages 2 to 4 begin, the shortcut
+    is a 1 x 1 convolution with batch normalisation. Convolutions start from N(0, sqrt(2 / fan_out)), the dense layer
+    from U(-1/sqrt(fan_in), 1/sqrt(fan_in)). The model returns logits.
 
     Training and evaluation: where the collection ``"batch_stats"`` is mutable, batch normalisation uses the statistics
     of the batch and updates the running ones; elsewhere it uses the running ones.
 
     Attributes:
       num_classes: number of logits, int >= 1.
+      stem: "small" or "imagenet".
       width: factor of all hidden channel numbers, which are rounded and at least 1.
+      blocks: basic blocks of each stage.
       dtype: dtype of the computation and of the logits; None promotes input and parameters. Parameters and batch
         statistics are float32.
       implementation: form of the convolutions, as in :func:`jaxsparse.models.layers.conv`; None takes the fastest.
 
     Raises:
-      ValueError: if the input is not (batch, height, width, channels) or smaller than 8 x 8.
+      ValueError: on an unknown stem, and if the input is not (batch, height, width, channels) or smaller than 8 x 8
+        ("imagenet": 32 x 32).
 
     Examples:
       >>> import jax
@@ -134,19 +138,33 @@ class ResNet18(nn.Module):
     """
 
     num_classes: int = 10
+    stem: str = "small"
     width: float = 1.0
+    blocks: Sequence[int] = (2, 2, 2, 2)
     dtype: Any = None
     implementation: str | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """Logits (batch, num_classes) of ``images`` (batch, height, width, channels)."""
-        conv, norm, x = _begin(self, images, he_normal("fan_out"), smallest=8)
-        x = conv(scaled(64, self.width), 3, padding=1, name="conv1")(x)
+        if self.stem not in ("small", "imagenet"):
+            raise ValueError(f"{type(self).__name__}'s stem is 'small' or 'imagenet', got {self.stem!r}")
+        small = self.stem == "small"
+        conv, norm, x = _begin(self, images, he_normal("fan_out"), smallest=8 if small else 32)
+        stem = {"kernel_size": 3, "padding": 1} if small else {"kernel_size": 7, "strides": 2, "padding": 3}
+        x = conv(scaled(64, self.width), name="conv1", **stem)(x)
         x = nn.relu(norm(name="bn1")(x))
+        if not small:
+            x = max_pool(x, 3, strides=2, padding=1, implementation=self.implementation)
         block = partial(_Block, project=True, conv=conv, norm=norm)
-        x = _stages(x, block, (64, 128, 256, 512), [2] * 4, self.width, [(None,)] * 8)
+        x = _stages(x, block, (64, 128, 256, 512), self.blocks, self.width, [(None,)] * sum(self.blocks))
         return dense(x, self.num_classes, name="fc", dtype=self.dtype)
+
+
+class ResNet34(ResNet18):
+    """:class:`ResNet18` with 3, 4, 6 and 3 blocks: 21,797,672 parameters with the stem "imagenet" and 1000 classes."""
+
+    blocks: Sequence[int] = (3, 4, 6, 3)
 
 
 class ResNet50(nn.Module):

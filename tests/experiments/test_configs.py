@@ -21,6 +21,8 @@ ARGUMENTS = {
     "mnist_rda": ["lenet_300_100", "lenet5_caffe"],
     "cifar10_sparse_momentum": list(runpy.run_path(str(ROOT / "configs/cifar10_sparse_momentum.py"))["NETWORKS"]),
     "mnist_l0": ["lenet_300_100", "lenet5_caffe", "lenet_300_100_dep", "lenet5_caffe_dep"],
+    "mnist_asni": list(runpy.run_path(str(ROOT / "configs/mnist_asni.py"))["EXPERIMENTS"]),
+    "cifar_asni": list(runpy.run_path(str(ROOT / "configs/cifar_asni.py"))["EXPERIMENTS"]),
     "cifar_l0": list(runpy.run_path(str(ROOT / "configs/cifar_l0.py"))["EXPERIMENTS"]),
     "cifar_rda": list(runpy.run_path(str(ROOT / "configs/cifar_rda.py"))["EXPERIMENTS"]),
 }
@@ -62,7 +64,8 @@ def test_every_config_makes_a_network_and_its_masks(name, argument):
         assert sorted(mask.size for mask in sparse) == sorted(group_sizes(groups, state.params))
     else:
         assert [mask.shape for mask in sparse] == [kernel.shape for kernel in kernels]
-    assert kernels[-1].shape[-1] == dataset.num_classes or kernels[-1].ndim == 4
+    classes = config.model.get("num_classes", dataset.num_classes)
+    assert kernels[-1].shape[-1] == classes or kernels[-1].ndim == 4
     small = program.make_model(train.shrink(config), 10)
     variables = jax.eval_shape(small.init, jax.random.key(0), dataset.train.images[:1].astype(np.float32))
     if config.model.name not in ("lenet_300_100", "lenet5_caffe"):
@@ -86,6 +89,7 @@ def train_on_noise(config, workdir, monkeypatch):
     [
         ("cifar_rda", "resnet20", {"sparsity.l1": 1e-4, "model.dtype": "bfloat16"}),
         ("cifar10_sparse_momentum", "alexnet_s", {}),
+        ("mnist_asni", "conv2", {"sparsity.magnitude": 0.99, "epochs": 3}),
         ("cifar_l0", "vgg16_forward", {"sparsity.penalty": 1.0, "sparsity.gate_learning_rate": 0.3}),
         ("mnist_l0", "lenet5_caffe", {"sparsity.penalty": 1e5, "sparsity.gate_learning_rate": 1.0}),
     ],
@@ -95,7 +99,7 @@ def test_a_small_run(tmp_path, monkeypatch, name, argument, changes):
     config.update_from_flattened_dict({"epochs": 2, "data.examples": 96, "log_every_steps": 3, **changes})
     state, [result] = train_on_noise(config, tmp_path, monkeypatch)
     losses = [line["train_loss"] for line in read_metrics(tmp_path)]
-    assert len(losses) == 2
+    assert len(losses) == config.epochs
     assert np.isfinite(losses).all()
     for statistic in jax.tree.leaves(state.model_state):
         assert statistic.dtype == np.float32

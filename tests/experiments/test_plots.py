@@ -89,3 +89,18 @@ def test_nothing_to_draw_yet(tmp_path):
     assert saved(plots.learning_curve([]), tmp_path)
     assert saved(plots.layer_densities([]), tmp_path)
     assert saved(plots.errors_against("x", {}, {}, "nothing was run"), tmp_path)
+
+
+def test_weight_distributions_show_the_two_means_of_each_layer(tmp_path):
+    params = {"fc1": np.array([[1.0, 3.0, -5.0, 7.0]]), "fc2": np.array([[2.0, 0.0]]), "bias": np.ones(3)}
+    masks = {"fc1": np.array([[True, True, True, False]]), "fc2": np.array([[True, False]]), "bias": np.array(True)}
+    figure = plots.weight_distributions(params, masks)
+    assert [axes.get_title() for axes in figure.axes] == ["fc1, 3 of 4", "fc2, 1 of 2"]
+    assert [[line.get_xdata()[0] for line in axes.lines] for axes in figure.axes] == [[-5.0, 2.0], [2.0]]
+    assert saved(figure, tmp_path)
+
+
+def test_sparsities(tmp_path):
+    figure = plots.sparsities({"a": lambda t: 0.1 * t, "b": lambda t: 0.5}, stages=3)
+    assert lines_of(figure.axes[0]) == {"a": [[0, 0], [1, 10], [2, 20]], "b": [[0, 50], [1, 50], [2, 50]]}
+    assert saved(figure, tmp_path)

@@ -180,3 +180,18 @@ def test_add_keeps_what_the_results_have(tmp_path, monkeypatch):
     assert began == [("20", 0), ("dense", 0), ("10", 1)]
     assert json.loads((tmp_path / "small.json").read_text()) == {**known, "digits/dense": {}}
     assert "| digits | 10 | 20.00 ± 1.000 | 21.00 ± 1.000 | 0, 7 |" in (tmp_path / "small.md").read_text()
+
+
+def test_rows_that_start_from_the_masks_of_others_wait_for_them(tmp_path, capsys):
+    config = str(ROOT / "configs" / "mnist_asni.py")
+    changes = {"smoke": True, "data.name": "digits", "data.mean": None, "data.std": None, "epochs": 2}
+    first = Row("digits", "ASNI-I", "fc/asni_1", config, changes, None, 1)
+    second = first._replace(
+        x="ASNI-II", run="fc/asni_2", changes={**changes, "sparsity.method": "mask_updates"}, after=first.run
+    )
+    reproduce.reproduce(Table("", "", "start", (second,)), tmp_path, None)
+    assert "left for later: it starts from the masks of " in capsys.readouterr().out
+    table = Table("", "", "start", (first, second))
+    reproduce.reproduce(table, tmp_path, None)
+    one, two = (found[0].kept for found in reproduce.outcomes(table, tmp_path))
+    assert one == two < 100

@@ -19,7 +19,7 @@ from experiments.workdir import WorkdirError, read_metrics
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "digits_sparse_momentum.py"
 KEPT = 5_020  # a tenth of the 50,200 weights
-PICTURES = {"learning_curve.png", "layer_densities.png", "masks.png", "receptive_fields.png"}
+PICTURES = {"learning_curve.png", "layer_densities.png", "masks.png", "receptive_fields.png", "weights.png"}
 TIMES = {"seconds", "steps_per_second"}
 
 
@@ -198,7 +198,7 @@ def test_batch_statistics_are_trained_used_and_saved(tmp_path, monkeypatch):
         ("data.validation", 1.0, r"config.data.validation is in \[0, 1\), got 1.0"),
         ("model.name", "lenet", "config.model.name is one of 'alexnet', .*'wide_resnet', got 'lenet'"),
         ("model.name", "lenet5_caffe", "at least 16 x 16"),
-        ("sparsity.method", "sparse_momentun", "config.sparsity.method is one of 'sparse_momentum', 'rda', got"),
+        ("sparsity.method", "sparse_momentun", "config.sparsity.method is one of .*'sparse_momentum', 'rda'"),
         ("data.examples", 0, "config.data.examples is at least 1, got 0"),
         ("data.pad", -1, "config.data.pad is at least 0, got -1"),
         ("data.pad_mode", "mirror", "config.data.pad_mode is one of 'zeros', 'reflect', got 'mirror'"),

@@ -263,7 +263,7 @@ def test_eval_params_are_the_weights_times_the_test_gates(problem):
     evaluated = jaxsparse.eval_params(opt_state, params)
     np.testing.assert_allclose(
         evaluated["conv2"]["kernel"],
-        opt_state.weights["conv2"]["kernel"] * jaxsparse.hard_concrete_mean(log_alpha["conv2"]),
+        opt_state.weights["conv2"]["kernel"] * np.asarray(jaxsparse.hard_concrete_mean(log_alpha["conv2"])),
         atol=1e-7,
     )
     np.testing.assert_array_equal(evaluated["conv1"]["kernel"], params["conv1"]["kernel"])

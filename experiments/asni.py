@@ -1,0 +1,102 @@
+"""Both parts of ASNI: prune while training, then start again from two numbers a layer, beside what they compare with.
+
+  python -m experiments.asni --config=configs/mnist_asni.py:fc --config.data_dir=DIR --workdir=/tmp/mnist_asni
+  python -m experiments.asni ... --seeds=0,1,2
+  python -m experiments.asni ... --arms=dense,asni_1,asni_2        # not all of them
+
+trains one after another, each in its folder of WORKDIR (what is in there, python -m experiments.train --help tells),
+
+  dense           the same without pruning
+  asni_1          ASNI-I: pruned once an epoch
+  asni_2          ASNI-II: the masks and signs of asni_1, two numbers a layer, biases zero
+  asni_2_biases   likewise, with two numbers of each layer's biases
+  original        the masks of asni_1, the random weights that it started from: the lottery ticket
+
+and prints them side by side. What was stopped goes on where it was when the same command is given again.
+"""
+
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from ml_collections import ConfigDict
+
+from experiments import command_line
+from experiments.train import FLAGS, Stopped, as_seeds, mean_and_error, shrink, train, with_seed
+
+flags.DEFINE_list("arms", None, "Train these only; by default all of them.")
+
+# What each changes in the config of ASNI-I; those with fixed masks need the file of its run.
+ARMS: Mapping[str, Mapping[str, Any]] = {
+    "dense": {"dense": True},
+    "asni_1": {},
+    "asni_2": {"sparsity.method": "mask_updates", "sparsity.start": "centroids"},
+    "asni_2_biases": {"sparsity.method": "mask_updates", "sparsity.start": "centroids_and_biases"},
+    "original": {"sparsity.method": "mask_updates", "sparsity.start": "original"},
+}
+FIRST = "asni_1"
+
+
+def run(config: ConfigDict, workdir: Path, seeds: Sequence[int], arms: Sequence[str] = tuple(ARMS)) -> str:
+    """Trains every arm with every seed, in folders such as ``workdir/asni_1/seed_0``.
+
+    Args:
+      config: of ASNI-I, such as ``configs/mnist_asni.py`` gives.
+      workdir: folder of all runs.
+      seeds: one or more.
+      arms: names out of :data:`ARMS`.
+
+    Returns:
+      A table: test accuracy with its standard error, its difference from the first arm, density of the layers.
+
+    Raises:
+      ValueError: for an arm that is not there; otherwise as :func:`experiments.train.train`.
+    """
+    if unknown := set(arms) - set(ARMS):
+        raise ValueError(f"--arms takes {', '.join(ARMS)}, got {', '.join(sorted(unknown))}")
+    results: dict[str, list[Mapping[str, Any]]] = {arm: [] for arm in ARMS if arm in arms}
+    for seed in seeds:
+        for arm in results:
+            print(f"{arm}, seed {seed}", flush=True)
+            mine = with_seed(config, seed)
+            changes = dict(ARMS[arm])
+            if "sparsity.method" in changes:
+                changes["sparsity.masks_from"] = str(workdir / FIRST / f"seed_{seed}" / "sparse.safetensors")
+            mine.update_from_flattened_dict(changes)
+            results[arm] += train(mine, workdir / arm / f"seed_{seed}")[1]
+    return table(results)
+
+
+def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """One line an arm, of its result.json files."""
+    lines = [f"{'':13}  density  test accuracy   difference"]
+    baseline = None
+    for arm, of_arm in results.items():
+        mean, error = mean_and_error([100 * result["test_accuracy"] for result in of_arm])
+        baseline = mean if baseline is None else baseline
+        density, _ = mean_and_error([result["density"] for result in of_arm])
+        accuracy = f"{mean:.2f}" + ("" if error is None else f" ± {error:.3f}")
+        lines.append(f"{arm:13}  {density:7.2%}  {accuracy:14}  {mean - baseline:+10.2f}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs :func:`run` with the flags; what the user can set right is told in a line, without a traceback."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}; options start with --")
+    config = shrink(FLAGS.config) if FLAGS.config.smoke else FLAGS.config
+    try:
+        seeds = [config.seed] if FLAGS.seeds is None else as_seeds(FLAGS.seeds)
+        print(run(config, Path(FLAGS.workdir), seeds, tuple(FLAGS.arms or ARMS)))
+    except Stopped as stopped:
+        print(f"stopped by {signal.Signals(stopped.signal).name} {stopped}; the same command goes on from there")
+        sys.exit(128 + stopped.signal)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=command_line.parse_flags)

@@ -1,0 +1,202 @@
+"""The weights of a leaf as bits and numbers, in as few bytes as they need, and back.
+
+What :mod:`jaxsparse.artifacts` stores, and describes: the positions of the survivors as a bit mask or as a Golomb-Rice
+code of the gaps between them, their values in a smaller dtype, as one or two numbers, or as int8.
+"""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+__all__ = [
+    "FLOATS", "SMALLER", "bit_view", "decode_positions", "decode_values", "encode_positions", "encode_values",
+    "in_bytes", "most_low_bits", "require",
+]  # fmt: skip
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+SMALLER = ("float32", "bfloat16", "float16", "int8")  # what values can be stored as
+
+
+def encode_positions(mask: np.ndarray) -> tuple[str, int, np.ndarray]:
+    """Where a flat mask is True, in the smaller of two encodings.
+
+    Args:
+      mask: (size,), bool.
+
+    Returns:
+      "mask" or "gaps", the number of low bits of the gaps (0 for "mask"), and the bytes.
+
+    Examples:
+      >>> mask = np.zeros(1000, bool)
+      >>> mask[[100, 103, 590]] = True
+      >>> encoding, low_bits, packed = encode_positions(mask)
+      >>> encoding, low_bits, packed.size
+      ('gaps', 7, 4)
+      >>> np.flatnonzero(decode_positions(packed, encoding, size=1000, kept=3, low_bits=7)).tolist()
+      [100, 103, 590]
+    """
+    kept = int(np.count_nonzero(mask))
+    gaps = np.diff(np.flatnonzero(mask), prepend=-1) - 1
+    sizes = []
+    for r in range(most_low_bits(mask.size, kept) + 1):
+        sizes.append(in_bytes(kept * r) + in_bytes(kept + int((gaps >> r).sum())))
+    r = int(np.argmin(sizes))
+    if sizes[r] >= in_bytes(mask.size):
+        return "mask", 0, np.packbits(mask)
+    low = np.empty((kept, r), np.uint8)
+    for i in range(r):
+        low[:, i] = (gaps >> (r - 1 - i)) & 1
+    ones = np.cumsum((gaps >> r) + 1) - 1
+    unary = np.zeros(ones[-1] + 1 if kept else 0, np.uint8)
+    unary[ones] = 1
+    return "gaps", r, np.concatenate([np.packbits(low), np.packbits(unary)])
+
+
+def decode_positions(packed: np.ndarray, encoding: str, size: int, kept: int, low_bits: int) -> np.ndarray:
+    """Undoes :func:`encode_positions`.
+
+    Args:
+      packed: the bytes, uint8.
+      encoding: "mask" or "gaps".
+      size: of the mask.
+      kept: how many of its entries are True, at most ``size``.
+      low_bits: of the gaps, at most what :func:`most_low_bits` gives, so that no sum overflows.
+
+    Returns:
+      The mask, (size,), bool.
+
+    Raises:
+      ValueError: if the bytes are not the encoding of such a mask.
+    """
+    if encoding == "mask":
+        mask = _unpacked(packed, size).view(bool)
+        require(np.count_nonzero(mask) == kept, f"its mask does not keep {kept} weights")
+        return mask
+    low_bytes = in_bytes(kept * low_bits)
+    bits = _unpacked(packed[:low_bytes], kept * low_bits).reshape(kept, low_bits)
+    ones = np.flatnonzero(np.unpackbits(packed[low_bytes:]))
+    length = int(ones[-1]) + 1 if ones.size else 0
+    fits = ones.size == kept and packed.size == low_bytes + in_bytes(length) and length - kept <= size >> low_bits
+    require(fits, f"its gaps are not those of {kept} weights among {size}")
+    gaps = np.diff(ones, prepend=-1) - 1
+    for i in range(low_bits):
+        gaps = 2 * gaps + bits[:, i]
+    positions = np.cumsum(gaps + 1) - 1
+    require(not kept or positions[-1] < size, f"its gaps run past its {size} weights")
+    mask = np.zeros(size, bool)
+    mask[positions] = True
+    return mask
+
+
+def most_low_bits(size: int, kept: int) -> int:
+    """The most low bits that can pay for ``kept`` gaps in a mask of that size: 2**r gaps are at most twice its size."""
+    return (2 * size // kept).bit_length() - 1 if kept else 0
+
+
+def encode_values(values: np.ndarray, dtype: str | None, sparse: bool = True) -> tuple[str, dict[str, np.ndarray]]:
+    """The values of a leaf's survivors in the smallest encoding that keeps them, or their rounded values.
+
+    Args:
+      values: (kept,).
+      dtype: None, or one of :data:`SMALLER` for floats that are larger.
+      sparse: whether the leaf has a mask: the values of others do not become int8.
+
+    Returns:
+      "each", "constant", "two" or "scaled", and the arrays "values", for "two" also "signs", for "scaled" also "scale".
+
+    Raises:
+      ValueError: if values are too large for ``dtype``, or not finite and to be int8.
+
+    Examples:
+      >>> encode_values(np.float32([0.5] * 100), None)
+      ('constant', {'values': array([0.5], dtype=float32)})
+      >>> encoding, arrays = encode_values(np.float32([0.5, -1.0, 0.25]), "int8")
+      >>> encoding, arrays["values"].tolist()
+      ('scaled', [64, -127, 32])
+    """
+    stored = values
+    is_float = values.dtype.name in FLOATS
+    if is_float and dtype not in (None, "int8") and np.dtype(dtype).itemsize < values.dtype.itemsize:
+        stored = _cast(values, lambda: values.astype(dtype))
+    bits = bit_view(stored)
+    if stored.size > 1 and (bits == bits[0]).all():
+        return "constant", {"values": stored[:1]}
+    if is_float and 2 * stored.itemsize + in_bytes(stored.size) < stored.nbytes:
+        with np.errstate(invalid="ignore"):  # NaN
+            signs, others = stored > 0, stored < 0
+        if (signs | others).all() and signs.any() and others.any():
+            pair = stored[[signs.argmin(), signs.argmax()]]
+            if (bits == bit_view(pair)[signs.astype(np.uint8)]).all():
+                return "two", {"values": pair, "signs": np.packbits(signs)}
+    if not (is_float and sparse and dtype == "int8" and stored.size > 1):
+        return "each", {"values": stored}
+    peak = np.abs(values).max().astype(np.float64)
+    if not np.isfinite(peak):
+        raise ValueError("int8 needs finite weights, got NaN or infinity; take another dtype")
+    # Not below the smallest normal number, so that the quotients stay within 127.
+    scale = _cast(peak, lambda: np.array([max(peak / 127, np.finfo(np.float32).tiny)], np.float32))
+    levels = np.rint(values / scale.astype(np.float64)).astype(np.int8)
+    arrays = {"values": levels, "scale": scale}
+    _cast(values, lambda: decode_values(arrays, "scaled", values.size, values.dtype.name))
+    return "scaled", arrays
+
+
+def decode_values(arrays: Mapping[str, np.ndarray], encoding: str, kept: int, dtype: str) -> np.ndarray:
+    """Undoes :func:`encode_values`, up to the rounding.
+
+    Args:
+      arrays: as :func:`encode_values` gives them.
+      encoding: likewise.
+      kept: how many values there are.
+      dtype: that they had.
+
+    Returns:
+      The values, (kept,), or (1,) where all of them are the same.
+
+    Raises:
+      ValueError: if the arrays are not those of the encoding.
+    """
+    values = arrays["values"]
+    if values.dtype == bool:
+        require(values.view(np.uint8).max(initial=0) <= 1, "a bool is neither 0 nor 1")
+    if encoding == "two":
+        require(values[0] < 0 < values[1], "its two values are not a negative and a positive one")
+        values = values[_unpacked(arrays["signs"], kept)]
+    elif encoding == "scaled":
+        scale = arrays["scale"]
+        require(np.isfinite(scale[0]) and scale[0] > 0, f"its scale is {scale[0]}")
+        values = values * scale
+    with np.errstate(all="ignore"):
+        return values.astype(dtype)
+
+
+def bit_view(array: np.ndarray) -> np.ndarray:
+    """The bits of every entry as an unsigned number."""
+    return array.view(f"u{array.itemsize}")
+
+
+def in_bytes(bits: int) -> int:
+    """How many bytes so many bits fill."""
+    return -(-bits // 8)
+
+
+def require(condition: object, otherwise: str) -> None:
+    """Raises a ValueError that says what is wrong, unless it is not."""
+    if not condition:
+        raise ValueError(otherwise)
+
+
+def _unpacked(packed: np.ndarray, count: int) -> np.ndarray:
+    bits = np.unpackbits(packed)
+    require(not bits[count:].any(), "bits that fill up a byte are not 0")
+    return bits[:count]
+
+
+def _cast(values: np.ndarray, cast: Callable[[], np.ndarray]) -> np.ndarray:
+    """What ``cast()`` makes of values, unless that is infinite where they are finite."""
+    with np.errstate(all="ignore"):
+        stored = cast()
+        lost = np.count_nonzero(np.isfinite(values) & ~np.isfinite(stored))
+    if lost:
+        raise ValueError(f"{lost} of its values are too large for the dtype they are to be stored in")
+    return stored

@@ -1,0 +1,147 @@
+"""Files that appear whole or not at all, what is wrong with them, and the trees that go into them."""
+
+import contextlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax
+import numpy as np
+
+__all__ = [
+    "DTYPES",
+    "ArtifactError",
+    "naming",
+    "plain_tree",
+    "printable",
+    "read_safetensors",
+    "replacing",
+    "safetensors_package",
+]
+
+# As safetensors calls them: as NumPy does.
+DTYPES = {
+    "BOOL": "bool", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64", "U8": "uint8", "U16": "uint16",
+    "U32": "uint32", "U64": "uint64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+}  # fmt: skip
+
+
+class ArtifactError(ValueError):
+    """A file that is damaged, not of the format that it is read as, or of a newer version of it."""
+
+
+def plain_tree(params: Any) -> Any:
+    """The same tree of dicts, lists, tuples and None, with NumPy arrays as leaves; Flax's FrozenDict becomes a dict.
+
+    Raises:
+      ValueError: for any other node, for keys that are no strings, and for leaves of other dtypes, naming them.
+    """
+
+    def plain(node, path):
+        where = f"the params at {'/'.join(path)!r}" if path else "the params"
+        if node is None:
+            return None
+        if isinstance(node, dict) or type(node).__name__ == "FrozenDict":
+            if bad := [key for key in node if not isinstance(key, str)]:
+                raise ValueError(f"{where}: expected string keys, got {bad[0]!r}")
+            return {key: plain(value, (*path, key)) for key, value in node.items()}
+        if type(node) in (list, tuple):
+            return type(node)(plain(value, (*path, str(i))) for i, value in enumerate(node))
+        if not isinstance(node, np.ndarray | np.generic | jax.Array):
+            kind = f"{type(node).__module__}.{type(node).__qualname__}"
+            raise ValueError(
+                f"{where}: expected a dict, list, tuple, None or array, got {kind}. Of flax.nnx take "
+                "nnx.to_pure_dict(nnx.state(model)), of other objects jax.tree.leaves(model), a list of their arrays"
+            )
+        if getattr(node.dtype, "name", "") not in DTYPES.values():
+            raise ValueError(f"{where}: expected an array of {', '.join(DTYPES.values())}, got {node.dtype}")
+        return np.asarray(node).astype(node.dtype.name, copy=False)  # in the byte order of this machine
+
+    return plain(params, ())
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A file to write to that takes its name when all is on the disk; if anything fails, what was there stays.
+
+    Examples:
+      >>> import os, tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     with replacing(f"{folder}/file") as file:
+      ...         _ = file.write(b"all of it")
+      ...     os.listdir(folder)
+      ['file']
+    """
+    path = Path(path)
+    part = path.with_name(f".{secrets.token_hex(8)}.part")  # a name of its own for every writer
+    try:
+        with open(part, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # else folders cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def safetensors_package() -> Any:
+    """The module ``safetensors.numpy``, which the extra "artifacts" installs."""
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise ImportError("safetensors is not installed: pip install jaxsparse[artifacts]") from error
+    return safetensors.numpy
+
+
+def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]:
+    """The tensors of a file, each with "dtype", "shape" and "data", its metadata, and its size in bytes.
+
+    Raises:
+      ValueError: if it is damaged, or not a safetensors file.
+    """
+    safetensors_package()
+    import safetensors
+
+    data = Path(path).read_bytes()
+    try:
+        found = dict(safetensors.deserialize(data))
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"damaged, or not a safetensors file: {error}") from error
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return found, header.get("__metadata__") or {}, len(data)
+
+
+@contextlib.contextmanager
+def naming(what: str | os.PathLike, kind: type[ValueError]) -> Iterator[None]:
+    """Says of what is wrong where that is, and raises it as an error of that kind, in one line.
+
+    Examples:
+      >>> with naming("model.npz", ArtifactError):
+      ...     raise ValueError("damaged")
+      Traceback (most recent call last):
+      jaxsparse.artifacts.files.ArtifactError: model.npz: damaged
+    """
+    try:
+        yield
+    except (ValueError, RecursionError) as error:
+        raise kind(f"{printable(os.fspath(what))}: {error}") from error
+
+
+def printable(name: str) -> str:
+    """A name as it is, or, if it has characters that would disturb a terminal, with these escaped.
+
+    Examples:
+      >>> printable("fc1/kernel"), printable("fc1\\n")
+      ('fc1/kernel', "'fc1\\\\n'")
+    """
+    return name if name.isprintable() else repr(name)

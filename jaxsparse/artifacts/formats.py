@@ -1,0 +1,345 @@
+"""Sparse models in the formats of others: BCOO and BCSR of JAX, CSR of SciPy, ordinary safetensors and NumPy files.
+
+In memory sparse leaves become sparse matrices and dense ones stay as they are; :func:`from_sparse` takes all of them
+back, with the zeros that a mask keeps. On disk the arrays are dense; small files are those of
+:mod:`jaxsparse.artifacts`.
+"""
+
+import math
+import os
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsparse.artifacts.files import (
+    DTYPES,
+    ArtifactError,
+    naming,
+    plain_tree,
+    read_safetensors,
+    replacing,
+    safetensors_package,
+)
+from jaxsparse.masks import validate_masks
+from jaxsparse.structures import is_masked_node, leaf_paths, path_name
+
+__all__ = [
+    "from_sparse", "load_dense", "load_npz", "save_dense", "save_npz", "to_bcoo", "to_bcsr", "to_scipy",
+]  # fmt: skip
+
+
+def to_bcoo(params: Any, masks: Any) -> Any:
+    """Sparse leaves as :class:`jax.experimental.sparse.BCOO` of the same shape.
+
+    Args:
+      params: a pytree of arrays.
+      masks: a pytree like ``params``: bool arrays, the scalar True for dense leaves.
+
+    Returns:
+      A pytree like ``params``. What a mask keeps is stored, zeros too; dense leaves are unchanged.
+
+    Raises:
+      ValueError: for masks that do not fit, naming the leaf.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> params = {"kernel": jnp.array([[0.0, 2.0], [0.0, 0.0]])}
+      >>> sparse = to_bcoo(params, {"kernel": jnp.array([[True, True], [False, False]])})["kernel"]
+      >>> sparse.nse, (sparse @ jnp.ones(2)).tolist()
+      (2, [2.0, 0.0])
+    """
+    from jax.experimental import sparse  # takes a while
+
+    def convert(leaf, mask):
+        indices = np.argwhere(mask).astype(np.int32)
+        pair = jnp.asarray(leaf[mask]), jnp.asarray(indices)
+        return sparse.BCOO(pair, shape=leaf.shape, indices_sorted=True, unique_indices=True)
+
+    return _converted(params, masks, convert)
+
+
+def to_bcsr(params: Any, masks: Any) -> Any:
+    """Sparse leaves as matrices, :class:`jax.experimental.sparse.BCSR`.
+
+    A leaf of another number of axes is taken as (product of all sizes but the last, last size).
+
+    Args:
+      params: a pytree of arrays.
+      masks: a pytree like ``params``: bool arrays, the scalar True for dense leaves.
+
+    Returns:
+      A pytree like ``params``. What a mask keeps is stored, zeros too; dense leaves are unchanged.
+
+    Raises:
+      ValueError: for masks that do not fit, naming the leaf.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> params = {"conv": jnp.arange(18.0).reshape(3, 3, 1, 2)}
+      >>> sparse = to_bcsr(params, {"conv": params["conv"] > 10})["conv"]
+      >>> sparse.shape, sparse.nse
+      ((9, 2), 7)
+    """
+    from jax.experimental import sparse
+
+    def convert(leaf, mask):
+        matrix, data, columns, starts = _rows(leaf, mask)
+        parts = tuple(map(jnp.asarray, (data, columns, starts)))
+        return sparse.BCSR(parts, shape=matrix, indices_sorted=True, unique_indices=True)
+
+    return _converted(params, masks, convert)
+
+
+def to_scipy(params: Any, masks: Any) -> Any:
+    """Sparse leaves as matrices, :class:`scipy.sparse.csr_array`, with the rows and columns of :func:`to_bcsr`.
+
+    Args:
+      params: a pytree of arrays.
+      masks: a pytree like ``params``: bool arrays, the scalar True for dense leaves.
+
+    Returns:
+      A pytree like ``params``. What a mask keeps is stored, zeros too; dense leaves are unchanged. bfloat16 and
+      float16, which SciPy does not compute with, become float32.
+
+    Raises:
+      ValueError: for masks that do not fit, naming the leaf.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> sparse = to_scipy({"kernel": jnp.eye(3)}, {"kernel": jnp.eye(3, dtype=bool)})["kernel"]
+      >>> sparse.nnz, sparse.sum()
+      (3, np.float32(3.0))
+    """
+    import scipy.sparse
+
+    def convert(leaf, mask):
+        matrix, data, columns, starts = _rows(leaf, mask)
+        small = data.dtype.name in ("bfloat16", "float16")
+        return scipy.sparse.csr_array((data.astype(np.float32) if small else data, columns, starts), shape=matrix)
+
+    return _converted(params, masks, convert)
+
+
+def from_sparse(tree: Any, like: Any) -> tuple[Any, Any]:
+    """Undoes :func:`to_bcoo`, :func:`to_bcsr` and :func:`to_scipy`.
+
+    Args:
+      tree: a pytree like ``like`` in which leaves may be BCOO, BCSR or sparse arrays of SciPy.
+      like: the params, or their shapes and dtypes (``jax.eval_shape``).
+
+    Returns:
+      The params and the masks, as NumPy arrays of the dtypes of ``like``. Masks are True where an entry is stored, zero
+      or not, and the scalar True for dense leaves.
+
+    Raises:
+      ValueError: for leaves that do not fit the shapes, or store an entry twice, naming them.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> params, masks = {"kernel": jnp.eye(2)}, {"kernel": jnp.array([[True, True], [False, True]])}
+      >>> params, masks = from_sparse(to_bcsr(params, masks), params)
+      >>> params["kernel"].tolist(), masks["kernel"].tolist()
+      ([[1.0, 0.0], [0.0, 1.0]], [[True, True], [False, True]])
+    """
+    shapes, treedef = jax.tree_util.tree_flatten_with_path(like)
+    pairs = []
+    for (path, leaf), value in zip(shapes, treedef.flatten_up_to(tree), strict=True):
+        shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype)
+        with naming(path_name(path), ValueError):
+            stored = _stored(value)
+        expected = {shape} if stored is None else {shape, _matrix(shape)}
+        if tuple(value.shape) not in expected:
+            raise ValueError(f"{path_name(path)}: expected shape {shape}, got {tuple(value.shape)}")
+        if stored is None:
+            pairs.append((np.array(value, dtype), np.array(True)))
+            continue
+        data, indices = stored
+        inside = np.all([index < n for index, n in zip(indices, value.shape, strict=True)], axis=0)  # JAX pads outside
+        where = np.ravel_multi_index([index[inside] for index in indices], value.shape)
+        array, mask = np.zeros(math.prod(shape), dtype), np.zeros(math.prod(shape), bool)
+        array[where], mask[where] = np.asarray(data)[inside], True
+        if np.count_nonzero(mask) < where.size:
+            raise ValueError(f"{path_name(path)}: an entry is stored twice; call its sum_duplicates() first")
+        pairs.append((array.reshape(shape), mask.reshape(shape)))
+    return treedef.unflatten([array for array, _ in pairs]), treedef.unflatten([mask for _, mask in pairs])
+
+
+def save_dense(path: str | os.PathLike, params: Any) -> None:
+    """Writes an ordinary safetensors file: every leaf under its path, such as "fc1/kernel".
+
+    Args:
+      path: the file. One that is there is replaced; the new one appears whole or not at all.
+      params: as for :func:`jaxsparse.artifacts.save_sparse`, with keys without "/".
+
+    Raises:
+      ValueError: for params that cannot be stored, naming the leaf.
+      OSError: if the file cannot be written.
+      ImportError: without the package safetensors.
+
+    Examples:
+      >>> import tempfile, numpy as np
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_dense(f"{folder}/model.safetensors", {"fc1": {"bias": np.float32([1, 2])}})
+      ...     load_dense(f"{folder}/model.safetensors")
+      {'fc1': {'bias': array([1., 2.], dtype=float32)}}
+    """
+    package = safetensors_package()
+    data = package.save({name: np.ascontiguousarray(leaf).reshape(leaf.shape) for name, leaf in _named(params).items()})
+    with replacing(path) as file:
+        file.write(data)
+
+
+def load_dense(path: str | os.PathLike) -> Any:
+    """Reads an ordinary safetensors file as nested dicts of NumPy arrays; "/" in a name goes one dict down.
+
+    Lists and tuples come back as dicts, by the numbers of their entries.
+
+    Raises:
+      ArtifactError: if the file is damaged, is none of safetensors, or one of ``save_sparse``.
+      OSError: if it cannot be read.
+      ImportError: without the package safetensors.
+    """
+    with naming(path, ArtifactError):
+        found, metadata, _ = read_safetensors(path)
+        if metadata.get("format") == "jaxsparse":
+            raise ValueError("a sparse model: read it with jaxsparse.artifacts.load_sparse")
+        if unknown := sorted({tensor["dtype"] for tensor in found.values()} - set(DTYPES)):
+            raise ValueError(f"it has tensors of {', '.join(unknown)}, which NumPy has not")
+        return _nested({
+            name: np.frombuffer(tensor["data"], DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
+            for name, tensor in sorted(found.items())
+        })  # fmt: skip
+
+
+def save_npz(path: str | os.PathLike, params: Any, masks: Any = None) -> None:
+    """Writes a file for ``numpy.load``: every leaf under its path, its mask, one bit a weight, under "masks/" and that.
+
+    Args:
+      path: the file. One that is there is replaced; the new one appears whole or not at all.
+      params: as for :func:`save_dense`, without a key "masks" at the top. bfloat16, which these files do not have,
+        becomes float32.
+      masks: like ``params``: bool arrays, the scalar True for dense leaves. None stores none.
+
+    Raises:
+      ValueError: for params or masks that cannot be stored, naming the leaf.
+      OSError: if the file cannot be written.
+
+    Examples:
+      >>> import tempfile, numpy as np
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_npz(f"{folder}/model.npz", {"w": np.eye(2)}, {"w": np.eye(2, dtype=bool)})
+      ...     load_npz(f"{folder}/model.npz")
+      ({'w': array([[1., 0.],
+             [0., 1.]])}, {'w': array([[ True, False],
+             [False,  True]])})
+    """
+    named = _named(params)
+    if taken := [name for name in named if name.split("/")[0] == "masks"]:
+        raise ValueError(f"the params have {taken[0]!r}, which is where the masks go: rename the key")
+    arrays = {name: leaf.astype(np.float32) if leaf.dtype.name == "bfloat16" else leaf for name, leaf in named.items()}
+    if masks is not None:
+        checked = jax.tree.leaves(validate_masks(masks, plain_tree(params)), is_leaf=is_masked_node)
+        arrays |= {
+            f"masks/{name}": np.packbits(np.asarray(mask))
+            for name, mask in zip(named, checked, strict=True)
+            if not is_masked_node(mask)
+        }
+    # As numpy.savez does, which cannot store a leaf called "file", and has the time in every file.
+    with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, array, allow_pickle=False)
+
+
+def load_npz(path: str | os.PathLike) -> tuple[Any, Any]:
+    """Reads what :func:`save_npz` wrote, without pickle.
+
+    Returns:
+      The params as nested dicts of NumPy arrays, as :func:`load_dense` gives them, and masks like them: bool arrays,
+      the scalar True for leaves that have none.
+
+    Raises:
+      ArtifactError: if the file is damaged, or masks do not fit.
+      OSError: if it cannot be read.
+    """
+    with naming(path, ArtifactError), open(path, "rb") as file:
+        try:
+            with np.load(file, allow_pickle=False) as archive:
+                arrays = dict(archive)
+        except (zipfile.BadZipFile, EOFError, NotImplementedError, TypeError) as error:
+            raise ValueError(f"damaged, or not a file of NumPy's savez: {error}") from error
+    with naming(path, ArtifactError):
+        for name, array in arrays.items():
+            if not isinstance(array, np.ndarray) or array.dtype.name not in DTYPES.values():
+                raise ValueError(f"{name!r} is no array of bools or numbers")
+        packed = {name.removeprefix("masks/"): arrays.pop(name) for name in list(arrays) if name.startswith("masks/")}
+        masks = {name: np.array(True) for name in arrays}
+        for name, bits in packed.items():
+            leaf = arrays.get(name)
+            if leaf is None or bits.dtype != np.uint8 or bits.shape != (-(-leaf.size // 8),):
+                raise ValueError(f"the mask of {name} does not fit its weights")
+            masks[name] = np.unpackbits(bits, count=leaf.size).view(bool).reshape(leaf.shape)
+        return _nested(arrays), _nested(masks)
+
+
+def _converted(params: Any, masks: Any, convert: Callable[[np.ndarray, np.ndarray], Any]) -> Any:
+    leaves, treedef = jax.tree.flatten(params)
+    checked = treedef.flatten_up_to(validate_masks(masks, params))
+    return treedef.unflatten([
+        leaf if is_masked_node(mask) else convert(np.asarray(leaf), np.asarray(mask))
+        for leaf, mask in zip(leaves, checked, strict=True)
+    ])  # fmt: skip
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    return math.prod(shape[:-1]), shape[-1] if shape else 1
+
+
+def _rows(leaf: np.ndarray, mask: np.ndarray) -> tuple[tuple[int, int], np.ndarray, np.ndarray, np.ndarray]:
+    """Shape, survivors, their columns and where each row starts, of a leaf as a matrix."""
+    mask = mask.reshape(matrix := _matrix(leaf.shape))
+    starts = np.concatenate([[0], np.cumsum(mask.sum(1))]).astype(np.int32)
+    return matrix, leaf.reshape(matrix)[mask], np.nonzero(mask)[1].astype(np.int32), starts
+
+
+def _stored(value: Any) -> tuple[Any, list[np.ndarray]] | None:
+    """The stored entries of a sparse array and their indices, axis by axis; None if it is dense."""
+    if hasattr(value, "tocoo"):
+        coo = value.tocoo()
+        return coo.data, [coo.row, coo.col]
+    if not hasattr(value, "nse"):
+        return None
+    if hasattr(value, "to_bcoo"):
+        value = value.to_bcoo()
+    if value.n_batch or value.n_dense:
+        raise ValueError("sparse arrays with batch or dense axes are not supported")
+    return value.data, list(np.asarray(value.indices).T)
+
+
+def _named(params: Any) -> dict[str, np.ndarray]:
+    """The leaves by their paths, which have to say where they are."""
+    tree = plain_tree(params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
+        if not keys or any("/" in key or not key for key in keys):
+            raise ValueError(f"the array of shape {leaf.shape} at {keys} needs keys that are not empty and have no '/'")
+    return dict(zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True))
+
+
+def _nested(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, array in arrays.items():
+        *folders, last = name.split("/")
+        node = tree
+        for key in folders:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"{name!r} is below another array")
+        if last in node:
+            raise ValueError(f"{name!r} is there twice, or above other arrays")
+        node[last] = array
+    return tree

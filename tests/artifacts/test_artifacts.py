@@ -1,0 +1,688 @@
+import hashlib
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import tracemalloc
+
+import equinox
+import flax
+import jax
+import jax.numpy as jnp
+import ml_dtypes  # noqa: F401  # makes bfloat16 known to NumPy
+import numpy as np
+import optax
+import pytest
+import safetensors.numpy
+from flax import nnx
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
+
+import jaxsparse
+from jaxsparse import artifacts
+from jaxsparse.artifacts import ArtifactError, describe, files, formats, load_sparse, save_sparse
+from jaxsparse.artifacts.__main__ import main as command_line
+from jaxsparse.methods.asni import amenable_init, centroids
+from jaxsparse.structures import by_path
+
+FLOATS = ["float16", "bfloat16", "float32", "float64"]
+INTEGERS = ["bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
+SPECIAL = [-0.0, np.inf, -np.inf, np.nan, -np.nan, 1e-45]
+LIMIT = 1 << 24  # what a small file may take in memory by default
+
+
+def lenet(density=0.05):
+    """LeNet-300-100 with random weights on uniform random masks."""
+    rng = np.random.default_rng(0)
+    sizes = [784, 300, 100, 10]
+    params, masks = {}, {}
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
+        mask = np.zeros(fan_in * fan_out, bool)
+        mask[rng.choice(mask.size, round(density * mask.size), replace=False)] = True
+        mask = mask.reshape(fan_in, fan_out)
+        kernel, bias = (0.1 * rng.standard_normal(shape, np.float32) for shape in ((fan_in, fan_out), fan_out))
+        params[f"fc{i + 1}"] = {"kernel": np.where(mask, kernel, 0), "bias": bias}
+        masks[f"fc{i + 1}"] = {"kernel": mask, "bias": np.array(True)}
+    return params, masks
+
+
+def same_bits(tree, other):
+    assert jax.tree.structure(tree) == jax.tree.structure(other)
+    for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes())
+
+
+def documented_reader():
+    """The function ``read`` of the module's docstring."""
+    lines = [line[4:] for line in artifacts.__doc__.splitlines() if line.startswith((">>> ", "... "))]
+    code = "\n".join(lines[: next(i for i, line in enumerate(lines) if line.startswith("import tempfile"))])
+    assert len(lines) < 32
+    assert "jaxsparse" not in code
+    names = {}
+    exec(code, names)
+    return names["read"]
+
+
+@st.composite
+def leaves(draw):
+    """An array of any kind, and its mask."""
+    shape = draw(st.lists(st.integers(0, 7), max_size=4).map(tuple))
+    dtype = draw(st.sampled_from(FLOATS + INTEGERS))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    density = draw(st.sampled_from([0.0, 0.02, 0.1, 0.5, 0.9, 1.0]))
+    kind = draw(st.sampled_from(["random", "bits", "constant", "two", "special"]))
+    mask = rng.random(shape) < density
+    size = math.prod(shape)
+    itemsize = np.dtype(dtype).itemsize
+    if dtype == "bool":
+        values = rng.random(size) < 0.5
+    elif kind == "bits" or dtype in INTEGERS:
+        values = rng.bytes(size * itemsize)
+        values = np.frombuffer(values, dtype)
+    else:
+        values = {
+            "random": rng.standard_normal(size),
+            "constant": np.full(size, draw(st.sampled_from([0.25, *SPECIAL]))),
+            "two": np.where(rng.random(size) < 0.5, -0.5, 0.125),
+            "special": rng.choice([1.0, 0.0, *SPECIAL], size),
+        }[kind].astype(dtype)
+    array = np.zeros(shape, dtype)
+    array[mask] = values.reshape(shape)[mask]
+    return array, mask if shape and draw(st.booleans()) else None
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(leaves(), max_size=4))
+def test_what_is_saved_comes_back_bit_for_bit(tmp_path_factory, pairs):
+    path = tmp_path_factory.mktemp("models") / "model"
+    params = {f"leaf {i}": array for i, (array, _) in enumerate(pairs)}
+    masks = {f"leaf {i}": np.array(True) if mask is None else mask for i, (_, mask) in enumerate(pairs)}
+    save_sparse(path, params, masks)
+    with np.errstate(all="ignore"):
+        same_bits(load_sparse(path), (params, masks))
+        same_bits(documented_reader()(path), params)
+    assert f"{path.stat().st_size:,}" in describe(path)
+
+
+@settings(max_examples=50, deadline=None)
+@given(leaves())
+def test_without_masks_every_weight_but_plus_zero_survives(tmp_path_factory, pair):
+    path = tmp_path_factory.mktemp("models") / "model"
+    save_sparse(path, {"w": pair[0]})
+    loaded, masks = load_sparse(path)
+    same_bits(loaded, {"w": pair[0]})
+    bits = pair[0].view(f"u{pair[0].itemsize}")
+    if pair[0].ndim < 2 or pair[0].dtype.name in INTEGERS or bits.all():
+        same_bits(masks, {"w": np.array(True)})
+    else:
+        same_bits(masks, {"w": bits != 0})
+
+
+@settings(max_examples=50, deadline=None)
+@given(leaves(), st.sampled_from(["float32", "bfloat16", "float16"]))
+def test_values_are_rounded_once(tmp_path_factory, pair, dtype):
+    path = tmp_path_factory.mktemp("models") / "model"
+    array, mask = pair
+    expected = array
+    with np.errstate(all="ignore"):
+        if array.dtype.name in FLOATS and np.dtype(dtype).itemsize < array.itemsize:
+            expected = array.astype(dtype).astype(array.dtype)
+        if array.dtype.name in FLOATS and (np.isfinite(array) & ~np.isfinite(expected)).any():
+            with pytest.raises(ValueError, match=r"^w: \d+ of its values are too large for the dtype"):
+                save_sparse(path, {"w": array}, {"w": np.array(True) if mask is None else mask}, dtype=dtype)
+            return
+        save_sparse(path, {"w": array}, {"w": np.array(True) if mask is None else mask}, dtype=dtype)
+        same_bits(load_sparse(path)[0], {"w": expected})
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.sampled_from(FLOATS), st.integers(0, 2**32), st.floats(-44, 37))
+def test_int8_is_within_half_a_step(tmp_path_factory, dtype, seed, exponent):
+    path = tmp_path_factory.mktemp("models") / "model"
+    with np.errstate(all="ignore"):
+        array = (np.random.default_rng(seed).standard_normal((6, 5)) * 10.0**exponent).astype(dtype)
+    bias = np.arange(5, dtype=np.float32) / 7
+    masks = {"w": np.ones((6, 5), bool), "b": np.array(True)}
+    assume(np.isfinite(array).all())
+    save_sparse(path, {"w": array, "b": bias}, masks, dtype="int8")
+    loaded = load_sparse(path)[0]
+    same_bits(loaded["b"], bias)
+    peak = np.abs(array).max().astype(float)
+    error = np.abs(loaded["w"].astype(float) - array.astype(float)).max()
+    resolution = max(float(jnp.finfo(dtype).smallest_subnormal), float(jnp.finfo(dtype).eps) * peak, 2.0**-127)
+    assert error <= peak / 254 + resolution
+    with np.errstate(all="ignore"):
+        np.testing.assert_allclose(
+            documented_reader()(path)["w"].astype(float), loaded["w"].astype(float), atol=resolution
+        )
+
+
+def test_sizes(tmp_path):
+    params, masks = lenet()
+    assert sum(mask.sum() for mask in jax.tree.leaves(masks) if mask.ndim) == 13_310
+
+    def size(**options):
+        save_sparse(tmp_path / "model", params, masks, **options)
+        return (tmp_path / "model").stat().st_size
+
+    assert size() <= 70_000
+    assert size(dtype="bfloat16") <= 44_000
+    assert size(dtype="int8") <= 30_000
+    assert size(init=centroids(params, masks)) <= 18_000
+    same_bits(load_sparse(tmp_path / "model")[0], amenable_init(params, masks, centroids(params, masks)))
+    formats.save_dense(tmp_path / "dense", params)
+    assert 1_066_000 <= (tmp_path / "dense").stat().st_size <= 1_068_000
+
+
+def test_the_smaller_encoding_of_positions_is_taken(tmp_path):
+    rng = np.random.default_rng(0)
+    for density in (0, 0.001, 0.01, 0.1, 0.3, 0.5, 0.99):
+        mask = rng.random((200, 100)) < density
+        save_sparse(tmp_path / "model", {"w": np.float32(mask)}, {"w": mask})
+        p = mask.mean()
+        entropy = -20_000 * (p * math.log2(p) + (1 - p) * math.log2(1 - p)) / 8 if p else 0
+        stored = (tmp_path / "model").stat().st_size - 4
+        header = int.from_bytes((tmp_path / "model").read_bytes()[:8], "little") + 8
+        assert stored - header <= (2500 if density >= 0.5 else 1.06 * entropy + 4)
+        assert ("mask, " if density >= 0.5 else "gaps, ") in describe(tmp_path / "model")
+
+
+def test_equal_models_give_equal_files(tmp_path):
+    params, masks = lenet()
+    for name in ("one", "two", "three"):
+        save_sparse(tmp_path / name, params, masks)
+    contents = {(tmp_path / name).read_bytes() for name in ("one", "two", "three")}
+    assert len(contents) == 1
+    with safetensors.safe_open(tmp_path / "one", "np") as file:  # the order of the header is made by hand
+        assert list(file.metadata()) != []
+        assert len(file.keys()) == 9
+
+
+def test_trees(tmp_path):
+    eye = np.eye(3, dtype=np.float32)
+    strange = {'"\\\n\x00é': {"..": eye, "": 2 * eye}, "~/../../etc/passwd": {"\ud800": 3 * eye, "\x7f": 4 * eye}}
+    for params in (
+        {"a": [eye, (2 * eye, None, [])], "b": None, "c": {}}, [], (), None, {}, eye, np.float32(2), strange,
+        flax.core.freeze({"a": {"kernel": eye}}),
+    ):  # fmt: skip
+        save_sparse(tmp_path / "model", params)
+        loaded, masks = load_sparse(tmp_path / "model")
+        plain = flax.core.unfreeze(params) if isinstance(params, flax.core.FrozenDict) else params
+        same_bits(loaded, plain)
+        assert jax.tree.structure(masks) == jax.tree.structure(plain)
+        describe(tmp_path / "model")
+
+
+def test_names_cannot_disturb_a_terminal(tmp_path, capsys):
+    save_sparse(tmp_path / "model", {"\x1b[2J\n\ud800": np.eye(3)})
+    command_line([str(tmp_path / "model")])
+    assert r"'\x1b[2J\n\ud800'" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"^'\\x1b\[2J\\n': 1 of its values are too large"):
+        save_sparse(tmp_path / "model", {"\x1b[2J\n": np.float32([1e9])}, dtype="float16")
+
+
+def test_jax_arrays_sharded_donated_and_of_any_layout(tmp_path):
+    params = {"w": jnp.arange(64, dtype=jnp.bfloat16).reshape(8, 8), "b": jnp.ones(3)}
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharded = jax.device_put(params["w"], NamedSharding(mesh, PartitionSpec("x")))
+    masks = {"w": jax.device_put(params["w"] > 7, sharded.sharding), "b": jnp.array(True)}
+    params["w"] = jnp.where(masks["w"], sharded, 0)
+    save_sparse(tmp_path / "model", params, masks)
+    same_bits(load_sparse(tmp_path / "model"), (params, masks))
+    turned = {"w": np.asarray(params["w"]).T, "b": np.arange(6, dtype=">f4")[::2]}
+    save_sparse(tmp_path / "model", turned)
+    same_bits(load_sparse(tmp_path / "model")[0], {"w": turned["w"].copy("C"), "b": turned["b"].astype(np.float32)})
+
+
+def test_masks_of_an_optimizer_state_and_what_they_keep(tmp_path):
+    params = {"fc": {"kernel": jax.random.normal(jax.random.key(0), (20, 10)), "bias": jnp.zeros(10)}}
+    tx = jaxsparse.chain(optax.sgd(0.1, momentum=0.9), jaxsparse.sparse_momentum(0.8, 100))
+    state = tx.init(params)
+    params = jaxsparse.sparsify(params, state)
+    masks = jaxsparse.get_masks(state, params)
+    row, column = np.argwhere(np.asarray(masks["fc"]["kernel"]))[0]
+    params["fc"]["kernel"] = params["fc"]["kernel"].at[row, column].set(0)  # as regrown weights are
+    save_sparse(tmp_path / "model", params, masks)
+    same_bits(load_sparse(tmp_path / "model"), (params, masks))
+    params["fc"]["kernel"] = jnp.where(masks["fc"]["kernel"], 1.0, -0.0)  # as a product with masks leaves them
+    save_sparse(tmp_path / "model", params, masks)
+    same_bits(load_sparse(tmp_path / "model")[0]["fc"]["kernel"], np.where(masks["fc"]["kernel"], 1, 0).astype("f4"))
+
+
+@pytest.mark.parametrize(
+    ("params", "options", "message"),
+    [
+        ({"w": np.eye(2)}, {"masks": {"w": ~np.eye(2, dtype=bool)}}, r"w has 2 weights that are not 0 .*apply_masks"),
+        ({"w": np.eye(2)}, {"masks": {"w": np.ones(2, bool)}}, r"masks of w: expected bool of shape \(2, 2\)"),
+        ({"w": np.eye(2)}, {"masks": {"v": np.eye(2, dtype=bool)}}, "masks must have the tree of the params"),
+        ({"w": np.eye(2)}, {"dtype": "float8"}, "dtype must be None or one of .*, got 'float8'"),
+        ({"w": np.eye(2, dtype=complex)}, {}, "the params at 'w': expected an array of bool, .*, got complex128"),
+        ({"w": jax.random.key(0)}, {}, "the params at 'w': expected an array of bool, .*, got key<fry>"),
+        ({"w": [1.0]}, {}, "the params at 'w/0': expected a dict, list, tuple, None or array, got builtins.float"),
+        ({1: np.eye(2)}, {}, "the params: expected string keys, got 1"),
+        ({"a/b": np.eye(2), "a": {"b": np.eye(2)}}, {}, "two leaves of the params have the path 'a/b'"),
+        ({"w": np.float32([[7e4, 0]])}, {"dtype": "float16"}, "w: 1 of its values are too large for the dtype"),
+        ({"w": np.float64([[1e300, -7, 0]])}, {"dtype": "int8"}, "w: 1 of its values are too large for the dtype"),
+        ({"w": np.float32([[np.nan, 1, 0]])}, {"dtype": "int8"}, "w: int8 needs finite weights"),
+        ({"w": np.eye(2)}, {"init": {"v": (-1.0, 1.0)}}, "v"),
+        ({"w": optax.EmptyState()}, {}, "the params at 'w': expected a dict, .*, got optax.*EmptyState"),
+    ],
+)
+def test_what_cannot_be_saved_is_said_before_anything_is_written(tmp_path, params, options, message):
+    with pytest.raises(ValueError, match=message):
+        save_sparse(tmp_path / "model", params, **options)
+    assert os.listdir(tmp_path) == []
+
+
+def test_modules_are_told_how_to_become_trees(tmp_path):
+    linear = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"the params: expected .*, got flax.*State.*nnx\.to_pure_dict"):
+        save_sparse(tmp_path / "model", nnx.state(linear))
+    save_sparse(tmp_path / "model", nnx.to_pure_dict(nnx.state(linear)))
+    same_bits(load_sparse(tmp_path / "model")[0]["kernel"], linear.kernel[...])
+    module = equinox.nn.Linear(2, 3, key=jax.random.key(0))
+    with pytest.raises(ValueError, match=r"got equinox.*Linear.*jax\.tree\.leaves"):
+        save_sparse(tmp_path / "model", module)
+    save_sparse(tmp_path / "model", jax.tree.leaves(module))
+
+
+class FailingDiskError(OSError):
+    pass
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failing_write_leaves_what_was_there(tmp_path, monkeypatch, call):
+    save_sparse(tmp_path / "model", {"w": np.eye(2)})
+    before = (tmp_path / "model").read_bytes()
+
+    def fail(*args):
+        raise FailingDiskError
+
+    monkeypatch.setattr(os, call, fail)
+    for save in (save_sparse, formats.save_dense, formats.save_npz):
+        with pytest.raises(FailingDiskError):
+            save(tmp_path / "model", {"w": np.ones(2)})
+    assert os.listdir(tmp_path) == ["model"]
+    assert (tmp_path / "model").read_bytes() == before
+
+
+def test_errors_of_the_system_are_passed_on(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        save_sparse(tmp_path / "nowhere" / "model", {"w": np.eye(2)})
+    with pytest.raises(FileNotFoundError):
+        load_sparse(tmp_path / "model")
+    with pytest.raises(IsADirectoryError):
+        load_sparse(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder"):
+        save_sparse(tmp_path / "folder", {"w": np.eye(2)})
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_without_safetensors_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    for call in (lambda: save_sparse(tmp_path / "model", {}), lambda: load_sparse(tmp_path / "model")):
+        with pytest.raises(ImportError, match=r"pip install jaxsparse\[artifacts\]"):
+            call()
+
+
+def test_other_files_are_told_apart(tmp_path):
+    formats.save_dense(tmp_path / "dense", {"w": np.eye(2)})
+    with pytest.raises(ArtifactError, match=r"dense: a safetensors file, but none of save_sparse.*load_dense"):
+        load_sparse(tmp_path / "dense")
+    formats.save_npz(tmp_path / "npz", {"w": np.eye(2)})
+    with pytest.raises(ArtifactError, match="npz: damaged, or not a safetensors file"):
+        load_sparse(tmp_path / "npz")
+    (tmp_path / "empty").write_bytes(b"")
+    with pytest.raises(ArtifactError, match="empty: damaged, or not a safetensors file"):
+        describe(tmp_path / "empty")
+
+
+def test_command_line(tmp_path, capsys):
+    save_sparse(tmp_path / "model", *lenet())
+    command_line([str(tmp_path / "model"), str(tmp_path / "model")])
+    out = capsys.readouterr().out
+    assert out.count("fc2/kernel  300x100") == 2
+    assert "dense: 1,066,440 bytes, 6." in out
+    (tmp_path / "bad").write_bytes(b"bad")
+    for bad in ("bad", "nowhere"):
+        with pytest.raises(SystemExit, match="error: .*" + bad):
+            command_line([str(tmp_path / bad)])
+    run = [sys.executable, "-m", "jaxsparse.artifacts"]
+    done = subprocess.run([*run, str(tmp_path / "bad")], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+# Damaged and hostile files. Whatever is done to a file, it is refused or gives the data that were saved.
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A small model with every encoding in it."""
+    rng = np.random.default_rng(1)
+    dense = rng.standard_normal((40, 25))
+    mask = rng.random((40, 25)) < 0.1
+    half = rng.random((40, 25)) < 0.6
+    params = {
+        "gaps": np.where(mask, dense, 0).astype(np.float32),
+        "mask": np.where(half, dense, 0).astype(jnp.bfloat16),
+        "two": [np.where(mask, np.sign(dense) / 8, 0).astype(np.float32), np.float32(np.where(half, -0.5, 0))],
+        "dense": (rng.standard_normal(9), np.arange(5), np.array([True, False]), np.zeros((3, 0), np.float16)),
+    }
+    params["gaps"][0, 1] = np.nan
+    masks = jax.tree.map(lambda x: np.array(True), params)
+    masks |= {"gaps": params["gaps"] != 0, "mask": half, "two": [mask, half]}
+    return params, masks
+
+
+@pytest.fixture(scope="module")
+def valid(model, tmp_path_factory):
+    """The bytes of its file, and a path to write to."""
+    path = tmp_path_factory.mktemp("fuzz") / "model"
+    save_sparse(path, *model)
+    text = describe(path)
+    for encoding in ("gaps, float32", "mask, bfloat16", "gaps, two float32", "mask, one float32", "dense, bool"):
+        assert encoding in text
+    return path.read_bytes(), path
+
+
+def refused_or_right(path, data, model):
+    """Whether a file is refused."""
+    path.write_bytes(data)
+    try:
+        loaded = load_sparse(path)
+    except ArtifactError:
+        return True
+    same_bits(loaded, model)
+    return False
+
+
+def test_1000_flips_of_bits(valid, model):
+    data, path = valid
+    rng = np.random.default_rng(2)
+    start = 8 + int.from_bytes(data[:8], "little")
+    refused = 0
+    for i in range(1000):
+        bits = np.unpackbits(np.frombuffer(data, np.uint8))
+        first, last = (0, 8 * start) if i % 2 else (8 * start, bits.size)  # the header, the tensors
+        bits[rng.integers(first, last, rng.integers(1, 9))] ^= 1
+        changed = np.packbits(bits).tobytes()
+        refused += refused_or_right(path, changed, model) or changed == data
+    assert refused == 1000
+
+
+def test_900_files_cut_overwritten_or_with_bytes_more_or_less(valid, model):
+    data, path = valid
+    rng = np.random.default_rng(3)
+    for i in range(900):
+        at, count = rng.integers(0, len(data)), rng.integers(1, 65)
+        changed = (
+            data[:at],
+            data[:at] + rng.bytes(count) + data[at + count :],
+            data[:at] + rng.bytes(count) + data[at:],
+            data[:at] + data[at + count :],
+            data[:at] + data[at : at + count] + data[at:],
+            data + rng.bytes(count),
+        )[i % 6]
+        assert refused_or_right(path, changed, model)
+
+
+def forge(data, change, stamp=True):
+    """A file with another header or other tensors, and checksums that are right for these."""
+    tensors = {
+        name: np.frombuffer(tensor["data"], files.DTYPES[tensor["dtype"]])
+        for name, tensor in safetensors.deserialize(data)
+    }
+    end = 8 + int.from_bytes(data[:8], "little")
+    metadata = json.loads(data[8:end])["__metadata__"]
+    model = json.loads(metadata["model"])
+    text = change(model, tensors, metadata)
+    if stamp:
+        codes = {name: code for code, name in files.DTYPES.items()}
+        model["tensors"] = {
+            name: [codes[x.dtype.name], list(x.shape), hashlib.sha256(x.tobytes()).hexdigest()[:16]]
+            for name, x in tensors.items()
+        }
+    metadata["model"] = text if isinstance(text, str) else json.dumps(model)
+    metadata.setdefault("sha256", "")
+    metadata["sha256"] = hashlib.sha256(metadata["model"].encode()).hexdigest()[:16]
+    return safetensors.numpy.save({name: np.ascontiguousarray(x) for name, x in tensors.items()}, metadata)
+
+
+def index(model, name):
+    return next(i for i, leaf in enumerate(model["leaves"]) if leaf["name"] == name)
+
+
+NUMBERS = [-1, 0.5, True, None, "1", [], {}, 1e30, float("nan"), 10**18, 2**63, 10**4000, 1001, 0]
+NAMES = ["float33", "F32", "object", "O", "", None, 1, "../../etc/passwd", ["float32"], "complex64", "float8_e4m3fn"]
+
+
+def of_leaf(name, field, value):
+    def change(model, tensors, metadata):
+        model["leaves"][index(model, name)][field] = value
+
+    return change
+
+
+def of_tensor(name, part, array):
+    def change(model, tensors, metadata):
+        key = f"{index(model, name)}/{part}"
+        tensors[key] = array(tensors[key]) if callable(array) else array
+
+    return change
+
+
+def of_model(key, value):
+    def change(model, tensors, metadata):
+        model[key] = value(model[key]) if callable(value) else value
+
+    return change
+
+
+def bits_more(count):
+    """Appends ones to the bits of gaps."""
+    return lambda packed: np.concatenate([packed, np.full(count, 255, np.uint8)])
+
+
+HOSTILE = {
+    **{f"shape {n!r:.20} of {leaf}": of_leaf(leaf, "shape", [n, 25])
+       for n in NUMBERS for leaf in ("gaps", "mask", "two/1") if n != 1001},
+    **{f"shape {shape!r:.30}": of_leaf("gaps", "shape", shape)
+       for shape in (None, 1000, "1000", {"0": 1000}, [], [1000] * 65, [0, 2**62, 2**62], [999])},
+    **{f"kept {n!r:.20} of {leaf}": of_leaf(leaf, "kept", n)
+       for n in NUMBERS for leaf in ("gaps", "mask", "two/0", "two/1", "dense/0")},
+    **{f"low_bits {n!r:.20} of {leaf}": of_leaf(leaf, "low_bits", n)
+       for n in (*NUMBERS[:-1], 1, 2, 5, 62, 63, 64) for leaf in ("gaps", "mask")
+       if (leaf, n) != ("mask", 0)},
+    **{f"{field} {name!r:.20}": of_leaf("gaps", field, name)
+       for name in NAMES for field in ("dtype", "positions", "values", "name")},
+    **{f"positions {name} of {leaf}": of_leaf(leaf, "positions", name)
+       for leaf, name in (("gaps", "mask"), ("gaps", "dense"), ("dense/0", "mask"))},
+    **{f"values {name} of {leaf}": of_leaf(leaf, "values", name)
+       for leaf, name in (("gaps", "two"), ("gaps", "constant"), ("gaps", "scaled"), ("two/0", "each"),
+                          ("two/1", "each"), ("dense/1", "scaled"), ("dense/2", "two"))},
+    **{f"dtype {name} of {leaf}": of_leaf(leaf, "dtype", name)
+       for leaf, name in (("gaps", "int32"), ("gaps", "float16"), ("gaps", "bfloat16"), ("dense/1", "bool"),
+                          ("dense/2", "uint8"), ("dense/1", "float64"))},
+    "an unknown key of a leaf": of_leaf("gaps", "more", 1),
+    "no name": lambda model, tensors, metadata: model["leaves"][0].pop("name"),
+    "a leaf that is a list": of_model("leaves", lambda old: [list(old[0].values()), *old[1:]]),
+    "a leaf less": of_model("leaves", lambda old: old[:-1]),
+    "a leaf more": of_model("leaves", lambda old: [*old, old[0]]),
+    "leaves in another order": of_model("leaves", lambda old: old[::-1]),
+    **{f"leaves {value!r:.20}": of_model("leaves", value) for value in (None, {}, 1, "leaves", [None])},
+    **{f"tree {value!r:.20}": of_model("tree", value)
+       for value in (None, 0, True, 0.5, "tree", [], ["set", 0], [["list"]], {"gaps": 0}, {}, -1, 10**30, ["list", 0])},
+    "a leaf twice": of_model("tree", lambda old: old | {"gaps": old["mask"]}),
+    "a leaf missing": of_model("tree", lambda old: old | {"gaps": None}),
+    "a leaf of no index": of_model("tree", lambda old: old | {"gaps": 99}),
+    "a leaf by true": of_model("tree", lambda old: old | {"gaps": True}),
+    "another name in the tree": of_model("tree", lambda old: {"../../etc/passwd" if k == "gaps" else k: v
+                                                              for k, v in old.items()}),
+    "deep lists": lambda model, tensors, metadata: '{"tree":' + '["list",' * 100_000,
+    "deep closed lists": lambda model, tensors, metadata: json.dumps(model).replace(
+        '"tree": {', '"tree": {"deep": ' + '["list",' * 5000 + "null" + "]" * 5000 + ", "),
+    "deep objects": lambda model, tensors, metadata: '{"a":' * 5000 + "1" + "}" * 5000,
+    "no JSON": lambda model, tensors, metadata: "model",
+    "empty": lambda model, tensors, metadata: "",
+    "a number": lambda model, tensors, metadata: "1",
+    "a key twice": lambda model, tensors, metadata: json.dumps(model).replace('"tree"', '"tree": null, "tree"', 1),
+    "a list": lambda model, tensors, metadata: json.dumps(list(model.items())),
+    "too many digits": lambda model, tensors, metadata: json.dumps(model).replace("[40", "[4" + "0" * 9999, 1),
+    "an unknown key": of_model("more", 1),
+    **{f"no {key}": lambda model, tensors, metadata, key=key: json.dumps(
+        {name: value for name, value in model.items() if name != key}) for key in ("tree", "leaves", "tensors")},
+    "a tensor more": lambda model, tensors, metadata: tensors.update({"99/values": np.ones(3)}),
+    "a path for a tensor": lambda model, tensors, metadata: tensors.update({"../../etc/passwd": np.ones(3)}),
+    "signs that nobody needs": lambda model, tensors, metadata: tensors.update({"0/signs": np.ones(3, np.uint8)}),
+    **{f"without tensor {i}": lambda model, tensors, metadata, i=i: tensors.pop(sorted(tensors)[i]).all()
+       for i in range(12)},
+    "two axes": of_tensor("gaps", "values", lambda x: x[None]),
+    "a value less": of_tensor("gaps", "values", lambda x: x[:-1]),
+    "a value more": of_tensor("gaps", "values", lambda x: np.append(x, x[:1])),
+    "values of another dtype": of_tensor("gaps", "values", lambda x: x.astype(np.float64)),
+    "values that are whole": of_tensor("gaps", "values", lambda x: np.ones(x.size, np.int32)),
+    "positions of another dtype": of_tensor("gaps", "positions", lambda x: x.view(np.int8)),
+    "no unary bits": of_tensor("gaps", "positions", lambda x: x[:50]),
+    "a byte of gaps less": of_tensor("gaps", "positions", lambda x: x[:-1]),
+    "no gaps": of_tensor("gaps", "positions", lambda x: x[:0]),
+    "a byte of zeros more": of_tensor("gaps", "positions", lambda x: np.append(x, np.uint8(0))),
+    "many zeros more": of_tensor("gaps", "positions", lambda x: np.append(x, np.zeros(10_000, np.uint8))),
+    "gaps of ones": of_tensor("gaps", "positions", lambda x: np.full_like(x, 255)),
+    "gaps of zeros": of_tensor("gaps", "positions", np.zeros_like),
+    "a byte of ones more": of_tensor("gaps", "positions", bits_more(1)),
+    "many ones more": of_tensor("gaps", "positions", bits_more(10_000)),
+    "low bits of ones": of_tensor("gaps", "positions", lambda x: np.append(np.full(40, 255, np.uint8), x[40:])),
+    "a long last gap": of_tensor("gaps", "positions", lambda x: np.concatenate([x[:-1], np.zeros(300, np.uint8),
+                                                                               x[-1:]])),
+    "a mask of ones": of_tensor("mask", "positions", lambda x: np.full_like(x, 255)),
+    "a mask of zeros": of_tensor("mask", "positions", np.zeros_like),
+    "a short mask": of_tensor("mask", "positions", lambda x: x[:-1]),
+    "a long mask": of_tensor("mask", "positions", lambda x: np.append(x, np.uint8(0))),
+    "signs less": of_tensor("two/0", "signs", lambda x: x[:-1]),
+    "signs more": of_tensor("two/0", "signs", lambda x: np.append(x, np.uint8(0))),
+    "signs that fill the byte": of_tensor("two/0", "signs", lambda x: np.append(x[:-1], np.uint8(255))),
+    "signs of another dtype": of_tensor("two/0", "signs", lambda x: x.view(bool)),
+    **{f"two values {pair}": of_tensor("two/0", "values", np.float32(pair))
+       for pair in ([1, -1], [-1, np.nan], [np.nan, 1], [0, 1], [-1, 0], [1, 1], [-1], [-1, 0, 1])},
+    "one value that is two": of_tensor("two/1", "values", np.float32([1, 2])),
+    "one value that is none": of_tensor("two/1", "values", np.float32([])),
+    "a bool of 2": of_tensor("dense/2", "values", np.frombuffer(b"\1\2", bool)),
+    **{f"metadata {key} {value!r:.20}": lambda model, tensors, metadata, key=key, value=value: metadata.update(
+        {key: value}) for key, value in (("format", "pt"), ("version", "2"), ("version", "0"), ("version", "1.0"),
+                                         ("more", ""))},
+    **{f"without {key}": lambda model, tensors, metadata, key=key: metadata.pop(key) == 0
+       for key in ("format", "version")},
+}  # fmt: skip
+
+
+def scaled_with(scale):
+    def change(model, tensors, metadata):
+        i = index(model, "gaps")
+        model["leaves"][i]["values"] = "scaled"
+        tensors[f"{i}/values"] = np.ones(model["leaves"][i]["kept"], np.int8)
+        tensors[f"{i}/scale"] = scale
+
+    return change
+
+
+HOSTILE |= {
+    f"scale {scale!r:.20}": scaled_with(scale)
+    for scale in (
+        *(np.float32([number]) for number in (np.nan, np.inf, 0, -1)),
+        *(np.float64([1]), np.float32([1, 1]), np.float32([]), np.uint8([1])),
+    )
+}
+
+
+def measured(path):
+    """What loading a file raises, and the most memory that it took."""
+    tracemalloc.start()
+    try:
+        load_sparse(path)
+    except ArtifactError as error:
+        return error, tracemalloc.get_traced_memory()[1]
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    return None, peak
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_forged_files_are_refused(valid, model, what):
+    data, path = valid
+    path.write_bytes(forge(data, HOSTILE[what]))
+    error, peak = measured(path)
+    assert type(error) is ArtifactError
+    assert peak < 2 * max(LIMIT, 4096 * len(data))
+    with pytest.raises(ArtifactError):
+        describe(path) and load_sparse(path)
+
+
+def test_a_forged_file_with_nothing_changed_is_read(valid, model):
+    data, path = valid
+    assert not refused_or_right(path, forge(data, lambda *args: None), model)
+
+
+def test_wrong_checksums_alone_are_refused(valid, model):
+    data, path = valid
+    for field, value in ((0, "U8"), (1, [1]), (2, "0" * 16), (2, None)):
+
+        def change(model, tensors, metadata, field=field, value=value):
+            model["tensors"]["0/values"][field] = value
+
+        path.write_bytes(forge(data, change, stamp=False))
+        with pytest.raises(ArtifactError, match="the tensor '0/values' is damaged"):
+            load_sparse(path)
+
+
+def test_a_newer_version_says_to_update(valid):
+    data, path = valid
+    path.write_bytes(forge(data, HOSTILE["metadata version '2'"]))
+    with pytest.raises(ArtifactError, match="of version '2' of the format, this jaxsparse knows '1': update jaxsparse"):
+        load_sparse(path)
+
+
+def test_metadata_twice(valid, model):
+    data, path = valid
+    end = 8 + int.from_bytes(data[:8], "little")
+    for first in ('{"format":1}', "{}", "null", '{"format":"pt"}'):
+        header = b'{"__metadata__":' + first.encode() + b"," + data[9:end]
+        refused_or_right(path, len(header).to_bytes(8, "little") + header + data[end:], model)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_small_file_does_not_take_much_memory_unless_that_is_asked_for(tmp_path, sparse):
+    path = tmp_path / "bomb"
+    big = np.zeros((1 << 12, 1 << 13), np.float32)  # 128 MiB
+    save_sparse(path, {"kernel" if sparse else "bias": big})
+    assert path.stat().st_size < 1000
+    error, peak = measured(path)
+    needed = big.nbytes + (big.size if sparse else 0)
+    assert f"would take {needed:,} in memory" in str(error)
+    assert f"max_bytes={needed}" in str(error)
+    assert peak < 1 << 20
+    loaded, _ = load_sparse(path, max_bytes=needed)
+    assert jax.tree.leaves(loaded)[0].shape == big.shape
+    with pytest.raises(ArtifactError):
+        load_sparse(path, max_bytes=needed - 1)
+
+
+def test_memory_is_in_proportion(tmp_path):
+    rng = np.random.default_rng(0)
+    params = {"kernel": np.float32(rng.standard_normal((1000, 1000)) * (rng.random((1000, 1000)) < 0.2))}
+    save_sparse(tmp_path / "model", params)
+    _, peak = measured(tmp_path / "model")
+    assert peak < 6 * params["kernel"].nbytes
+
+
+def test_names_of_leaves(tmp_path):
+    params, masks = lenet()
+    save_sparse(tmp_path / "model", params, masks)
+    same_bits(documented_reader()(tmp_path / "model"), by_path(params))

@@ -1,0 +1,183 @@
+import os
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental import sparse
+
+from jaxsparse.artifacts import ArtifactError, formats, save_sparse
+
+CONVERSIONS = {"bcoo": formats.to_bcoo, "bcsr": formats.to_bcsr, "scipy": formats.to_scipy}
+
+
+def model(shape=(4, 3), dtype="float32", density=0.4, seed=0):
+    """Params of which some kept weights are 0, and masks."""
+    rng = np.random.default_rng(seed)
+    mask = rng.random(shape) < density
+    kernel = np.where(mask & (rng.random(shape) < 0.8), rng.standard_normal(shape), 0).astype(dtype)
+    params = {"layer": {"kernel": kernel, "bias": np.arange(3, dtype=np.float32)}}
+    return params, {"layer": {"kernel": mask, "bias": np.array(True)}}
+
+
+def same(tree, other):
+    assert jax.tree.structure(tree) == jax.tree.structure(other)
+    for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from(sorted(CONVERSIONS)),
+    st.lists(st.integers(0, 5), min_size=1, max_size=4).map(tuple),
+    st.sampled_from(["float32", "bfloat16", "float16"]),
+    st.sampled_from([0.0, 0.3, 1.0]),
+    st.integers(0, 1000),
+)
+def test_sparse_arrays_and_back(conversion, shape, dtype, density, seed):
+    params, masks = model(shape, dtype, density, seed)
+    converted = CONVERSIONS[conversion](params, masks)
+    assert converted["layer"]["bias"] is params["layer"]["bias"]
+    same(formats.from_sparse(converted, jax.eval_shape(lambda: params)), (params, masks))
+
+
+def test_products_with_sparse_arrays():
+    params, masks = model((5, 3))
+    dense, vector = params["layer"]["kernel"], np.arange(3, dtype=np.float32)
+    bcoo, bcsr, csr = (convert(params, masks)["layer"]["kernel"] for convert in CONVERSIONS.values())
+    assert isinstance(bcoo, sparse.BCOO)
+    assert isinstance(bcsr, sparse.BCSR)
+    for matrix in (bcoo, bcsr, csr):
+        np.testing.assert_allclose(matrix @ vector, dense @ vector, rtol=1e-6)
+    kept = masks["layer"]["kernel"].sum()
+    assert kept == bcoo.nse == bcsr.nse == csr.nnz
+    assert kept > np.count_nonzero(dense)  # zeros that the mask keeps are stored
+
+
+def test_kernels_become_matrices():
+    params, masks = model((3, 3, 2, 4))
+    assert formats.to_bcoo(params, masks)["layer"]["kernel"].shape == (3, 3, 2, 4)
+    for convert in (formats.to_bcsr, formats.to_scipy):
+        matrix = convert(params, masks)["layer"]["kernel"]
+        assert matrix.shape == (18, 4)
+        np.testing.assert_array_equal(matrix.todense(), params["layer"]["kernel"].reshape(18, 4))
+
+
+def test_sparse_arrays_of_others_come_in():
+    dense = jnp.array([[0.0, 2.0, 0.0], [1.0, 0.0, 0.0]])
+    padded = sparse.BCOO.fromdense(dense, nse=4)  # with two entries outside
+    params, masks = formats.from_sparse({"w": padded}, {"w": dense})
+    np.testing.assert_array_equal(params["w"], dense)
+    np.testing.assert_array_equal(masks["w"], dense != 0)
+    twice = sparse.BCOO((jnp.ones(2), jnp.zeros((2, 2), int)), shape=(2, 3))
+    with pytest.raises(ValueError, match="w: an entry is stored twice"):
+        formats.from_sparse({"w": twice}, {"w": dense})
+    with pytest.raises(ValueError, match=r"w: expected shape \(3, 2\), got \(2, 3\)"):
+        formats.from_sparse({"w": padded}, {"w": dense.T})
+    with pytest.raises(ValueError, match="w: sparse arrays with batch or dense axes"):
+        formats.from_sparse({"w": sparse.BCOO.fromdense(dense, n_batch=1)}, {"w": dense})
+
+
+def test_masks_that_do_not_fit_are_named():
+    params, masks = model()
+    masks["layer"]["kernel"] = masks["layer"]["kernel"].T
+    for convert in CONVERSIONS.values():
+        with pytest.raises(ValueError, match="masks of layer/kernel: expected bool"):
+            convert(params, masks)
+
+
+def test_dense_files(tmp_path):
+    params = {"fc1": {"kernel": jnp.eye(3, dtype=jnp.bfloat16), "bias": np.float64([1, 2])}, "step": np.int32(7)}
+    formats.save_dense(tmp_path / "model", params)
+    same(formats.load_dense(tmp_path / "model"), params)
+    assert set(safetensors.safe_open(tmp_path / "model", "np").keys()) == {"fc1/kernel", "fc1/bias", "step"}
+    formats.save_dense(tmp_path / "model", {"layers": [np.eye(2), (np.ones(1),)]})
+    same(formats.load_dense(tmp_path / "model"), {"layers": {"0": np.eye(2), "1": {"0": np.ones(1)}}})
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_files_of_numpy(tmp_path):
+    params, masks = model((3, 3, 2, 4))
+    params["file"] = {"self": np.zeros((), np.int8)}  # numpy.savez has arguments of these names
+    masks["file"] = {"self": np.array(True)}
+    formats.save_npz(tmp_path / "model.npz", params, masks)
+    same(formats.load_npz(tmp_path / "model.npz"), (params, masks))
+    with np.load(tmp_path / "model.npz") as archive:
+        np.testing.assert_array_equal(archive["layer/kernel"], params["layer"]["kernel"])
+        assert archive["masks/layer/kernel"].shape == (9,)
+    formats.save_npz(tmp_path / "model.npz", {"w": jnp.ones(2, jnp.bfloat16)})
+    same(formats.load_npz(tmp_path / "model.npz"), ({"w": np.ones(2, np.float32)}, {"w": np.array(True)}))
+    assert os.listdir(tmp_path) == ["model.npz"]
+
+
+def test_equal_params_give_equal_files(tmp_path):
+    for save in (formats.save_dense, formats.save_npz):
+        for name in ("one", "two"):
+            save(tmp_path / name, model()[0])
+        assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+@pytest.mark.parametrize("params", [{"a/b": np.eye(2)}, {"": np.eye(2)}, np.eye(2)])
+def test_keys_that_are_no_names(tmp_path, params):
+    for save in (formats.save_dense, formats.save_npz):
+        with pytest.raises(ValueError, match=r"shape \(2, 2\) at \[.*needs keys that are not empty and have no '/'"):
+            save(tmp_path / "model", params)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_key_for_masks(tmp_path):
+    with pytest.raises(ValueError, match="the params have 'masks/w', which is where the masks go"):
+        formats.save_npz(tmp_path / "model", {"masks": {"w": np.eye(2)}})
+
+
+def test_damaged_dense_files(tmp_path):
+    path = tmp_path / "model"
+    save_sparse(path, {"w": np.eye(2)})
+    with pytest.raises(ArtifactError, match=r"a sparse model: read it with jaxsparse\.artifacts\.load_sparse"):
+        formats.load_dense(path)
+    path.write_bytes(safetensors.numpy.save({"a": np.ones(1), "a/b": np.ones(1)}))
+    with pytest.raises(ArtifactError, match="'a/b' is below another array"):
+        formats.load_dense(path)
+    header = b'{"a":{"dtype":"F8_E4M3","shape":[1],"data_offsets":[0,1]}}'
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"1")
+    with pytest.raises(ArtifactError, match="it has tensors of F8_E4M3"):
+        formats.load_dense(path)
+    path.write_bytes(b"damaged")
+    with pytest.raises(ArtifactError, match="damaged, or not a safetensors file"):
+        formats.load_dense(path)
+
+
+def test_damaged_files_of_numpy(tmp_path):
+    path = tmp_path / "model.npz"
+    params, masks = model((20, 10))
+    formats.save_npz(path, params, masks)
+    data = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        changed = bytearray(data)
+        changed[rng.integers(len(data))] ^= 1 << rng.integers(8)
+        path.write_bytes(changed)
+        try:
+            loaded = formats.load_npz(path)
+        except ArtifactError:
+            continue
+        assert all(leaf.dtype.kind in "fb" for leaf in jax.tree.leaves(loaded))
+    for bad in (b"", b"damaged", data[:100], data[:-30]):
+        path.write_bytes(bad)
+        with pytest.raises(ArtifactError, match=r"model\.npz: "):
+            formats.load_npz(path)
+    np.savez(path, w=np.array([{}], object))
+    with pytest.raises(ArtifactError, match="allow_pickle=False"):
+        formats.load_npz(path)
+    np.savez(path, **{"w": np.ones(9), "masks/w": np.ones(1, np.uint8)})
+    with pytest.raises(ArtifactError, match="the mask of w does not fit its weights"):
+        formats.load_npz(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("w.txt", "no array")
+    with pytest.raises(ArtifactError, match=r"model\.npz: "):
+        formats.load_npz(path)

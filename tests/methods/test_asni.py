@@ -1,0 +1,289 @@
+import chex
+import equinox as eqx
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import jaxsparse
+from jaxsparse import models
+from jaxsparse.structures import by_path
+from tests.problems import make_params
+
+# Totals of the author's logs: all params that are not zero, and the share of zeros at the last evaluation, in %.
+LOGGED = {
+    "vgg16": (0.99, 160, 16, 265_923, 98.149),  # logged 265,924
+    "fc": (0.98, 50, 5, 7_868, 96.874),
+    "conv4": (0.95, 25, 2, 129_470, 94.469),  # logged 129,466 to 129,469: a few biases that were 0 count as pruned
+}
+NETWORKS = {
+    "vgg16": (models.VGG("16"), (32, 32, 3)),
+    "fc": (models.LeNet300100(), (28, 28, 1)),
+    "conv4": (models.Conv4(), (32, 32, 3)),
+}
+
+
+def shapes(name):
+    model, shape = NETWORKS[name]
+    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *shape)))["params"]
+
+
+def sizes(params):
+    """Of prunable weights, and of the rest."""
+    weights = sum(leaf.size for leaf in jax.tree.leaves(params) if len(leaf.shape) > 1)
+    return weights, sum(leaf.size for leaf in jax.tree.leaves(params)) - weights
+
+
+@pytest.mark.parametrize("name", LOGGED)
+def test_counts_alone_give_the_totals_of_the_authors_logs(name):
+    magnitude, stages, scale, nonzeros, zero_percent = LOGGED[name]
+    weights, rest = sizes(shapes(name))
+    counts = jaxsparse.asni_counts(jaxsparse.sigmoid_sparsity(magnitude, stages, scale), weights, stages)
+    assert counts[-1] + rest == nonzeros
+    assert 100 * (weights - counts[-2]) / (weights + rest) == pytest.approx(zero_percent, abs=5e-4)
+
+
+@pytest.mark.parametrize("name", ["fc", "conv4", pytest.param("vgg16", marks=pytest.mark.long)])
+def test_the_transformation_has_these_totals_on_the_params_of_the_networks(name):
+    magnitude, stages, scale, nonzeros, zero_percent = LOGGED[name]
+    params = shapes(name)
+    keys = jax.tree.unflatten(jax.tree.structure(params), range(len(jax.tree.leaves(params))))
+    params = jax.tree.map(lambda s, i: jax.random.normal(jax.random.key(i), s.shape), params, keys)
+    tx = jaxsparse.asni(jaxsparse.sigmoid_sparsity(magnitude, stages, scale), update_every=1)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+
+    @jax.jit
+    def step(params, opt_state):
+        updates, opt_state = tx.update(zeros, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    opt_state = tx.init(params)
+    for _ in range(stages):  # to the end of training, after which nothing is pruned any more
+        params, opt_state = step(params, opt_state)
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    left = sum(int((leaf != 0).sum()) for leaf in jax.tree.leaves(params))
+    assert 100 * (1 - left / total) == pytest.approx(zero_percent, abs=5e-4)
+    params, opt_state = step(params, opt_state)  # one step past it
+    assert sum(int((leaf != 0).sum()) for leaf in jax.tree.leaves(params)) == nonzeros
+    jaxsparse.check(opt_state, params)
+
+
+def authors_pruning(weights, percent):
+    """utils/pruning.py in NumPy: the threshold is the k-th smallest magnitude of the weights that are not zero."""
+    alive = np.concatenate([np.abs(w[w != 0]) for w in weights])
+    k = int(len(alive) * percent / 100)
+    if percent <= 0.1:
+        return weights
+    threshold = np.sort(alive)[k - 1]
+    return [np.where(np.abs(w) > threshold, w, 0) for w in weights]
+
+
+def test_the_same_weights_go_as_in_the_authors_code_while_they_train():
+    params = make_params()
+    tx = optax.chain(optax.sgd(0.1, momentum=0.9), jaxsparse.asni(jaxsparse.sigmoid_sparsity(0.95, 12, 1.5), 3))
+    step = jax.jit(tx.update)
+    opt_state, before = tx.init(params), 0.0
+    for count in range(3 * 12):
+        gradient = jax.tree.map(lambda p, c=count: jax.random.normal(jax.random.key(c), p.shape, p.dtype), params)
+        updates, opt_state = step(gradient, opt_state, params)
+        if count and count % 3 == 0:
+            percent = 95 / (1 + np.exp(-(count // 3 - 1 - 6) / 1.5))
+            names = [name for name, leaf in by_path(params).items() if leaf.ndim > 1 and "bias" not in name]
+            weights = [np.asarray(by_path(params)[name]) for name in names]
+            expected = authors_pruning(weights, 100 * (percent - before) / (100 - before))
+            before = percent
+            masks = by_path(jaxsparse.get_masks(opt_state))
+            for name, kept in zip(names, expected, strict=True):
+                np.testing.assert_array_equal(masks[name], kept != 0, err_msg=name)
+        params = optax.apply_updates(params, updates)
+        jaxsparse.check(opt_state, params)
+
+
+def run(tx, params, steps):
+    """The counts of weights after each step of no update."""
+    opt_state, counts = tx.init(params), []
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    update = jax.jit(tx.update)
+    for _ in range(steps):
+        updates, opt_state = update(zeros, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        counts.append(int(jaxsparse.count(jaxsparse.get_masks(opt_state))))
+    return params, opt_state, counts
+
+
+def test_nothing_goes_before_the_end_of_a_stage():
+    params = {"w": jnp.arange(1.0, 101.0).reshape(10, 10)}
+    _, _, counts = run(jaxsparse.asni(jaxsparse.linear_sparsity(0.8, 4), update_every=2), params, 11)
+    assert counts == [100, 100, 80, 80, 60, 60, 40, 40, 20, 20, 20]
+
+
+def test_ties_are_pruned_to_the_exact_count_and_the_first_stay():
+    params, _, counts = run(jaxsparse.asni(0.75, update_every=1), {"a": jnp.ones((2, 4)), "b": jnp.ones((2, 4))}, 2)
+    assert counts == [16, 4]
+    assert params["a"].tolist() == [[1, 1, 1, 1], [0, 0, 0, 0]]
+
+
+def test_small_shares_are_skipped_and_not_made_up_for_unless_exact():
+    params = {"w": jax.random.normal(jax.random.key(0), (100, 100))}
+    schedule = jaxsparse.linear_sparsity(0.05, 100)  # 0.05% a stage
+    assert run(jaxsparse.asni(schedule, 1), params, 101)[2][-1] == 10_000
+    assert run(jaxsparse.asni(schedule, 1, exact=True), params, 101)[2][-1] == 9_500
+    assert jaxsparse.asni_counts(schedule, 10_000, 100, exact=True)[::33] == [9_995, 9_830, 9_665, 9_500]
+
+
+@pytest.mark.parametrize("schedule", [lambda t: 0.9 - 0.2 * t, lambda t: 2.0 * t - 1, 1.0, 0.0])
+def test_odd_schedules_never_bring_weights_back_nor_fail(schedule):
+    _, opt_state, counts = run(jaxsparse.asni(schedule, 1), {"w": jnp.arange(1.0, 101.0).reshape(10, 10)}, 5)
+    assert counts == sorted(counts, reverse=True)
+    jaxsparse.check(opt_state)
+
+
+def test_weights_that_are_zero_already_go_first():
+    params = {"a": jnp.zeros((5, 2)), "b": jnp.ones((5, 2))}
+    masks = jaxsparse.get_masks(run(jaxsparse.asni(0.5, 1), params, 2)[1])
+    assert not masks["a"].any()
+    assert masks["b"].all()
+
+
+def test_nan_weights_are_reported():
+    params = {"w": jnp.array([[1.0, jnp.nan], [3.0, 4.0]])}
+    opt_state = run(jaxsparse.asni(0.25, 1), params, 2)[1]
+    with pytest.raises(jaxsparse.SparsityError, match="asni: 1 NaN among the weights"):
+        jaxsparse.check(opt_state)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [((1.5, 10), "schedule must be at least 0 and at most 1, got 1.5"), ((0.5, 0), "update_every must be at least 1")],
+)
+def test_bad_input(args, message):
+    with pytest.raises(ValueError, match=message):
+        jaxsparse.asni(*args)
+
+
+def test_inject_hyperparams_takes_the_schedule_as_static():
+    tx = optax.inject_hyperparams(jaxsparse.asni, static_args="schedule")(jaxsparse.linear_sparsity(0.8, 4), 1)
+    assert run(tx, {"w": jnp.arange(1.0, 11.0).reshape(2, 5)}, 5)[2] == [10, 8, 6, 4, 2]
+
+
+# --- Two numbers a layer ----------------------------------------------------------------------------------------------
+
+
+def network(key=0):
+    params = {
+        "conv": {"kernel": jnp.ones((3, 3, 2, 4)), "bias": jnp.ones(4)},
+        "bn": {"scale": jnp.ones(4), "bias": jnp.ones(4)},
+        "fc": {"kernel": jnp.ones((4, 5)), "bias": jnp.ones(5)},
+    }
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(key), len(leaves))
+    return treedef.unflatten([jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+
+
+def test_every_weight_becomes_the_mean_of_its_layer_and_sign():
+    params = network()
+    masks = jaxsparse.magnitude_masks(params, 0.6, allocation="global")
+    params = jaxsparse.apply_masks(params, masks)
+    numbers = jaxsparse.centroids(params, masks)
+    start = jaxsparse.amenable_init(params, masks, numbers)
+    assert set(numbers) == {"conv/kernel", "fc/kernel"}
+    for layer in ("conv", "fc"):
+        w, new = np.asarray(params[layer]["kernel"]), np.asarray(start[layer]["kernel"])
+        negative, positive = numbers[f"{layer}/kernel"]
+        np.testing.assert_allclose(negative, w[w < 0].mean(), rtol=1e-6)
+        np.testing.assert_allclose(positive, w[w > 0].mean(), rtol=1e-6)
+        np.testing.assert_array_equal(new, np.where(w < 0, negative, np.where(w > 0, positive, 0)))
+        np.testing.assert_array_equal(start[layer]["bias"], 0)
+    np.testing.assert_array_equal(start["bn"]["scale"], 1)
+    np.testing.assert_array_equal(start["bn"]["bias"], 0)
+    chex.assert_trees_all_equal_shapes_and_dtypes(start, params)
+
+
+def test_quantised_biases_keep_those_of_normalisations():
+    params = network()
+    masks = jax.tree.map(lambda _: jnp.array(True), params)  # dense layers have centroids too
+    numbers = jaxsparse.centroids(params, masks, biases=True)
+    start = jaxsparse.amenable_init(params, masks, numbers)
+    assert set(numbers) == {"conv/kernel", "conv/bias", "fc/kernel", "fc/bias"}
+    assert len(np.unique(start["fc"]["bias"])) <= 2
+    assert (np.sign(start["fc"]["bias"]) == np.sign(params["fc"]["bias"])).all()
+    np.testing.assert_array_equal(start["bn"]["bias"], params["bn"]["bias"])
+    np.testing.assert_array_equal(start["bn"]["scale"], 1)
+
+
+def test_a_layer_without_one_of_the_signs_stays_as_it_is_there():
+    params = {"a": jnp.array([[1.0, 3.0]]), "b": jnp.array([[-1.0, -3.0]]), "c": jnp.array([[0.0, 0.0]])}
+    masks = {name: jnp.ones((1, 2), bool) for name in params}
+    numbers = jaxsparse.centroids(params, masks)
+    assert {name: tuple(map(float, pair)) for name, pair in numbers.items()} == {
+        "a": (0.0, 2.0), "b": (-2.0, 0.0), "c": (0.0, 0.0)
+    }  # fmt: skip
+    start = jaxsparse.amenable_init(params, masks, numbers)
+    assert {name: leaf.tolist() for name, leaf in start.items()} == {
+        "a": [[2.0, 2.0]], "b": [[-2.0, -2.0]], "c": [[0.0, 0.0]]
+    }  # fmt: skip
+    # Signs that the centroids know nothing of stay.
+    other = jaxsparse.amenable_init({**params, "a": jnp.array([[-7.0, 3.0]])}, masks, numbers)
+    assert other["a"].tolist() == [[-7.0, 2.0]]
+
+
+def test_it_is_jittable_and_keeps_dtypes():
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), network())
+    masks = jaxsparse.magnitude_masks(params, 0.5)
+    start = jax.jit(lambda p, m: jaxsparse.amenable_init(p, m, jaxsparse.centroids(p, m)))(params, masks)
+    chex.assert_trees_all_equal_shapes_and_dtypes(start, params)
+
+
+def nnx_params():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.fc, self.bn = nnx.Linear(3, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
+
+    return nnx.state(Net(nnx.Rngs(0)), nnx.Param)
+
+
+def haiku_params():
+    def net(x):
+        return hk.BatchNorm(True, True, 0.9)(hk.Linear(4, name="fc")(x), is_training=True)
+
+    return hk.transform_with_state(net).init(jax.random.key(0), jnp.ones((2, 3)))[0]
+
+
+def equinox_params():
+    layers = [eqx.nn.Linear(3, 4, key=jax.random.key(0)), eqx.nn.LayerNorm(4)]
+    return eqx.filter(eqx.nn.Sequential(layers), eqx.is_array)
+
+
+@pytest.mark.parametrize("make", [nnx_params, haiku_params, equinox_params])
+def test_the_roles_of_leaves_are_found_in_other_libraries(make):
+    params = jax.tree.map(lambda p: p + 0.5, make())
+    masks = jaxsparse.magnitude_masks(params, 0.5)
+    start = jaxsparse.amenable_init(params, masks, jaxsparse.centroids(params, masks))
+    distinct = {name: set(np.unique(leaf).tolist()) for name, leaf in by_path(start).items()}
+    kernels = [values for name, values in distinct.items() if by_path(params)[name].size == 12]
+    others = [values for name, values in distinct.items() if by_path(params)[name].size == 4]
+    assert len(kernels) == 1
+    assert len(kernels[0]) <= 3
+    assert sorted(map(sorted, others)) == [[0.0], [0.0], [1.0]]
+
+
+def test_centroids_of_another_tree_are_named():
+    params = network()
+    masks = jax.tree.map(lambda _: jnp.array(True), params)
+    with pytest.raises(ValueError, match="there are centroids of conv9/kernel, which the params lack"):
+        jaxsparse.amenable_init(params, masks, {"conv9/kernel": (-1.0, 1.0)})
+
+
+def test_training_goes_on_from_two_numbers_a_layer_on_the_masks():
+    params = network()
+    masks = jaxsparse.magnitude_masks(params, 0.5)
+    start = jaxsparse.amenable_init(params, masks, jaxsparse.centroids(params, masks))
+    tx = optax.chain(optax.adam(0.1), jaxsparse.mask_updates(masks))
+    opt_state = tx.init(start)
+    updates, opt_state = tx.update(network(1), opt_state, start)
+    trained = optax.apply_updates(start, updates)
+    jaxsparse.check(opt_state, trained)
+    assert int((trained["fc"]["kernel"] != 0).sum()) == 10
