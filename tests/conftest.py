@@ -1,6 +1,26 @@
-"""Eight virtual CPU devices, and no silent broadcasting of masks of the wrong rank."""
+"""Eight virtual CPU devices, no silent broadcasting of masks of the wrong rank, and nothing compiled twice.
 
-import jax
+Many tests train the same small networks, often in processes of their own: what one of them has compiled, the others of
+the session find in a folder.
+"""
+
+import os
+import shutil
+import tempfile
+
+# For the workers of pytest-xdist, and the programs that tests start.
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+OWN_CACHE = CACHE not in os.environ
+if OWN_CACHE:
+    os.environ[CACHE] = tempfile.mkdtemp(prefix="jaxsparse_tests_")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+
+import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_unconfigure(config):
+    if OWN_CACHE:
+        shutil.rmtree(os.environ[CACHE], ignore_errors=True)

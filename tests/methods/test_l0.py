@@ -261,11 +261,8 @@ def test_eval_params_are_the_weights_times_the_test_gates(problem):
     opt_state, params = train(tx, params, loss, 12)
     log_alpha = jaxsparse.get_log_alpha(opt_state)
     evaluated = jaxsparse.eval_params(opt_state, params)
-    np.testing.assert_allclose(
-        evaluated["conv2"]["kernel"],
-        opt_state.weights["conv2"]["kernel"] * np.asarray(jaxsparse.hard_concrete_mean(log_alpha["conv2"])),
-        atol=1e-7,
-    )
+    weights, gates = opt_state.weights["conv2"]["kernel"], jaxsparse.hard_concrete_mean(log_alpha["conv2"])
+    np.testing.assert_allclose(evaluated["conv2"]["kernel"], np.asarray(weights) * np.asarray(gates), atol=1e-7)
     np.testing.assert_array_equal(evaluated["conv1"]["kernel"], params["conv1"]["kernel"])
     assert int((evaluated["conv2"]["bias"] == 0).sum()) > 0  # the penalty closes some
 
