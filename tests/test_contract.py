@@ -54,13 +54,10 @@ def sparse_momentum(**options):
     return make
 
 
-def asni(**options):
-    def make(params, own_momentum=False, prunable=None, key=0):
-        del params, own_momentum, key
-        schedule = jaxsparse.sigmoid_sparsity(0.9, stages=4, scale=1.0)
-        return jaxsparse.asni(schedule, UPDATE_EVERY, prunable=prunable, **options)
-
-    return make
+def asni(params, own_momentum=False, prunable=None, key=0):
+    del params, own_momentum, key
+    schedule = jaxsparse.sigmoid_sparsity(0.9, stages=4, scale=1.0)
+    return jaxsparse.asni(schedule, UPDATE_EVERY, prunable=prunable)
 
 
 def reweighted_l1(**options):
@@ -87,7 +84,7 @@ def gates(wrapper, **options):
 METHODS = {
     "mask_updates": Method(fixed, changes=False, random=True),
     "sparse_momentum": Method(sparse_momentum(), changes=True, random=True),
-    "asni": Method(asni(), changes=True, random=False, adaptive=True),
+    "asni": Method(asni, changes=True, random=False, adaptive=True),
     "reweighted_l1": Method(reweighted_l1(), changes=True, random=False, adaptive=True, low_precision=False),
     # Every gate starts open, whatever the key.
     "l0": Method(gates(jaxsparse.l0), changes=True, random=False, adaptive=True, wraps=True),
@@ -106,7 +103,6 @@ ABLATIONS = {
         changes=True,
         random=True,
     ),
-    "asni_exact": Method(asni(exact=True), changes=True, random=False, adaptive=True),
     "reweighted_l1_channel": Method(
         reweighted_l1(structure={"conv/kernel": "channel", "attention/kernel": "kernel"}),
         changes=True,

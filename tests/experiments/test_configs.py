@@ -87,7 +87,7 @@ def train_on_noise(config, workdir, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "argument", "changes"),
     [
-        ("cifar_rda", "resnet20", {"sparsity.l1": 1e-4, "model.dtype": "bfloat16"}),
+        ("cifar_rda", "resnet20", {"sparsity.l1": 1e-4, "model.dtype": "bfloat16", "model.depth": 8}),
         ("cifar10_sparse_momentum", "alexnet_s", {}),
         ("mnist_asni", "conv2", {"sparsity.magnitude": 0.99, "epochs": 3}),
         ("cifar_l0", "vgg16_forward", {"sparsity.penalty": 1.0, "sparsity.gate_learning_rate": 0.3}),
@@ -95,7 +95,7 @@ def train_on_noise(config, workdir, monkeypatch):
     ],
 )
 def test_a_small_run(tmp_path, monkeypatch, name, argument, changes):
-    config = train.shrink(config_of(name, argument)).lock()
+    config = train.shrink(config_of(name, argument)).unlock()
     config.update_from_flattened_dict({"epochs": 2, "data.examples": 96, "log_every_steps": 3, **changes})
     state, [result] = train_on_noise(config, tmp_path, monkeypatch)
     losses = [line["train_loss"] for line in read_metrics(tmp_path)]
