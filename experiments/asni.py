@@ -15,6 +15,7 @@ trains one after another, each in its folder of WORKDIR (what is in there, pytho
 and prints them side by side. What was stopped goes on where it was when the same command is given again.
 """
 
+import itertools
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -53,10 +54,18 @@ def run(config: ConfigDict, workdir: Path, seeds: Sequence[int], arms: Sequence[
       A table: test accuracy with its standard error, its difference from the first arm, density of the layers.
 
     Raises:
-      ValueError: for an arm that is not there; otherwise as :func:`experiments.train.train`.
+      ValueError: for another method's config, arms that are not there or lack the run they start from; otherwise as
+        :func:`experiments.train.train`.
     """
     if unknown := set(arms) - set(ARMS):
         raise ValueError(f"--arms takes {', '.join(ARMS)}, got {', '.join(sorted(unknown))}")
+    if config.sparsity.method != "asni" or config.dense:
+        raise ValueError(
+            f"this takes a config of ASNI-I, such as configs/mnist_asni.py, got {config.sparsity.method!r}"
+        )
+    for arm, seed in itertools.product(arms, seeds):
+        if "sparsity.method" in ARMS[arm] and FIRST not in arms and not masks_of(workdir, seed).exists():
+            raise ValueError(f"{arm} starts from the masks of {FIRST}, of which there is no {masks_of(workdir, seed)}")
     results: dict[str, list[Mapping[str, Any]]] = {arm: [] for arm in ARMS if arm in arms}
     for seed in seeds:
         for arm in results:
@@ -64,10 +73,15 @@ def run(config: ConfigDict, workdir: Path, seeds: Sequence[int], arms: Sequence[
             mine = with_seed(config, seed)
             changes = dict(ARMS[arm])
             if "sparsity.method" in changes:
-                changes["sparsity.masks_from"] = str(workdir / FIRST / f"seed_{seed}" / "sparse.safetensors")
+                changes["sparsity.masks_from"] = str(masks_of(workdir, seed))
             mine.update_from_flattened_dict(changes)
             results[arm] += train(mine, workdir / arm / f"seed_{seed}")[1]
     return table(results)
+
+
+def masks_of(workdir: Path, seed: int) -> Path:
+    """The file with the masks and weights of ASNI-I."""
+    return workdir / FIRST / f"seed_{seed}" / "sparse.safetensors"
 
 
 def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:

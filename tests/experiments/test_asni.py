@@ -115,6 +115,19 @@ def test_bad_config_fails_before_the_workdir_is_made(arms, tmp_path, changes, me
     assert not (tmp_path / "run").exists()
 
 
-def test_unknown_arms_are_named(tmp_path):
-    with pytest.raises(ValueError, match="--arms takes dense, asni_1, .* got asni_3"):
-        asni.run(small_config(), tmp_path, [0], ["asni_1", "asni_3"])
+@pytest.mark.parametrize(
+    ("changes", "arms", "message"),
+    [
+        ({}, ["asni_1", "asni_3"], "--arms takes dense, asni_1, .* got asni_3"),
+        (
+            {},
+            ["dense", "original"],
+            "original starts from the masks of asni_1, of which there is no .*sparse.safetensors",
+        ),
+        ({"sparsity.method": "mask_updates"}, asni.ARMS, "this takes a config of ASNI-I, .* got 'mask_updates'"),
+    ],
+)
+def test_bad_arms_and_configs_fail_before_anything_is_trained(tmp_path, changes, arms, message):
+    with pytest.raises(ValueError, match=message):
+        asni.run(small_config(**changes), tmp_path, [0], arms)
+    assert not any(tmp_path.iterdir())
