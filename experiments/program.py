@@ -35,7 +35,6 @@ MODELS = {
 PADDINGS = {"zeros": "constant", "reflect": "reflect"}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 NO_EPOCH = 2**31  # what is drawn besides the orders of the epochs is drawn with a key that belongs to none of them
-LONG_RUN = 5_000  # steps for which compiling a second form of the step pays
 EVAL_BATCH = 500  # examples; more is no faster, and takes memory in convolutional networks
 
 
@@ -86,7 +85,7 @@ def make_program(config: ConfigDict, dataset: data.Dataset, side_by_side: bool =
     model = make_model(config, dataset.num_classes)
     augmented = make_augmentation(config)
     first_image = data.normalise(jnp.asarray(dataset.train.images[:1]), dataset)
-    tx = optax.with_extra_args_support(make_optimizer(config, steps_per_epoch, model=model))
+    tx = make_optimizer(config, steps_per_epoch, model=model)
     if is_gated(config):
         places = models.positions(model, first_image.shape[1:])
 
@@ -116,7 +115,7 @@ def make_program(config: ConfigDict, dataset: data.Dataset, side_by_side: bool =
 
     # All steps of a chunk in one scan, so that none of them waits for Python. That holds for convolutions too, because
     # jaxsparse.models takes the form of them that is fast inside a loop on the device at hand.
-    def train_chunk(state, dataset, start, length, epochs, update_masks):
+    def train_chunk(state, dataset, start, length, epochs):
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(state.order_key, NO_EPOCH))
 
         def train_step(state, step_and_rows):
@@ -128,7 +127,7 @@ def make_program(config: ConfigDict, dataset: data.Dataset, side_by_side: bool =
             (loss, (accuracy, model_state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
                 state.params, state.model_state, images, labels, jax.random.fold_in(dropout_key, step)
             )
-            updates, opt_state = tx.update(grads, state.opt_state, state.params, update_masks=update_masks)
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             return TrainState(params, opt_state, model_state, state.order_key), (loss, accuracy)
 
@@ -183,30 +182,14 @@ def make_program(config: ConfigDict, dataset: data.Dataset, side_by_side: bool =
             return function
         return lambda each, *common: jax.vmap(lambda one: function(one, *common))(each)
 
-    compiled_chunk = jax.jit(for_seeds(train_chunk), static_argnums=(3, 4, 5), donate_argnums=0)
+    compiled_chunk = jax.jit(for_seeds(train_chunk), static_argnums=(3, 4), donate_argnums=0)
 
-    def chunk(state, dataset, start, length, update_masks=True):
+    def chunk(state, dataset, start, length):
         epochs = (start + length - 1) // steps_per_epoch - start // steps_per_epoch + 1
-        return compiled_chunk(state, dataset, start, length, epochs, update_masks)
-
-    def chunk_in_two(state, dataset, start, length):
-        if length == 1 or (start + length - 1) // update_every > start // update_every:
-            return chunk(state, dataset, start, length)
-        state, first = chunk(state, dataset, start, 1)
-        state, rest = chunk(state, dataset, start + 1, length - 1, update_masks=False)
-        steps = {name: jnp.concatenate([first[name], rest[name]], -1) for name in ("losses", "accuracies")}
-        return state, {**rest, **steps, "flips": first["flips"]}
-
-    # Masks change on the first step of a chunk, if at all. Where steps are short, the others had better not ask: that
-    # takes 4% of a step of LeNet-300-100. It is one more program to compile, so a run has to be long enough.
-    update_every = config.sparsity.get("update_every_epochs", 0) * steps_per_epoch
-    kernels = jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0), first_image)["params"])
-    convolves = any(leaf.ndim > 2 for leaf in kernels)
-    in_two = update_every and not config.dense and not convolves and config.epochs * steps_per_epoch >= LONG_RUN
+        return compiled_chunk(state, dataset, start, length, epochs)
 
     compiled_init = jax.jit(for_seeds(init))
-    train = chunk_in_two if in_two else chunk
-    return Program(model, lambda seed: compiled_init(seed, start), train, jax.jit(for_seeds(evaluate)))
+    return Program(model, lambda seed: compiled_init(seed, start), chunk, jax.jit(for_seeds(evaluate)))
 
 
 def he_normal(params: Any, key: jax.Array) -> Any:

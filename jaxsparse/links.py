@@ -62,10 +62,6 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
       members before have just stored. Made when it is called, it costs nothing on
       the steps on which nobody asks.
 
-    Links that change masks on some steps take a third one from the caller: ``tx.update(..., update_masks=False)``, a
-    bool known when tracing, says that this step is none of them. Such a step is compiled without the loop that would
-    have to ask, for which small networks wait, and GPUs.
-
     The momentum of a leaf is SGD's ``trace``, the ``mu`` of Adam and its relatives
     divided by ``sqrt(nu) + 1e-8`` (no bias correction), or ``ema``, looked up by these
     names in the states of the earlier members, nested ones too (``chain``,
@@ -165,7 +161,7 @@ def align_signal(signal: Any, params: Any, what: str) -> list[jax.Array | None]:
     return [None if isinstance(leaf, _Absent) else leaf for leaf in align(tree, params, what)]
 
 
-def on_update_steps(due: jax.Array | bool, compute: Callable[[Any], Any], old: Any) -> Any:
+def on_update_steps(due: jax.Array, compute: Callable[[Any], Any], old: Any) -> Any:
     """``compute(old)`` on the steps on which it is due, ``old`` unchanged on the others, at no cost there.
 
     A loop that runs once or not at all, rather than a ``lax.cond``: XLA updates the carry of a loop in place, while
@@ -176,7 +172,7 @@ def on_update_steps(due: jax.Array | bool, compute: Callable[[Any], Any], old: A
     be made from these is best made inside.
 
     Args:
-      due: bool scalar. Where it is known when tracing, the other case is not compiled.
+      due: bool scalar.
       compute: makes the new values from the old.
       old: the old values, a pytree. If ``compute`` took them from elsewhere, they would have to be copied.
 

@@ -1,5 +1,3 @@
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -135,20 +133,3 @@ def test_landing_is_exact_in_every_dtype(dtype):
     updates = land_on_masks({"w": jnp.full(1000, jnp.nan)}, {"w": p}, {"w": jnp.zeros(1000, bool)})
     assert updates["w"].dtype == dtype
     assert (optax.apply_updates({"w": p}, updates)["w"] == 0).all()
-
-
-@pytest.mark.parametrize(
-    "link", [jaxsparse.sparse_momentum(0.5, 1, decay=0.9), jaxsparse.asni(0.5, 1)], ids=["sparse_momentum", "asni"]
-)
-def test_a_step_that_is_said_to_change_no_mask_has_no_loop_and_changes_none(link):
-    params = {"kernel": jax.random.normal(jax.random.key(0), (6, 8))}
-    opt_state = link.init(params)
-    params = jaxsparse.sparsify(params, opt_state)
-    gradient = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), params)
-    _, opt_state = link.update(gradient, opt_state, params)  # the next step changes masks
-    before = jaxsparse.get_masks(opt_state)["kernel"]
-    for update_masks in (True, False):
-        step = jax.jit(functools.partial(link.update, update_masks=update_masks))
-        masks = jaxsparse.get_masks(step(gradient, opt_state, params)[1])["kernel"]
-        assert bool((masks != before).any()) == update_masks
-        assert ("while" in step.lower(gradient, opt_state, params).as_text()) == update_masks

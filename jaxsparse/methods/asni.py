@@ -123,9 +123,6 @@ def asni(
     References:
       Damadi, Nouri and Pirsiavash, `Amenable Sparse Network Investigator <https://arxiv.org/abs/2202.09284>`_, 2022.
 
-    .. tip::
-      ``tx.update(..., update_masks=False)``, on steps that are known to change no mask, compiles without asking.
-
     .. warning::
       In ``optax.inject_hyperparams`` name the schedule as static (``static_args="schedule"``): it counts stages, and
       would be called with steps.
@@ -143,7 +140,7 @@ def asni(
         check_total([total])
         return ASNIState(jnp.zeros([], jnp.int32), masks, jnp.int32(total), jnp.zeros([], jnp.int32))
 
-    def update_fn(updates, state, params=None, *, update_masks=True, **extra_args):
+    def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         require_params(params, "asni")
 
@@ -158,7 +155,6 @@ def asni(
             return treedef.unflatten(new), kept, nan_scores
 
         due = (state.count > 0) & (state.count % update_every == 0)
-        due = due if update_masks else False
         masks, kept, nan_scores = on_update_steps(due, pruned, (state.masks, state.kept, state.nan_scores))
         new_state = ASNIState(optax.safe_increment(state.count), masks, kept, nan_scores)
         return land_on_masks(updates, params, masks), new_state

@@ -179,9 +179,6 @@ def sparse_momentum(
       Dettmers and Zettlemoyer, `Sparse Networks from Scratch: Faster Training without Losing
       Performance <https://arxiv.org/abs/1907.04840>`_, 2019.
 
-    .. tip::
-      ``tx.update(..., update_masks=False)``, on steps that are known to change no mask, compiles without asking.
-
     .. warning::
       The link must stand last. In a plain ``optax.chain`` behind an optimizer without momentum, growth follows
       the last gradient alone.
@@ -218,7 +215,7 @@ def sparse_momentum(
             rng_key=rng_key,
         )
 
-    def update_fn(updates, state, params=None, *, grad=None, momentum=None, update_masks=True, **extra_args):
+    def update_fn(updates, state, params=None, *, grad=None, momentum=None, **extra_args):
         del extra_args
         require_params(params, "sparse_momentum")
         own = state.momentum
@@ -238,7 +235,6 @@ def sparse_momentum(
         due = (state.count > 0) & (state.count % update_every == 0) & (state.count >= start_at)
         if stop_at is not None:
             due &= state.count < stop_at
-        due = due if update_masks else False
         new_masks, nan_scores, rng_key = on_update_steps(due, changed, (state.masks, state.nan_scores, state.rng_key))
         return land_on_masks(updates, params, new_masks), SparseMomentumState(
             count=optax.safe_increment(state.count),

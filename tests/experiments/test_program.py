@@ -94,25 +94,3 @@ def test_chunks_of_any_length_make_the_same_run():
         ends.append(state.params)
     for end in ends[1:]:
         chex.assert_trees_all_equal(ends[0], end)
-
-
-def test_steps_that_do_not_ask_about_masks_train_the_same(monkeypatch):
-    config = smoke_config(**{"sparsity.update_every_epochs": 1})
-    dataset = data.load("digits", validation=0.0, examples=config.data.examples)
-    steps = len(dataset.train.labels) // config.data.batch_size
-    assert config.epochs * steps < program.LONG_RUN
-    outcomes = []
-    for at_least in (program.LONG_RUN, 1):
-        monkeypatch.setattr(program, "LONG_RUN", at_least)
-        compiled = program.make_program(config, dataset)
-        state, measured = compiled.init(0), []
-        for start, stop in ((0, steps), (steps, 2 * steps), (2 * steps, 3 * steps - 1), (3 * steps - 1, 3 * steps + 2)):
-            state, chunk = compiled.train_chunk(state, dataset, start, stop - start)
-            measured.append(chunk)
-        outcomes.append((jaxsparse.get_masks(state.opt_state), state.params, measured))
-    (masks, params, measured), (masks_apart, params_apart, measured_apart) = outcomes
-    chex.assert_trees_all_equal(masks, masks_apart)
-    chex.assert_trees_all_close(params, params_apart, rtol=1e-3, atol=1e-5)
-    chex.assert_trees_all_close(measured, measured_apart, rtol=1e-3, atol=1e-5)
-    flips = [sum(int(n) for n in chunk["flips"].values()) for chunk in measured_apart]
-    assert [n > 0 for n in flips] == [False, True, True, True]
