@@ -3,11 +3,13 @@
 The trainer's own program, augmentation included, on random images, each network and method in a process of its own, so
 that the peak of its memory is seen. The alternatives do not take turns: compare rows that differ a lot.
 
-Usage: ``python -m benchmarks.cifar [--networks vgg16 resnet20] [--steps 10] [--batch 128] [--dtype bfloat16]``
+Usage: ``python -m benchmarks.cifar [--networks vgg16 resnet20] [--steps 10] [--batch 128] [--dtype bfloat16]``;
+``taskset -c 0 python -m benchmarks.cifar --cores=1`` for one core.
 """
 
 import argparse
 import json
+import os
 import resource
 import runpy
 import subprocess
@@ -57,6 +59,7 @@ def main():
     parser.add_argument(
         "--networks", nargs="+", default=["vgg16", "resnet20"], help="arguments of configs/cifar_rda.py"
     )
+    parser.add_argument("--cores", type=int, default=os.cpu_count(), help="how many there are for it, for the table")
     parser.add_argument("--steps", type=int, default=10, help="in each of three timed chunks")
     parser.add_argument("--batch", type=int, default=128, help="images a step")
     parser.add_argument("--dtype", default="float32", help="of the computation, or bfloat16")
@@ -82,7 +85,8 @@ def main():
         ["network", "method", "steps/s", "images/s", "peak memory, MiB", "first chunk, s"],
         rows,
         f"Medians of three chunks of {args.steps} steps; the first, with its compilation, apart. Memory is that of the "
-        "device, or of the whole process where the CPU is the device, data included.",
+        "device, or of the whole process where the CPU is the device, data included"
+        + (f"; {args.cores} of {os.cpu_count()} cores." if jax.default_backend() == "cpu" else "."),
     )
 
 
