@@ -270,9 +270,10 @@ _ASNI = Table(
 )
 _ASNI_CONV2 = Table(
     f"ASNI on MNIST, Conv-2 in 5 epochs. {ASNI}",
-    "Not the author's run, which has 20 epochs: 5 epochs of all 60,000 train images, the sigmoid four times as steep "
-    "to fit into them, the learning rate 2e-4 as it is. It shows the path of a convolutional network, not its "
-    "accuracy at the end.",
+    "Not the author's run, which has 20 epochs and ends at 97.4% zeros: 5 epochs of all 60,000 train images, the "
+    "sigmoid four times as steep to fit into them, which brings 72.5% zeros after the fourth and last pruning; the "
+    "learning rate 2e-4 as it is. It shows the path of a convolutional network, not its accuracy at the author's "
+    "sparsity.",
     "start",
     _asni("Conv-2", "asni_mnist/conv2_5_epochs", "configs/mnist_asni.py:conv2", {}, 1, {
         "epochs": 5, "sparsity.scale": 0.5,
