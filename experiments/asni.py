@@ -64,8 +64,10 @@ def run(config: ConfigDict, workdir: Path, seeds: Sequence[int], arms: Sequence[
             f"this takes a config of ASNI-I, such as configs/mnist_asni.py, got {config.sparsity.method!r}"
         )
     for arm, seed in itertools.product(arms, seeds):
-        if "sparsity.method" in ARMS[arm] and FIRST not in arms and not masks_of(workdir, seed).exists():
-            raise ValueError(f"{arm} starts from the masks of {FIRST}, of which there is no {masks_of(workdir, seed)}")
+        if "sparsity.method" in ARMS[arm] and FIRST not in arms and not masks_of(workdir / FIRST, seed).exists():
+            raise ValueError(
+                f"{arm} starts from the masks of {FIRST}, of which there is no {masks_of(workdir / FIRST, seed)}"
+            )
     results: dict[str, list[Mapping[str, Any]]] = {arm: [] for arm in ARMS if arm in arms}
     for seed in seeds:
         for arm in results:
@@ -73,15 +75,15 @@ def run(config: ConfigDict, workdir: Path, seeds: Sequence[int], arms: Sequence[
             mine = with_seed(config, seed)
             changes = dict(ARMS[arm])
             if "sparsity.method" in changes:
-                changes["sparsity.masks_from"] = str(masks_of(workdir, seed))
+                changes["sparsity.masks_from"] = str(masks_of(workdir / FIRST, seed))
             mine.update_from_flattened_dict(changes)
             results[arm] += train(mine, workdir / arm / f"seed_{seed}")[1]
     return table(results)
 
 
-def masks_of(workdir: Path, seed: int) -> Path:
-    """The file with the masks and weights of ASNI-I."""
-    return workdir / FIRST / f"seed_{seed}" / "sparse.safetensors"
+def masks_of(runs: Path, seed: int) -> Path:
+    """The file with the masks and weights of one of the runs of ASNI-I, which have a folder for each seed."""
+    return runs / f"seed_{seed}" / "sparse.safetensors"
 
 
 def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:

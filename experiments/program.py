@@ -97,7 +97,7 @@ def make_program(config: ConfigDict, dataset: data.Dataset, side_by_side: bool =
         variables = dict(model.init(init_key, first_image))
         params = fresh(variables.pop("params"), init_key)
         if start is not None:
-            check_fits(*start, params, config.sparsity.masks_from)
+            check_fits(start[0], params, config.sparsity.masks_from)
             params = choose(STARTS, config.sparsity.start, "config.sparsity.start")(params, *start)
         opt_state = make_optimizer(config, steps_per_epoch, mask_key, model).init(params)
         if not config.dense:
@@ -219,9 +219,8 @@ STARTS = {
 }
 
 
-def check_fits(trained: Any, masks: Any, params: Any, file: str) -> None:
+def check_fits(trained: Any, params: Any, file: str) -> None:
     """Raises a ValueError if a model that was read from a file is not the one of the run."""
-    del masks  # they fit the params that they were saved with
     there, here = ({path: leaf.shape for path, leaf in by_path(tree).items()} for tree in (trained, params))
     for path in sorted(there | here):
         if there.get(path) != here.get(path):

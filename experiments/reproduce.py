@@ -24,6 +24,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from experiments import plots
+from experiments.asni import masks_of
 from experiments.tables import TABLES, Row, Table
 from experiments.train import Stopped, as_seeds, mean_and_error, shrink, train
 from experiments.workdir import WorkdirInUseError, read_json, write_json
@@ -75,7 +76,7 @@ def reproduce(
         workdir = runs / row.run / f"seed_{seed}"
         if read_json(workdir / "result.json") is None:
             print(f"run {i + 1} of {len(todo)}: {workdir}", flush=True)
-        if row.after and not masks_of(row, seed, runs).exists():
+        if row.after and not masks_of(runs / row.after, seed).exists():
             print(f"  left for later: it starts from the masks of {runs / row.after / f'seed_{seed}'}")
             continue
         try:
@@ -84,18 +85,13 @@ def reproduce(
             print("  left to the process that is at it")
 
 
-def masks_of(row: Row, seed: int, runs: Path) -> Path:
-    """The file of the sparse model that a run of the row starts from, where it has a run to come after."""
-    return runs / str(row.after) / f"seed_{seed}" / "sparse.safetensors"
-
-
 def config_of(row: Row, seed: int, data_dir: str | None = None, runs: Path = Path("runs/reproduce")) -> ConfigDict:
     """The configuration of a run of a row."""
     path, _, argument = row.config.partition(":")
     config = runpy.run_path(path)["get_config"](*[argument] if argument else []).lock()
     config.update_from_flattened_dict({**row.changes, "seed": seed, "data_dir": data_dir})
     if row.after:
-        config.sparsity.masks_from = str(masks_of(row, seed, runs))
+        config.sparsity.masks_from = str(masks_of(runs / row.after, seed))
     return shrink(config) if config.smoke else config
 
 
