@@ -17,7 +17,7 @@ train: $(VENV)/train.installed
 	$(BIN)/python -m experiments.train --config=$(CONFIG) --workdir=runs/digits_sparse
 	$(BIN)/python -m experiments.compare runs/digits_dense runs/digits_sparse
 
-test: $(VENV)/test.installed
+test: $(VENV)/test.installed $(VENV)/tpu.compiler
 	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/dev.installed
@@ -35,6 +35,13 @@ $(VENV)/%.installed: pyproject.toml setup.py
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'jaxsparse needs Python 3.11 or newer, $(PYTHON) is ' + sys.version.split()[0] + '; try: make PYTHON=python3.12 ...')"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	touch $@
+
+# TPU kernels are compiled in the tests, which needs no TPU. Not into site-packages, where every JAX program would look
+# for one. Where there is no libtpu (it is for Linux on x86-64) these tests are skipped.
+$(VENV)/tpu.compiler: $(VENV)/test.installed
+	rm -rf $(VENV)/tpu
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/tpu "$$($(BIN)/python -c "import importlib.metadata as m; print(next(r.split(';')[0] for r in m.requires('jax') if r.startswith('libtpu')))")"
 	touch $@
 
 clean:

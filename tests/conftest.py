@@ -6,7 +6,9 @@ the session find in a folder.
 
 import os
 import shutil
+import sys
 import tempfile
+from pathlib import Path
 
 # For the workers of pytest-xdist, and the programs that tests start.
 CACHE = "JAX_COMPILATION_CACHE_DIR"
@@ -14,6 +16,11 @@ OWN_CACHE = CACHE not in os.environ
 if OWN_CACHE:
     os.environ[CACHE] = tempfile.mkdtemp(prefix="jaxsparse_tests_")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+TPU_COMPILER = Path(sys.prefix) / "tpu/libtpu/libtpu.so"  # where the Makefile puts it
+if TPU_COMPILER.exists():
+    os.environ.setdefault("TPU_LIBRARY_PATH", str(TPU_COMPILER))
 
 import jax  # noqa: E402
 

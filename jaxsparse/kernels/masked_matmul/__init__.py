@@ -1,0 +1,10 @@
+"""``x @ (w * mask)`` and its gradients, by kernels that apply the mask and leave out what is dead.
+
+:mod:`reference` says what it is, :mod:`api` is what users call, :mod:`block_info` makes lists of live blocks from a
+mask, :mod:`ops` has the gradients, and ``xla_*`` and ``pallas_*`` are the backends: each a module with ``forward``,
+``backward_x`` and ``backward_w`` of the same arguments.
+"""
+
+from jaxsparse.kernels.masked_matmul.api import block_sparse_matmul, masked_matmul
+
+__all__ = ["block_sparse_matmul", "masked_matmul"]

@@ -1,0 +1,39 @@
+"""An error where a kernel is compiled for a platform that it is not for.
+
+Said when a program is lowered, not when it is traced: so kernels compile ahead of time for a device that is not there.
+"""
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+__all__ = ["only_on"]
+
+_REASONS = {
+    "tpu": "it is a kernel for TPUs; elsewhere choose None, 'xla' or 'xla_blocks', or 'interpret' to test it",
+    "cuda": "it is a kernel for NVIDIA GPUs (Hopper); elsewhere choose None, 'xla' or 'xla_blocks'",
+}
+
+_only_on = Primitive("jaxsparse_only_on")
+_only_on.def_abstract_eval(lambda x, **_: x)
+
+
+def only_on(platform: str, implementation: str, x: jax.Array) -> jax.Array:
+    """``x``; compiled for any other platform, a ValueError that says why ``implementation`` cannot run there.
+
+    Args:
+      platform: "tpu" or "cuda".
+      implementation: as the user named it.
+      x: an array that the kernel needs.
+    """
+    return _only_on.bind(x, platform=platform, implementation=implementation)
+
+
+def _refuse(ctx, x, *, platform, implementation):
+    here = ", ".join(ctx.module_context.platforms)
+    if here != platform:
+        raise ValueError(f"implementation={implementation!r} cannot run on {here}: {_REASONS[platform]}")
+    return [x]
+
+
+mlir.register_lowering(_only_on, _refuse)

@@ -1,0 +1,34 @@
+"""The product by XLA's dense one, with a masked copy of the weights: what every device has."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxsparse.kernels.masked_matmul.block_info import BlockInfo
+from jaxsparse.kernels.masked_matmul.config import Config
+
+__all__ = ["backward_w", "backward_x", "dot", "forward"]
+
+
+def forward(x, w, mask, info: BlockInfo | None, config: Config, dtype):
+    """``x @ (w * mask)``."""
+    del info
+    return dot(x, jnp.where(mask, w, jnp.zeros_like(w)), (1, 0), config).astype(dtype)
+
+
+def backward_x(dy, w, mask, info: BlockInfo | None, config: Config, dtype):
+    """``dy @ (w * mask).T``."""
+    del info
+    return dot(dy, jnp.where(mask, w, jnp.zeros_like(w)), (1, 1), config).astype(dtype)
+
+
+def backward_w(x, dy, mask, info: BlockInfo | None, config: Config, dtype):
+    """``(x.T @ dy) * mask``; all of ``x.T @ dy`` where the mask is None."""
+    del info
+    dw = dot(x, dy, (0, 0), config).astype(dtype)
+    return dw if mask is None else jnp.where(mask, dw, jnp.zeros_like(dw))
+
+
+def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int], config: Config) -> jax.Array:
+    """``a`` times ``b`` summed over these axes, in float32."""
+    dims = (((axes[0],), (axes[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, precision=config.precision, preferred_element_type=jnp.float32)

@@ -1,0 +1,70 @@
+"""Kernels compiled for devices that are not there, ahead of time."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from jaxsparse.kernels import block_sparse_matmul, masked_matmul
+
+# Blocks that are tiles themselves; that a TPU takes four of as one, with a mask; single weights.
+PRODUCTS = {
+    "blocks": ((128, 128), "bfloat16"),
+    "small blocks": ((64, 64), "float32"),
+    "single weights": (None, "bfloat16"),
+}
+
+
+def step(block, implementation):
+    """A product and both its gradients."""
+
+    def loss(x, w, mask):
+        if block is None:
+            return masked_matmul(x, w, mask, implementation=implementation).astype(jnp.float32).sum()
+        y = block_sparse_matmul(x, w, mask, block=block, implementation=implementation)
+        return y.astype(jnp.float32).sum()
+
+    return jax.value_and_grad(loss, (0, 1))
+
+
+def arguments(block, dtype, sharding=None):
+    rows, inputs, outputs = 500, 1024, 700
+    mask = (inputs, outputs) if block is None else (-(-inputs // block[0]), -(-outputs // block[1]))
+    shapes = ((rows, inputs), dtype), ((inputs, outputs), dtype), (mask, "bool")
+    return [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in shapes]
+
+
+@pytest.fixture(scope="module", params=["v4:2x2x1", "v5e:2x2", "v6e:2x2"])
+def tpu(request):
+    if "TPU_LIBRARY_PATH" not in os.environ:
+        pytest.importorskip("libtpu", reason="no compiler for TPUs here: `make test` installs it")
+    return SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name=request.param).devices[0])
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_compiles_for_tpus(tpu, name):
+    block, dtype = PRODUCTS[name]
+    compiled = jax.jit(step(block, "mosaic_tpu")).lower(*arguments(block, dtype, tpu)).compile()
+    text = compiled.as_text()
+    for part in ("forward", "backward_x", "backward_w"):
+        assert f"masked_matmul_{part}" in text, part
+
+
+def test_no_masked_copy_of_the_weights():
+    """The kernel reads the weights themselves: what the program holds beside its arguments and results is small."""
+    if "TPU_LIBRARY_PATH" not in os.environ:
+        pytest.importorskip("libtpu", reason="no compiler for TPUs here: `make test` installs it")
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    sharding = SingleDeviceSharding(topology.devices[0])
+    shapes = [((128, 4096), "float32"), ((4096, 4096), "float32"), ((32, 32), "bool")]
+    args = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in shapes]
+
+    def temporary(implementation):
+        multiply = jax.jit(lambda x, w, m: block_sparse_matmul(x, w, m, implementation=implementation))
+        return multiply.lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+    weights = 4096 * 4096 * 4
+    assert temporary("mosaic_tpu") < weights / 100
