@@ -68,3 +68,25 @@ def test_no_masked_copy_of_the_weights():
 
     weights = 4096 * 4096 * 4
     assert temporary("mosaic_tpu") < weights / 100
+
+
+@pytest.mark.parametrize("block", [(128, 128), (32, 64)])
+def test_lowers_for_gpus(block):
+    args = arguments(block, "bfloat16")
+    text = jax.jit(step(block, "mosaic_gpu")).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    for part in ("forward", "backward_x", "backward_w"):
+        assert f"block_sparse_matmul_{part}" in text, part
+
+
+@pytest.mark.parametrize(
+    ("implementation", "platform", "message"),
+    [
+        ("mosaic_gpu", "tpu", "'mosaic_gpu' cannot run on tpu: it is a kernel for NVIDIA GPUs"),
+        ("mosaic_gpu", "cpu", "'mosaic_gpu' cannot run on cpu"),
+        ("mosaic_tpu", "cuda", "'mosaic_tpu' cannot run on cuda: it is a kernel for TPUs"),
+    ],
+)
+def test_a_kernel_for_another_device_is_an_error(implementation, platform, message):
+    traced = jax.jit(step((128, 128), implementation)).trace(*arguments((128, 128), "bfloat16"))
+    with pytest.raises(ValueError, match=message):
+        traced.lower(lowering_platforms=(platform,))

@@ -301,6 +301,20 @@ x, w = jnp.ones((4, 8)), jnp.ones((8, 6))
             ),
             "takes float32 and bfloat16, got float16",
         ),
+        (
+            lambda: block_sparse_matmul(x, w, jnp.ones((2, 2), bool), implementation="mosaic_gpu"),
+            "takes bfloat16 and float16, got float32",
+        ),
+        (
+            lambda: block_sparse_matmul(
+                x.astype("float16"),
+                w.astype("float16"),
+                jnp.ones((2, 2), bool),
+                block=(6, 3),
+                implementation="mosaic_gpu",
+            ),
+            "sides divide 64 or are multiples of it, got 6 x 3",
+        ),
     ],
 )
 def test_bad_input_is_named(call, message):

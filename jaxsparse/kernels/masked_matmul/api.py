@@ -103,7 +103,7 @@ def block_sparse_matmul(
       block_mask: (rows of blocks, columns of blocks), bool, such as ``structures.block(64, 64).units(mask)``.
       bias: (outputs,), added to the result.
       block: (rows, columns) of a block; the last ones may stand over the edges of ``w``. None: what divides ``w``
-        evenly. TPUs take sides that divide 128 or are multiples of it, a GPU's kernel takes 64 and 128.
+        evenly. The kernels take sides that divide 128 (on a GPU: 64), or are multiples of it.
       dense_weight_grad: as for :func:`masked_matmul`.
       precision: as for :func:`jax.numpy.matmul`.
       implementation: "xla_blocks" (a loop over the live blocks), "xla" (the dense product with a masked copy),
