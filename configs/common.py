@@ -59,6 +59,9 @@ def sparse_momentum() -> ConfigDict:
     config.sparsity.redistribution = "momentum"  # or "magnitude", "nonzeros", "none"
     config.sparsity.growth = "momentum"  # or "random", "momentum_neuron"
     config.sparsity.allocation = "uniform"  # or "erdos_renyi", "erdos_renyi_kernel"
+    # What is kept or dropped as one: "weight", "kernel", "channel", blocks such as "64x64", n of m such as "2:4", or
+    # "model": the blocks of config.model.
+    config.sparsity.structure = "weight"
     return config
 
 

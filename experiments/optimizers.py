@@ -1,5 +1,6 @@
 """The optimizers of the papers, each with its sparse link or wrapper or, dense, without."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import optax
 from ml_collections import ConfigDict
 
 import jaxsparse
-from jaxsparse import models
+from jaxsparse import models, structures
 
 SPARSITIES = {
     "sigmoid": lambda sparsity, stages: jaxsparse.sigmoid_sparsity(
@@ -50,6 +51,24 @@ def is_gated(config: ConfigDict) -> bool:
     return not config.dense and config.sparsity.method in GATES
 
 
+def make_structure(config: ConfigDict) -> Any:
+    """What is kept or dropped as one, as ``config.sparsity.structure`` has it."""
+    structure = config.sparsity.structure
+    if structure in ("weight", "kernel", "channel"):
+        return structure
+    if structure == "model":
+        blocks = config.model.get("blocks") or ()
+        return {f"fc{i + 1}/kernel": structures.block(*block) for i, block in enumerate(blocks) if block is not None}
+    if found := re.fullmatch(r"(\d+)x(\d+)", structure):
+        return structures.block(*map(int, found.groups()))
+    if found := re.fullmatch(r"(\d+):(\d+)", structure):
+        return structures.n_of_m(*map(int, found.groups()))
+    raise ValueError(
+        "config.sparsity.structure must be 'weight', 'kernel', 'channel', 'model' (its blocks), blocks such as "
+        f"'64x64', or n of m such as '2:4', got {structure!r}"
+    )
+
+
 def _sparse_momentum(config, steps_per_epoch, clip, model, key):
     """SGD with Nesterov momentum and weight decay, and sparse momentum as its last link."""
     del model
@@ -75,6 +94,7 @@ def _sparse_momentum(config, steps_per_epoch, clip, model, key):
         redistribution=config.sparsity.redistribution,
         prune=config.sparsity.prune,
         allocation=config.sparsity.allocation,
+        structure=make_structure(config),
         key=key,
     )
     return jaxsparse.chain(*optimizer, link)

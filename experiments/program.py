@@ -24,6 +24,7 @@ MODELS = {
     "densenet_40": models.DenseNet40,
     "lenet_300_100": models.LeNet300100,
     "lenet5_caffe": models.LeNet5Caffe,
+    "mlp": models.MLP,
     "resnet_18": models.ResNet18,
     "resnet_20": models.ResNet20,
     "resnet_34": models.ResNet34,
@@ -104,11 +105,23 @@ def make_program(config: ConfigDict, dataset: data.Dataset, side_by_side: bool =
             params = jaxsparse.sparsify(params, opt_state)
         return TrainState(params, opt_state, variables, order_key)
 
-    def loss_fn(params, model_state, images, labels, dropout_key):
+    # Models with sparse layers take the masks.
+    takes_masks = isinstance(model, models.MLP) and not config.dense
+    sparse_gradients = takes_masks and config.sparsity.get("dense_gradient_steps") is not None
+
+    def variables(state, params):
+        masks = {"masks": jaxsparse.get_masks(state.opt_state, state.params)} if takes_masks else {}
+        return {"params": params, **state.model_state, **masks}
+
+    def loss_fn(params, state, step, images, labels, dropout_key):
         # Layers with batch statistics use those of the batch, and update them, where the collection is mutable; there
         # is dropout where there is a key for it.
+        how = {}
+        if sparse_gradients:  # but dense before masks change, for momentum to tell which weights to grow
+            update_every = config.sparsity.update_every_epochs * steps_per_epoch
+            how = {"dense_weight_grad": -step % update_every < config.sparsity.dense_gradient_steps}
         logits, model_state = model.apply(
-            {"params": params, **model_state}, images, mutable=list(model_state), rngs={"dropout": dropout_key}
+            variables(state, params), images, mutable=list(state.model_state), rngs={"dropout": dropout_key}, **how
         )
         loss = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels).mean()
         return loss, (jnp.mean(logits.argmax(-1) == labels), dict(model_state))
@@ -125,7 +138,7 @@ def make_program(config: ConfigDict, dataset: data.Dataset, side_by_side: bool =
             images = augmented(dataset.train.images[rows], epoch_key, rows)
             images, labels = data.normalise(images, dataset), dataset.train.labels[rows]
             (loss, (accuracy, model_state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-                state.params, state.model_state, images, labels, jax.random.fold_in(dropout_key, step)
+                state.params, state, step, images, labels, jax.random.fold_in(dropout_key, step)
             )
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
@@ -170,7 +183,7 @@ def make_program(config: ConfigDict, dataset: data.Dataset, side_by_side: bool =
 
         def measure(batch):
             images, labels, real = batch
-            logits = model.apply({"params": params, **state.model_state}, data.normalise(images, dataset))
+            logits = model.apply(variables(state, params), data.normalise(images, dataset))
             losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
             return jnp.sum(losses, where=real), jnp.sum(logits.argmax(-1) == labels, where=real)
 

@@ -199,6 +199,8 @@ def shrink(config: ConfigDict) -> ConfigDict:
         config.log_every_steps = 44
         if "width" in config.model:
             config.model.width /= 8
+        if "features" in config.model:
+            config.model.features = tuple(width // 4 for width in config.model.features)
         if "decay_every_steps" in config.optimizer:
             config.optimizer.decay_every_steps = 2 * 44
         if "halve_after_epochs" in config.optimizer:

@@ -1,6 +1,6 @@
 """Sparse training as Optax transformations: one more link in the chain, and the network that comes out is sparse."""
 
-from jaxsparse import allocation, artifacts, groups, inspect, masks, schedules, selection, structures
+from jaxsparse import allocation, artifacts, groups, inspect, kernels, masks, schedules, selection, structures
 from jaxsparse._version import __version__
 from jaxsparse.allocation import erdos_renyi
 from jaxsparse.artifacts import ArtifactError, formats, load_sparse, save_sparse
@@ -35,16 +35,16 @@ from jaxsparse.schedules import (
     two_phase_sparsity,
 )
 from jaxsparse.selection import global_top_k_masks, top_k_mask
-from jaxsparse.structures import Prunable
+from jaxsparse.structures import Prunable, block, n_of_m
 
 __all__ = [
     "ArtifactError", "Group", "Penalty", "Prunable", "SparsityError", "__version__", "allocation", "amenable_init",
-    "apply_masks", "artifacts", "asni", "asni_counts", "centroids", "chain", "check", "closed_channels",
+    "apply_masks", "artifacts", "asni", "asni_counts", "block", "centroids", "chain", "check", "closed_channels",
     "constant_sparsity", "cosine_prune_rate", "count", "cubic_sparsity", "density", "dep_l0", "dependent_logits",
     "erdos_renyi", "eval_params", "formats", "get_log_alpha", "get_masks", "global_top_k_masks", "groups",
-    "hard_concrete", "hard_concrete_mean", "inspect", "l0", "linear_prune_rate", "linear_sparsity", "load_sparse",
-    "magnitude_masks", "mask_updates", "masks", "momentum_regrowth", "nonzero_masks", "prob_open", "random_masks",
-    "rda", "rda_cosine", "rda_halving", "rda_log_cosine", "remaining", "reweighted_l1", "save_sparse", "schedules",
-    "selection", "sigmoid_sparsity", "sparse_momentum", "sparsify", "structures", "summary", "top_k_mask",
-    "two_phase_sparsity", "velocity",
+    "hard_concrete", "hard_concrete_mean", "inspect", "kernels", "l0", "linear_prune_rate", "linear_sparsity",
+    "load_sparse", "magnitude_masks", "mask_updates", "masks", "momentum_regrowth", "n_of_m", "nonzero_masks",
+    "prob_open", "random_masks", "rda", "rda_cosine", "rda_halving", "rda_log_cosine", "remaining", "reweighted_l1",
+    "save_sparse", "schedules", "selection", "sigmoid_sparsity", "sparse_momentum", "sparsify", "structures", "summary",
+    "top_k_mask", "two_phase_sparsity", "velocity",
 ]  # fmt: skip

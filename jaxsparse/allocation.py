@@ -6,7 +6,7 @@ device, many, sharded) reaches the same counts.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -80,11 +80,14 @@ def erdos_renyi(shapes: Any, density: ArrayLike, kernel: bool = True) -> Any:
     return list(xp.where(full, 1.0, scale * scores))
 
 
-def layer_counts(params: dict[str, Any], sparsity: Sparsity, allocation: str = "uniform") -> jax.Array:
-    """How many weights each layer keeps.
+def layer_counts(
+    params: dict[str, Any], sparsity: Sparsity, allocation: str = "uniform", unit_sizes: Sequence[int] | None = None
+) -> jax.Array:
+    """How many weights, or units of several weights, each layer keeps.
 
     The counts add up to the rounded total exactly, and each is within one of its
-    layer's share.
+    layer's share. That holds among the layers whose units are of one size: units
+    of different sizes cannot make up for each other.
 
     Args:
       params: arrays (or shapes with ``shape`` and ``size``) by path.
@@ -92,9 +95,11 @@ def layer_counts(params: dict[str, Any], sparsity: Sparsity, allocation: str = "
         layer, as a mapping from path to sparsity or a function of path and leaf.
       allocation: how one number is shared among layers: "uniform" (every layer has
         it), "erdos_renyi", or "erdos_renyi_kernel" (see :func:`erdos_renyi`).
+      unit_sizes: of how many weights a layer's units are, which divides its size;
+        None counts single weights.
 
     Returns:
-      int32, one count a layer.
+      int32, one count of units a layer.
 
     Raises:
       ValueError: for an unknown allocation, a sparsity outside [0, 1), or a mapping
@@ -127,8 +132,14 @@ def layer_counts(params: dict[str, Any], sparsity: Sparsity, allocation: str = "
         else:
             shapes = [leaf.shape for leaf in params.values()]
             densities = xp.stack(erdos_renyi(shapes, 1 - sparsity, kernel=allocation == "erdos_renyi_kernel"))
-    quotas = densities * sizes
-    return apportion(quotas, xp.round(quotas.sum()).astype(np.int32), sizes.astype(np.int32))
+    of_units = np.ones_like(sizes) if unit_sizes is None else np.asarray(unit_sizes, np.int64)
+    units = sizes // of_units
+    counts = jnp.zeros(len(sizes), jnp.int32)
+    for size in np.unique(of_units):
+        layers = np.flatnonzero(of_units == size)
+        quotas, capacity = (densities * units)[layers], units[layers].astype(np.int32)
+        counts = counts.at[layers].set(apportion(quotas, xp.round(quotas.sum()).astype(np.int32), capacity))
+    return counts
 
 
 def apportion(quotas: ArrayLike, total: ArrayLike, capacity: ArrayLike, *, round_up: bool = False) -> jax.Array:

@@ -17,7 +17,17 @@ from jax.typing import ArrayLike
 
 from jaxsparse import allocation as allocation_lib
 from jaxsparse.selection import count_true, global_top_k_masks, random_scores, top_k_masks
-from jaxsparse.structures import align, is_masked_node, leaf_paths, path_name, prunable_leaves
+from jaxsparse.structures import (
+    StructureLike,
+    align,
+    is_masked_node,
+    leaf_paths,
+    leaf_structures,
+    n_of_m,
+    path_name,
+    prunable_leaves,
+    unit_scores,
+)
 
 __all__ = [
     "apply_masks", "as_key", "count", "density", "magnitude_masks", "nonzero_masks", "pack_masks", "random_masks",
@@ -31,6 +41,7 @@ def random_masks(
     *,
     allocation: str = "uniform",
     prunable: Any = None,
+    structure: StructureLike = "weight",
     key: ArrayLike = 0,
 ) -> Any:
     """Masks that keep a random choice of weights, with exact counts.
@@ -41,6 +52,9 @@ def random_masks(
         for each leaf: a mapping from path to sparsity or a function of path and leaf.
       allocation: "uniform", "erdos_renyi" or "erdos_renyi_kernel".
       prunable: which leaves get a mask, see :func:`jaxsparse.structures.prunable_leaves`.
+      structure: what is kept or dropped as one, see :func:`jaxsparse.structures.leaf_structures`. Counts are then of
+        units, rounded among the leaves whose units are of one size. Leaves that keep n of every m do so whatever
+        ``sparsity`` says, and a mapping of sparsities does not name them.
       key: an int or a PRNG key, possibly traced.
 
     Returns:
@@ -55,17 +69,21 @@ def random_masks(
       >>> jax.tree.map(lambda m: int(m.sum()), masks)
       {'bias': 1, 'kernel': 10}
     """
+    draw = as_key(key)
 
-    def select(leaves, counts):
-        draw = as_key(key)
-        scores = [random_scores(jax.random.fold_in(draw, i), leaf.shape) for i, leaf in enumerate(leaves)]
-        return top_k_masks(scores, counts)
+    def score(i, leaf, unit):
+        return random_scores(jax.random.fold_in(draw, i), unit.unit_shape(leaf.shape))
 
-    return _selected_masks(params, sparsity, allocation, prunable, select)
+    return _best_masks(params, sparsity, allocation, prunable, structure, score)
 
 
 def magnitude_masks(
-    params: Any, sparsity: allocation_lib.Sparsity, *, allocation: str = "uniform", prunable: Any = None
+    params: Any,
+    sparsity: allocation_lib.Sparsity,
+    *,
+    allocation: str = "uniform",
+    prunable: Any = None,
+    structure: StructureLike = "weight",
 ) -> Any:
     """Masks that keep the weights of largest magnitude, for instance of a pretrained network.
 
@@ -73,8 +91,11 @@ def magnitude_masks(
       params: a pytree of arrays.
       sparsity: as for :func:`random_masks`.
       allocation: as for :func:`random_masks`, or "global": the largest weights
-        of the whole network, in whatever layer they are.
+        of the whole network, in whatever layer they are. (Of units of several weights
+        the largest that fit into the number of weights, see
+        :func:`jaxsparse.global_top_k_masks`.)
       prunable: as for :func:`random_masks`.
+      structure: as for :func:`random_masks`. Units rank by their score.
 
     Returns:
       A pytree like ``params``: bool arrays, the scalar True for dense leaves.
@@ -88,13 +109,11 @@ def magnitude_masks(
       [[False, True], [True, False]]
     """
 
-    def select(leaves, counts):
-        if allocation == "global":
-            return global_top_k_masks(leaves, jnp.sum(counts), absolute=True)
-        return top_k_masks(leaves, counts, absolute=True)
-
-    by_layer = "uniform" if allocation == "global" else allocation
-    return _selected_masks(params, sparsity, by_layer, prunable, select)
+    together = allocation == "global"
+    by_layer = "uniform" if together else allocation
+    return _best_masks(
+        params, sparsity, by_layer, prunable, structure, lambda _, leaf, unit: unit_scores(unit, leaf), together
+    )
 
 
 def nonzero_masks(params: Any, *, prunable: Any = None) -> Any:
@@ -249,13 +268,30 @@ def as_key(key: ArrayLike) -> jax.Array:
     return jax.random.key(key) if key.ndim == 0 else jax.random.wrap_key_data(key)
 
 
-def _selected_masks(params, sparsity, allocation, prunable, select):
-    """Masks of the prunable leaves by ``select(leaves, counts)``, the scalar True for the others."""
-    chosen = jax.tree.leaves(prunable_leaves(params, prunable))
+def _best_masks(params, sparsity, allocation, prunable, structure, score, together=False):
+    """Masks of the units with the largest ``score(i, leaf, unit)``; the scalar True for leaves that have no masks."""
+    structures = leaf_structures(structure, params, prunable_leaves(params, prunable))
     leaves, treedef = jax.tree.flatten(params)
-    sparse = {path: leaf for path, leaf, c in zip(leaf_paths(params), leaves, chosen, strict=True) if c}
-    kept = iter(select(list(sparse.values()), allocation_lib.layer_counts(sparse, sparsity, allocation)))
-    return treedef.unflatten([next(kept) if c else jnp.ones((), bool) for c in chosen])
+    flat = zip(leaf_paths(params), leaves, treedef.flatten_up_to(structures), strict=True)
+    sparse = {path: (leaf, unit) for path, leaf, unit in flat if not is_masked_node(unit)}
+    scores, kept = {}, {}
+    for i, (path, (leaf, unit)) in enumerate(sparse.items()):
+        value = score(i, leaf, unit)
+        if isinstance(unit, n_of_m):
+            kept[path] = unit.top(value, absolute=True)
+        else:
+            scores[path] = value
+    free = {path: sparse[path][0] for path in scores}
+    sizes = [sparse[path][1].unit_size(leaf.shape) for path, leaf in free.items()]
+    if together:
+        total = jnp.sum(allocation_lib.layer_counts(free, sparsity, allocation))
+        best = global_top_k_masks(list(scores.values()), total, absolute=True, sizes=sizes)
+    else:
+        counts = allocation_lib.layer_counts(free, sparsity, allocation, sizes)
+        best = top_k_masks(list(scores.values()), counts, absolute=True)
+    for (path, leaf), units in zip(free.items(), best, strict=True):
+        kept[path] = sparse[path][1].expand(units, leaf)
+    return treedef.unflatten([kept.get(path, jnp.ones((), bool)) for path in leaf_paths(params)])
 
 
 def _sparse_leaves(masks: Any) -> list[jax.Array]:

@@ -16,6 +16,7 @@ NaN ranks below every number: it is selected only when nothing else is left.
 """
 
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ def top_k_mask(
     *,
     where: ArrayLike | None = None,
     absolute: bool = False,
-    axis: int | None = None,
+    axis: int | Sequence[int] | None = None,
 ) -> jax.Array:
     """Marks the ``k`` largest entries of one array.
 
@@ -45,12 +46,13 @@ def top_k_mask(
         are ordinary values, the two zeros are equal, NaN ranks last.
       k: how many to mark, an integer from 0 to ``scores.size``, possibly traced.
         A traced ``k`` outside that range is clipped to it. With ``axis``, one
-        number for each index of that axis.
+        number for each index of that axis or these axes, or one for all.
       where: bool, the shape of ``scores``: only these entries may be marked. If
         there are fewer than ``k``, all of them are.
       absolute: rank by absolute value, without a copy of the array.
       axis: ``None`` marks the ``k`` largest of the whole array; a number marks the
-        ``k[j]`` largest of every slice ``j`` along that axis.
+        ``k[j]`` largest of every slice ``j`` along that axis; several, in increasing
+        order, those of every slice along all of them.
 
     Returns:
       A bool array of the shape of ``scores`` with exactly ``k`` entries True. Of
@@ -68,11 +70,9 @@ def top_k_mask(
     scores = jnp.asarray(scores)
     if axis is None:
         return top_k_masks([scores], [k], where=None if where is None else [where], absolute=absolute)[0]
-    axis = range(scores.ndim)[axis]
-    shape = [1] * scores.ndim
-    shape[axis] = scores.shape[axis]
-    ks = jnp.asarray(k, jnp.int32).reshape(shape)
-    others = tuple(d for d in range(scores.ndim) if d != axis)
+    kept = [range(scores.ndim)[d] for d in ([axis] if isinstance(axis, int) else axis)]
+    others = tuple(d for d in range(scores.ndim) if d not in kept)
+    ks = jnp.expand_dims(jnp.broadcast_to(jnp.asarray(k, jnp.int32), [scores.shape[d] for d in kept]), others)
     return _select([[_checked(scores, where)]], [ks], absolute, others)[0][0]
 
 
@@ -109,7 +109,9 @@ def top_k_masks(scores: Any, ks: Any, *, where: Any | None = None, absolute: boo
     return treedef.unflatten([masks[0] for masks in _select(groups, ks, absolute)])
 
 
-def global_top_k_masks(scores: Any, k: ArrayLike, *, where: Any | None = None, absolute: bool = False) -> Any:
+def global_top_k_masks(
+    scores: Any, k: ArrayLike, *, where: Any | None = None, absolute: bool = False, sizes: Any | None = None
+) -> Any:
     """Marks the ``k`` largest entries of a whole tree, all leaves ranked together.
 
     Args:
@@ -118,18 +120,28 @@ def global_top_k_masks(scores: Any, k: ArrayLike, *, where: Any | None = None, a
       k: how many to mark in all, an integer, possibly traced.
       where: a pytree like ``scores`` of bool arrays: only these may be marked.
       absolute: rank by absolute value.
+      sizes: a pytree like ``scores`` of Python ints >= 1: how much an entry of each
+        leaf counts, for instance the number of weights of a block. ``k`` counts in
+        the same measure, up to the sum of size times entries.
 
     Returns:
       A pytree like ``scores`` of bool arrays with exactly ``k`` entries True in
       all (fewer only if ``where`` leaves fewer). Of equal scores those of the
-      earlier leaf, then of the lower flat index, are marked.
+      earlier leaf, then of the lower flat index, are marked. With ``sizes``, the
+      entries from the largest down to the first that would exceed ``k``, which may
+      fall short of ``k`` by less than that one's size.
 
     Raises:
-      ValueError: as :func:`top_k_mask`, and if the tree has 2**31 entries or more.
+      ValueError: as :func:`top_k_mask`, for sizes below 1, and if the tree has 2**31
+        entries or more (or as much by their sizes).
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> masks = global_top_k_masks({"a": jnp.array([1.0, 5.0]), "b": jnp.array([4.0, 2.0])}, 2)
+      >>> scores = {"a": jnp.array([1.0, 5.0]), "b": jnp.array([4.0, 2.0])}
+      >>> masks = global_top_k_masks(scores, 2)
+      >>> masks["a"].tolist(), masks["b"].tolist()
+      ([False, True], [True, False])
+      >>> masks = global_top_k_masks(scores, 9, sizes={"a": 1, "b": 6})  # 1 + 6, and another 6 is too much
       >>> masks["a"].tolist(), masks["b"].tolist()
       ([False, True], [True, False])
     """
@@ -139,8 +151,11 @@ def global_top_k_masks(scores: Any, k: ArrayLike, *, where: Any | None = None, a
     eligible = [None] * len(leaves) if where is None else treedef.flatten_up_to(where)
     dtype = jnp.result_type(*leaves)
     group = [_checked(jnp.asarray(x, dtype), w) for x, w in zip(leaves, eligible, strict=True)]
-    k = _checked_k(k, sum(x.size for x, _ in group))
-    return treedef.unflatten(_select([group], [k], absolute)[0])
+    counted = (1,) * len(leaves) if sizes is None else tuple(map(operator.index, treedef.flatten_up_to(sizes)))
+    if min(counted) < 1:
+        raise ValueError(f"sizes must be at least 1, got {list(counted)}")
+    k = _checked_k(k, sum(size * x.size for size, (x, _) in zip(counted, group, strict=True)))
+    return treedef.unflatten(_select([group], [k], absolute, sizes=counted)[0])
 
 
 def random_scores(key: jax.Array, shape: Sequence[int]) -> jax.Array:
@@ -213,9 +228,19 @@ def _keys(scores: jax.Array, where: jax.Array | None, absolute: bool) -> jax.Arr
     return jnp.where(where.astype(jnp.uint8) != 0, keys, jnp.asarray(lowest, integer))
 
 
-@functools.partial(jax.jit, static_argnames=("absolute", "axes"))  # jitted: an eager call compiles once for a shape
-def _select(groups: list[list[tuple]], ks: list[jax.Array], absolute: bool, axes: tuple[int, ...] | None = None):
+# Jitted: an eager call compiles once for a shape.
+@functools.partial(jax.jit, static_argnames=("absolute", "axes", "sizes"))
+def _select(
+    groups: list[list[tuple]],
+    ks: list[jax.Array],
+    absolute: bool,
+    axes: tuple[int, ...] | None = None,
+    sizes: tuple[int, ...] | None = None,
+):
     """Masks of the ``ks[g]`` largest of each group of (scores, where); a group's arrays are ranked together.
+
+    ``sizes``, for each array of a group, is how much an entry counts. Then there may be no threshold, or no cut among
+    the ties, that gives ``ks[g]`` exactly: the searches end at the last that does not exceed it.
 
     With ``axes`` the arrays are reduced over those axes only, and ``ks[g]`` has
     the reduced shape (axes kept): one selection for each remaining index.
@@ -235,9 +260,11 @@ def _select(groups: list[list[tuple]], ks: list[jax.Array], absolute: bool, axes
         them to the candidate, or XLA would lift them out of the loop.
         """
         hits = []
-        for scores, where, start in group:
+        for i, (scores, where, start) in enumerate(group):
             scores, where, start, at = jax.lax.optimization_barrier((scores, where, start, at))
             hits.append(count_true(hit(_keys(scores, where, absolute), _index(scores.shape, axes, start), at), axes))
+            if sizes is not None and sizes[i] > 1:
+                hits[-1] = hits[-1] * sizes[i]
         return sum(hits[1:], hits[0])
 
     # The threshold: the highest that at least k entries reach; the search ends early where exactly k do.

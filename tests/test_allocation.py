@@ -80,6 +80,9 @@ def test_layer_counts_of_a_network():
     assert layer_counts(params, 0.9).tolist() == [10, 2]
     assert layer_counts(params, {"a": 0.5, "b": 0.0}).tolist() == [50, 21]
     assert layer_counts({}, 0.9).tolist() == []
+    # In units of 10, 3 and 10 weights: 3.2 of a and c together, 0.7 of b.
+    params["c"] = jnp.zeros((22, 10))
+    assert layer_counts(params, 0.9, unit_sizes=[10, 3, 10]).tolist() == [1, 1, 2]
 
 
 @settings(max_examples=30, deadline=None)

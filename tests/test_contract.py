@@ -103,6 +103,18 @@ ABLATIONS = {
         changes=True,
         random=True,
     ),
+    # Every kind of unit, each with a budget of its own: 16 kernels of 9, 32 blocks of 8, 1 of every 4 of 384 weights.
+    "sparse_momentum_units": Method(
+        sparse_momentum(
+            structure={
+                "attention/kernel": jaxsparse.block(2, 4),
+                "conv/kernel": "kernel",
+                "dense/kernel": jaxsparse.n_of_m(1, 4),
+            }
+        ),
+        changes=True,
+        random=True,
+    ),
     "reweighted_l1_channel": Method(
         reweighted_l1(structure={"conv/kernel": "channel", "attention/kernel": "kernel"}),
         changes=True,

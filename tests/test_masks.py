@@ -8,6 +8,7 @@ from hypothesis.extra import numpy as hnp
 
 import jaxsparse
 from jaxsparse import masks as module
+from jaxsparse.structures import check_units, leaf_structures, prunable_leaves
 from tests.problems import SPARSE, SPARSE_SIZE, make_params
 
 
@@ -59,6 +60,59 @@ def test_magnitude_masks_keep_the_largest():
     every = [(np.abs(params[p.split("/")[0]]["kernel"]), np.asarray(masks[p.split("/")[0]]["kernel"])) for p in SPARSE]
     assert min(w[m].min() for w, m in every) >= max(w[~m].max() for w, m in every)
     assert sum(kept(masks).values()) == round(0.2 * SPARSE_SIZE)
+
+
+def test_units_are_kept_whole_and_counted_by_their_size():
+    params = make_params()
+    structure = {
+        "dense/kernel": jaxsparse.block(4, 4),
+        "attention/kernel": jaxsparse.block(2, 8),
+        "conv/kernel": "kernel",
+    }
+    units = leaf_structures(structure, params, prunable_leaves(params))
+    best = jaxsparse.magnitude_masks(params, 0.75, structure=structure)
+    for masks in (jaxsparse.random_masks(params, 0.75, structure=structure), best):
+        check_units(module.validate_masks(masks, params), units)
+        # A quarter of the 24 blocks and of the other 16, and of the 16 kernels of 9.
+        assert kept(masks) == {"dense/kernel": 6 * 16, "attention/kernel": 4 * 16, "conv/kernel": 4 * 9}
+    masks = jaxsparse.random_masks(params, 0.75, allocation="erdos_renyi", structure=structure)
+    check_units(module.validate_masks(masks, params), units)
+    assert abs(sum(kept(masks).values()) - SPARSE_SIZE // 4) < 16
+    assert kept(masks)["conv/kernel"] > 4 * 9  # the small layer stays denser
+    scores = jaxsparse.block(4, 4).scores(params["dense"]["kernel"])
+    live = jaxsparse.block(4, 4).units(best["dense"]["kernel"])
+    assert int(live.sum()) == 6
+    assert scores[live].min() >= scores[~live].max()
+
+
+def test_the_largest_units_of_the_whole_network():
+    params = make_params()
+    structure = {"dense/kernel": jaxsparse.block(4, 4), "conv/kernel": "channel"}
+    masks = jaxsparse.magnitude_masks(params, 0.6, allocation="global", structure=structure)
+    check_units(module.validate_masks(masks, params), leaf_structures(structure, params, prunable_leaves(params)))
+    budget = round(0.4 * SPARSE_SIZE)
+    assert budget - 18 < sum(kept(masks).values()) <= budget
+    live = jaxsparse.block(4, 4).units(masks["dense"]["kernel"])
+    smallest = float(jaxsparse.block(4, 4).scores(params["dense"]["kernel"])[live].min())
+    attention = np.abs(params["attention"]["kernel"])
+    assert attention[~np.asarray(masks["attention"]["kernel"])].max() <= min(
+        smallest, attention[np.asarray(masks["attention"]["kernel"])].min()
+    )
+
+
+def test_n_of_m_stays_whatever_the_sparsity():
+    params = make_params()
+    structure = {"dense/kernel": jaxsparse.n_of_m(2, 4)}
+    sparsity = {"attention/kernel": 0.5, "conv/kernel": 0.5}
+    for masks in (
+        jaxsparse.random_masks(params, sparsity, structure=structure),
+        jaxsparse.magnitude_masks(params, sparsity, structure=structure),
+        jaxsparse.magnitude_masks(params, 0.5, structure=structure, allocation="global"),
+    ):
+        assert sum(kept(masks).values()) == 128 + 72 + 192
+        assert bool(jaxsparse.n_of_m(2, 4).holds(masks["dense"]["kernel"]))
+    with pytest.raises(ValueError, match=r"unknown \['dense/kernel'\]"):
+        jaxsparse.random_masks(params, {**sparsity, "dense/kernel": 0.5}, structure=structure)
 
 
 def test_nonzero_masks_find_the_zeros():

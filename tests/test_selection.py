@@ -1,3 +1,4 @@
+import functools
 import re
 
 import jax
@@ -69,6 +70,56 @@ def test_top_k_along_an_axis_is_top_k_of_every_slice(data):
     mask = jax.jit(lambda s, k, w: top_k_mask(s, k, where=w, axis=-1))(scores, k, where)
     for j in range(4):
         np.testing.assert_array_equal(np.asarray(mask)[..., j].ravel(), expected(scores[..., j], k[j], where[..., j]))
+
+
+def expected_of_units(arrays, sizes, k, wheres, absolute):
+    """The definition: from the largest down, until one does not fit."""
+    entries = [(i, j, np.asarray(a, np.float64).ravel()[j]) for i, a in enumerate(arrays) for j in range(a.size)]
+    score = {(i, j): abs(x) if absolute else x for i, j, x in entries}
+    order = sorted(score, key=lambda at: (np.isnan(score[at]), 0 if np.isnan(score[at]) else -score[at], at))
+    masks = [np.zeros(a.size, bool) for a in arrays]
+    for i, j in order:
+        if wheres is None or wheres[i].ravel()[j]:
+            if sizes[i] > k:
+                break
+            k -= sizes[i]
+            masks[i][j] = True
+    return np.concatenate(masks)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), sizes=st.sampled_from([(1, 1, 1), (3, 7, 4), (100, 1, 13), (5, 5, 5)]), absolute=st.booleans())
+def test_entries_that_count_for_several_stay_as_long_as_they_fit(data, sizes, absolute):
+    # Few values, so that many are equal: within a leaf and across.
+    elements = st.one_of(st.sampled_from([0.0, 1.0, 2.0, -2.0, float("nan"), float("inf")]), floats)
+    shapes = [(5,), (2, 3), (4,)]
+    arrays = [jnp.asarray(data.draw(hnp.arrays(np.float64, shape, elements=elements)), jnp.float32) for shape in shapes]
+    wheres = data.draw(st.one_of(st.none(), st.tuples(*(hnp.arrays(bool, shape) for shape in shapes))))
+    where = None if wheres is None else list(wheres)
+    total = sum(size * a.size for size, a in zip(sizes, arrays, strict=True))
+    k = data.draw(st.integers(0, total))
+    masks = jitted_units(arrays, k, where, sizes, absolute)
+    ours = np.concatenate([np.asarray(m).ravel() for m in masks])
+    np.testing.assert_array_equal(ours, expected_of_units(arrays, sizes, k, wheres, absolute))
+
+
+@functools.partial(jax.jit, static_argnames=("sizes", "absolute"))
+def jitted_units(arrays, k, where, sizes, absolute):
+    return global_top_k_masks(arrays, k, where=where, absolute=absolute, sizes=list(sizes))
+
+
+def test_sizes_are_checked():
+    with pytest.raises(ValueError, match="k must be between 0 and the number of entries, 21, got 22"):
+        global_top_k_masks([jnp.ones(3)], 22, sizes=[7])
+    with pytest.raises(ValueError, match=r"sizes must be at least 1, got \[0\]"):
+        global_top_k_masks([jnp.ones(3)], 0, sizes=[0])
+
+
+def test_top_k_along_several_axes():
+    scores = jax.random.normal(jax.random.key(0), (3, 4, 5))
+    mask = top_k_mask(scores, 2, axis=(0, 2))
+    for i, j in np.ndindex(3, 5):
+        np.testing.assert_array_equal(mask[i, :, j], expected(scores[i, :, j], 2))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -28,12 +28,19 @@ from jaxsparse.links import (
 from jaxsparse.masks import validate_masks
 from jaxsparse.selection import count_true, global_top_k_masks
 from jaxsparse.structures import (
+    Structure,
+    StructureLike,
+    check_structure,
     is_masked_node,
     leaf_paths,
+    leaf_structures,
+    n_of_m,
     path_name,
     plain_path,
     prunable_by_default,
     prunable_leaves,
+    unit_scores,
+    weight,
 )
 
 __all__ = ["ASNIState", "amenable_init", "asni", "asni_counts", "centroids"]
@@ -47,7 +54,8 @@ class ASNIState(NamedTuple):
     Attributes:
       count: (), int32: the updates so far.
       masks: like the params: bool arrays, ``optax.MaskedNode()`` for dense leaves.
-      kept: (), int32: how many weights the masks keep.
+      kept: (), int32: how many weights the masks keep. (With units of several weights, perhaps less than the
+        schedule leaves.)
       nan_scores: (), int32: NaNs met among the weights that masks were chosen by.
     """
 
@@ -76,7 +84,12 @@ class ASNIState(NamedTuple):
 
 
 def asni(
-    schedule: ArrayLike | optax.Schedule, update_every: ArrayLike, *, exact: bool = False, prunable: Any = None
+    schedule: ArrayLike | optax.Schedule,
+    update_every: ArrayLike,
+    *,
+    exact: bool = False,
+    structure: StructureLike = "weight",
+    prunable: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""ASNI-I: global magnitude pruning on a schedule (Damadi et al., 2022). A link: last in the chain.
 
@@ -99,6 +112,12 @@ def asni(
       update_every: steps of a stage, int >= 1; the author has one epoch.
       exact: leave out q: let n times :math:`1 - s_t` weights be left (of all n, rounded), and skip nothing. For short
         stages, each of which would fall under the 0.001.
+      structure: what goes as one, see :mod:`jaxsparse.structures`: "weight", "kernel", "channel",
+        :func:`jaxsparse.block`, :func:`jaxsparse.n_of_m`, or a mapping from path to these. Units of all leaves rank
+        together by their scores, and stay from the largest down as long as they fit into the number of weights that the
+        schedule leaves: it is never exceeded, and what is short of it by less than a unit is made up for by the next
+        stage. With ``n_of_m`` the n largest of every group always stay, the rest rank as single weights: a network that
+        has 2:4 everywhere ends at exactly that if the schedule ends at 0.5 (or above).
       prunable: which leaves get masks, see :func:`jaxsparse.structures.prunable_leaves`; default: every floating-point
         leaf of two or more dimensions that is no bias or scale, the first and last layer included.
 
@@ -107,7 +126,8 @@ def asni(
       needs the params.
 
     Raises:
-      ValueError: for numbers out of range, params with a replica axis, 2**31 weights or more, missing params.
+      ValueError: for numbers out of range, a structure that does not fit a leaf and says "error" to that, params with
+        a replica axis, 2**31 weights or more, missing params.
 
     Examples:
       >>> import jax.numpy as jnp, optax, jaxsparse
@@ -130,10 +150,12 @@ def asni(
     check_range("update_every", update_every, 1)
     if not callable(schedule):
         check_range("schedule", schedule, 0, 1)
+    check_structure(structure)
 
     def init_fn(params):
         refuse_replicated(params, "asni")
         chosen = prunable_leaves(params, prunable)
+        leaf_structures(structure, params, chosen)  # warns of what does not fit, once
         masks = jax.tree.map(lambda p, c: jnp.ones(p.shape if c else (), bool), params, chosen)
         masks = validate_masks(masks, params)
         total = sum(mask.size for mask in jax.tree.leaves(masks))
@@ -148,10 +170,19 @@ def asni(
             masks, kept, nan_scores = old
             flat, treedef = jax.tree.flatten(masks)
             weights = _masked_leaves(params, masks)
+            sparse = jax.tree.map(lambda mask: not is_masked_node(mask), masks, is_leaf=is_masked_node)
+            units = jax.tree.leaves(leaf_structures(structure, params, sparse, quiet=True))
             total = sum(mask.size for mask in flat)
-            kept = _left(schedule, state.count // update_every - 1, kept, total, exact)
+            stage = state.count // update_every - 1
+            if all(isinstance(unit, weight) for unit in units):
+                kept = _left(schedule, stage, kept, total, exact)
+                new = global_top_k_masks(weights, kept, where=flat, absolute=True) if flat else flat
+            else:  # what is left is counted from the start, since the masks may keep less
+                left = jax.lax.fori_loop(
+                    0, stage + 1, lambda t, n: _left(schedule, t, n, total, exact), jnp.int32(total)
+                )
+                new, kept = _largest(weights, flat, units, left)
             nan_scores += sum(count_true(jnp.isnan(w) & m) for w, m in zip(weights, flat, strict=True))
-            new = global_top_k_masks(weights, kept, where=flat, absolute=True) if flat else flat
             return treedef.unflatten(new), kept, nan_scores
 
         due = (state.count > 0) & (state.count % update_every == 0)
@@ -169,7 +200,7 @@ def asni_counts(schedule: ArrayLike | optax.Schedule, weights: int, stages: int,
       schedule: stage -> fraction of zeros, or a number.
       weights: the number of prunable weights, below 2**31.
       stages: how many stages, at least 0.
-      exact: as for :func:`asni`.
+      exact: as for :func:`asni`. (With a ``structure``, these are what is left at most.)
 
     Examples:
       >>> import jaxsparse
@@ -322,6 +353,25 @@ def _left(
             share = (now - before) / jnp.where(before < 1, 1 - before, 1.0)  # q
             left = kept - jnp.where(share > _SMALLEST_SHARE, jnp.floor(kept * share), 0.0)
         return jnp.minimum(left.astype(jnp.int32), kept)
+
+
+def _largest(
+    weights: list[jax.Array], masks: list[jax.Array], units: list[Structure], left: jax.Array
+) -> tuple[list[jax.Array], jax.Array]:
+    """The masks of the largest units that ``left`` weights have room for, and how many weights these masks keep."""
+    # What stays in any case, the n largest of every group, takes no part in the ranking.
+    safe = [unit.top(w, where=mask, absolute=True) if isinstance(unit, n_of_m) else None
+            for w, mask, unit in zip(weights, masks, units, strict=True)]  # fmt: skip
+    where = [unit.units(mask) if fixed is None else mask & ~fixed
+             for mask, unit, fixed in zip(masks, units, safe, strict=True)]  # fmt: skip
+    sizes = [unit.unit_size(mask.shape) for mask, unit in zip(masks, units, strict=True)]
+    scores = [unit_scores(unit, w) for w, unit in zip(weights, units, strict=True)]
+    reserved = sum((count_true(fixed) for fixed in safe if fixed is not None), jnp.int32(0))
+    chosen = global_top_k_masks(scores, jnp.maximum(left - reserved, 0), where=where, absolute=True, sizes=sizes)
+    kept = reserved + sum(size * count_true(mask) for size, mask in zip(sizes, chosen, strict=True))
+    new = [unit.expand(mask, w) if fixed is None else mask | fixed
+           for unit, mask, w, fixed in zip(units, chosen, weights, safe, strict=True)]  # fmt: skip
+    return new, kept
 
 
 def _masked_leaves(params: Any, masks: Any) -> list[jax.Array]:

@@ -8,7 +8,6 @@ its proximal operator, https://github.com/dmaywald/xrda-sparse-training at f88d0
 
 import functools
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +16,15 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxsparse.links import chain, check_range, check_zeros, refuse_replicated, require_params
-from jaxsparse.structures import by_path, check_structure, group_axes, is_masked_node, leaf_paths, prunable_leaves
+from jaxsparse.structures import (
+    StructureLike,
+    by_path,
+    check_structure,
+    is_masked_node,
+    leaf_paths,
+    leaf_structures,
+    prunable_leaves,
+)
 
 __all__ = ["ReweightedL1State", "VelocityState", "rda", "reweighted_l1", "velocity"]
 
@@ -76,7 +83,7 @@ def reweighted_l1(
     averaging: ArrayLike | optax.Schedule = 0.0,
     weight_time: ArrayLike = 9.5,
     max_factor: ArrayLike = 500.0,
-    structure: str | Mapping[str, str] = "weight",
+    structure: StructureLike = "weight",
     prunable: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The proximal step of training with compressed sensing (Siegel et al., 2020). A link: last in the chain.
@@ -115,8 +122,8 @@ def reweighted_l1(
       max_factor: M >= 1: how much more the smallest weights are shrunk than the largest.
       structure: what goes to zero as one: "weight"; "kernel" or "channel", for which the mean absolute value of the
         group takes the place of abs(x), and w is multiplied by the square root of its size, in leaves of four
-        dimensions (matrices go by single weights); or a mapping from path to these.
-        See :func:`jaxsparse.structures.group_axes`.
+        dimensions (matrices go by single weights); or a mapping from path to these. The same made by
+        :func:`jaxsparse.structures.kernel` and ``channel``; see :func:`jaxsparse.structures.leaf_structures`.
       prunable: which leaves are shrunk, see :func:`jaxsparse.structures.prunable_leaves`; default: every floating-point
         leaf of two or more dimensions that is no bias or scale, the first and last layer included.
 
@@ -153,17 +160,17 @@ def reweighted_l1(
     _check_schedule("averaging", averaging, 0, 1)
     _check_time("weight_time", weight_time)
     check_range("max_factor", max_factor, 1)
-    check_structure(structure)
+    check_structure(structure, known=("weight", "kernel", "channel"))
 
     def init_fn(params):
         refuse_replicated(params, "reweighted_l1")
-        axes = group_axes(structure, params, prunable_leaves(params, prunable))
+        structures = leaf_structures(structure, params, prunable_leaves(params, prunable))
 
-        def zeros(p, group):
-            return jnp.zeros([1 if i in group else size for i, size in enumerate(p.shape)], p.dtype)
+        def zeros(p, unit):
+            return jnp.zeros(unit.unit_shape(p.shape), p.dtype)
 
         names, (leaves, treedef) = leaf_paths(params), jax.tree.flatten(params)
-        groups = treedef.flatten_up_to(axes)
+        groups = treedef.flatten_up_to(structures)
         for name, p, group in zip(names, leaves, groups, strict=True):
             if not is_masked_node(group) and jnp.finfo(p.dtype).bits < 32:
                 raise ValueError(
@@ -273,7 +280,7 @@ def rda(
     weight_time: ArrayLike | None = None,
     weight_decay: ArrayLike = 0.0,
     max_factor: ArrayLike = 500.0,
-    structure: str | Mapping[str, str] = "weight",
+    structure: StructureLike = "weight",
     prunable: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Generalised regularised dual averaging with reweighted l1: the whole optimizer of Siegel et al. (2020).

@@ -4,8 +4,12 @@ Dettmers and Zettlemoyer, *Sparse Networks from Scratch: Faster Training without
 Losing Performance*, 2019 (https://arxiv.org/abs/1907.04840). Where the paper and the authors'
 code (https://github.com/TimDettmers/sparse_learning at e19ff16, ``truncate_weights``) differ, the
 code is followed; the numbered steps below are in its order.
+
+What is kept or dropped as one may also be larger than a weight (``structure=``). Then the same rule runs on units:
+their scores take the place of the weights, and those of the momentum the place of the momentum.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -36,7 +40,19 @@ from jaxsparse.links import (
 )
 from jaxsparse.masks import as_key, random_masks, validate_masks
 from jaxsparse.selection import count_true, global_top_k_masks, random_scores, top_k_mask, top_k_masks
-from jaxsparse.structures import check_structure, is_masked_node, leaf_paths
+from jaxsparse.structures import (
+    Structure,
+    StructureLike,
+    channel,
+    check_structure,
+    check_units,
+    is_masked_node,
+    leaf_paths,
+    leaf_structures,
+    n_of_m,
+    unit_scores,
+    weight,
+)
 
 __all__ = ["SparseMomentumState", "momentum_regrowth", "sparse_momentum"]
 
@@ -101,7 +117,7 @@ def sparse_momentum(
     decay: ArrayLike | None = None,
     start_at: ArrayLike = 0,
     stop_at: ArrayLike | None = None,
-    structure: str = "weight",
+    structure: StructureLike = "weight",
     prunable: Any = None,
     key: ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -144,11 +160,17 @@ def sparse_momentum(
       masks: start from these instead of random ones, for instance from
         :func:`jaxsparse.magnitude_masks` of a pretrained network: like the params, bool, the
         scalar True for dense leaves. They set the budget and the sparse leaves; ``sparsity``, ``allocation`` and
-        ``prunable`` are then not used.
+        ``prunable`` are then not used. With a ``structure`` they keep whole units (and n of every m).
       decay: keep an own exponential average of the gradients with this decay, in [0, 1), and use it as the momentum.
         Costs a copy of the sparse leaves. For optimizers without momentum.
       start_at, stop_at: mask updates happen only on steps in [start_at, stop_at).
-      structure: what is kept or dropped as one: "weight".
+      structure: what is kept or dropped as one, see :mod:`jaxsparse.structures`: "weight", "kernel", "channel",
+        :func:`jaxsparse.block`, :func:`jaxsparse.n_of_m`, or a mapping from path to these. Everything is then counted
+        in units, which have the mean of their weights' and of their momenta's absolute values, whatever their
+        ``score``. (Signed momenta would cancel.) Units are redistributed, and ranked by "global_magnitude", among the
+        layers whose units are of one size: others could not exchange any and keep the number of weights.
+        ``n_of_m`` keeps n of every m weights at every step, whatever ``sparsity``: a layer loses its share of smallest
+        magnitude, and every group regrows as many as it lost, by ``growth``; nothing goes to other layers.
       prunable: which leaves get masks, see :func:`jaxsparse.structures.prunable_leaves`; default: every floating-point
         leaf of two or more dimensions that is no bias or scale, the first and last layer included.
       key: an int or PRNG key, possibly traced, for the initial masks and random growth.
@@ -158,8 +180,10 @@ def sparse_momentum(
       a copy of them only with ``decay``. Its ``update`` needs the params.
 
     Raises:
-      ValueError: for unknown options, numbers out of range, params with a replica axis, masks that do not fit
-        their leaf, an optimizer that stores no momentum (by ``init`` of :func:`jaxsparse.chain`), missing params.
+      ValueError: for unknown options, options that a structure has no meaning for (``prune="SET"``, which needs
+        signs; "momentum_neuron" with channels or n of m), numbers out of range, params with a replica axis, masks
+        that do not fit their leaf or structure, an optimizer that stores no momentum (by ``init`` of
+        :func:`jaxsparse.chain`), missing params.
 
     Examples:
       >>> import jax.numpy as jnp, optax, jaxsparse
@@ -183,7 +207,7 @@ def sparse_momentum(
       The link must stand last. In a plain ``optax.chain`` behind an optimizer without momentum, growth follows
       the last gradient alone.
     """
-    _check_modes(growth, redistribution, prune)
+    _check_modes(growth, redistribution, prune, structure)
     check_allocation(allocation)
     if masks is None and not callable(sparsity):
         for value in sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]:
@@ -194,17 +218,20 @@ def sparse_momentum(
     check_range("decay", decay, 0, 1, open_end=True)
     if not callable(prune_rate):
         check_range("prune_rate", prune_rate, 0, 1)
-    check_structure(structure, known=("weight",))
 
     def init_fn(params):
         refuse_replicated(params, "sparse_momentum")
         mask_key, rng_key = jax.random.split(as_key(key))
         if masks is None:
-            drawn = random_masks(params, sparsity, allocation=allocation, prunable=prunable, key=mask_key)
+            drawn = random_masks(
+                params, sparsity, allocation=allocation, prunable=prunable, structure=structure, key=mask_key
+            )
             start = validate_masks(drawn, params)
         else:
+            start = validate_masks(masks, params)
+            check_units(start, _structures(structure, params, start))
             # Copies: the state may be donated, the caller's masks must survive that.
-            start = jax.tree.map(lambda mask: jnp.array(mask, copy=True), validate_masks(masks, params))
+            start = jax.tree.map(lambda mask: jnp.array(mask, copy=True), start)
             check_total(mask.size for mask in jax.tree.leaves(start))
         return SparseMomentumState(
             count=jnp.zeros([], jnp.int32),
@@ -228,8 +255,8 @@ def sparse_momentum(
             masks, nan_scores, rng_key = old
             rng_key, draw = jax.random.split(rng_key)
             rate = prune_rate(state.count) if callable(prune_rate) else prune_rate
-            flat = _Leaves.of(params, signal, masks)
-            new, nans = _regrow(flat.weights, flat.momenta, flat.masks, rate, growth, redistribution, prune, draw)
+            flat = _Leaves.of(params, signal, masks, _structures(structure, params, masks, quiet=True))
+            new, nans = _updated(flat, rate, growth, redistribution, prune, draw)
             return flat.rebuild(new), nan_scores + nans, rng_key
 
         due = (state.count > 0) & (state.count % update_every == 0) & (state.count >= start_at)
@@ -257,6 +284,7 @@ def momentum_regrowth(
     growth: str = "momentum",
     redistribution: str = "momentum",
     prune: str = "magnitude",
+    structure: StructureLike = "weight",
     key: ArrayLike | None = None,
 ) -> Any:
     """One mask update of sparse momentum: prune, redistribute, regrow.
@@ -280,14 +308,16 @@ def momentum_regrowth(
       momentum: the momentum of all weights, missing ones too: like ``params``. Its scale does not matter.
       masks: like ``params``: bool arrays, and the scalar True or ``MaskedNode`` for dense leaves.
       prune_rate: the share of each layer's weights to replace, in [0, 1], possibly traced.
-      growth, redistribution, prune: as for :func:`sparse_momentum`.
+      growth, redistribution, prune, structure: as for :func:`sparse_momentum`. With a structure, read "unit" for
+        "weight" above, and "layers whose units are of one size" for "layers".
       key: an int or PRNG key, for ``growth="random"`` only.
 
     Returns:
       The new masks, of the form of ``masks``.
 
     Raises:
-      ValueError: for unknown options, a leaf that does not fit, or random growth without a key.
+      ValueError: for unknown options, a leaf that does not fit, masks that keep parts of units, or random growth
+        without a key.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -296,23 +326,70 @@ def momentum_regrowth(
       >>> momentum_regrowth(weights, momentum, {"w": jnp.array([[True, True, False, False]])}, 0.5)["w"].tolist()
       [[True, False, False, True]]
     """
-    _check_modes(growth, redistribution, prune)
+    _check_modes(growth, redistribution, prune, structure)
     check_range("prune_rate", prune_rate, 0, 1)
     if key is None and growth == "random":
         raise ValueError('growth="random" needs a key')
-    flat = _Leaves.of(params, momentum, validate_masks(masks, params))
-    draw = as_key(0 if key is None else key)
-    new, _ = _regrow(flat.weights, flat.momenta, flat.masks, prune_rate, growth, redistribution, prune, draw)
+    checked = validate_masks(masks, params)
+    structures = _structures(structure, params, checked)
+    check_units(checked, structures)
+    flat = _Leaves.of(params, momentum, checked, structures)
+    new, _ = _updated(flat, prune_rate, growth, redistribution, prune, as_key(0 if key is None else key))
     renewed = flat.rebuild(new)
     return jax.tree.map(
         lambda n, old: old if is_masked_node(n) else n, renewed, masks, is_leaf=is_masked_node
     )  # fmt: skip
 
 
-def _regrow(weights, momenta, masks, prune_rate, growth, redistribution, prune, key):
-    """The new masks of the sparse leaves, given as lists, and the number of NaN scores seen."""
-    if not masks:
-        return [], jnp.int32(0)
+def _updated(leaves: "_Leaves", prune_rate, growth, redistribution, prune, key):
+    """The new masks of the sparse leaves, and the number of NaN scores seen.
+
+    Layers regrow together if their units are of one size; those that keep n of every m, each by itself.
+    """
+    new, nans = list(leaves.masks), 0
+    classes: dict[int, list[int]] = {}
+    for i, unit in enumerate(leaves.structures):
+        if isinstance(unit, n_of_m):
+            new[i], seen = _regrow_in_groups(
+                unit, leaves.weights[i], leaves.momenta[i], leaves.masks[i], prune_rate, growth, _draw(key, i)
+            )
+            nans += seen
+        else:
+            classes.setdefault(unit.unit_size(leaves.masks[i].shape), []).append(i)
+    for members in classes.values():
+        # Layers compare their means, whatever score they have elsewhere: units of one size rank alike by both.
+        units = [dataclasses.replace(leaves.structures[i], score="mean") for i in members]
+        weights, momenta = (
+            [unit_scores(unit, values[i]) for unit, i in zip(units, members, strict=True)]
+            for values in (leaves.weights, leaves.momenta)
+        )
+        masks = [unit.units(leaves.masks[i]) for unit, i in zip(units, members, strict=True)]
+        draws = [_draw(key, i) for i in members]
+        grown, seen = _regrow(weights, momenta, masks, prune_rate, growth, redistribution, prune, draws)
+        for unit, i, mask in zip(units, members, grown, strict=True):
+            new[i] = unit.expand(mask, leaves.masks[i])
+        nans += seen
+    return new, nans
+
+
+def _regrow_in_groups(unit, weights, momentum, mask, prune_rate, growth, draw):
+    """The new mask of a leaf of which n of every m weights stay, and the number of NaN scores seen."""
+    kept = count_true(mask)
+    lose = jnp.minimum(jnp.ceil(jnp.asarray(prune_rate, jnp.float32) * kept).astype(jnp.int32), kept)
+    survivors = top_k_mask(weights, kept - lose, where=mask, absolute=True)
+    lost = unit.counts(mask) - unit.counts(survivors)
+    scores = draw(mask.shape) if growth == "random" else momentum
+    grown = unit.top(scores, lost, where=~survivors, absolute=True)
+    return survivors | grown, count_true(jnp.isnan(weights) & mask) + count_true(jnp.isnan(momentum))
+
+
+def _draw(key, i):
+    """Random scores for leaf i, made only where they are asked for."""
+    return lambda shape: random_scores(jax.random.fold_in(key, i), shape)
+
+
+def _regrow(weights, momenta, masks, prune_rate, growth, redistribution, prune, draws):
+    """The new masks of layers that regrow together, given as lists, and the number of NaN scores seen."""
     sizes = np.asarray([mask.size for mask in masks], np.int32)
     kept = jnp.stack([count_true(mask) for mask in masks])
 
@@ -362,8 +439,8 @@ def _regrow(weights, momenta, masks, prune_rate, growth, redistribution, prune, 
     if growth == "momentum":
         grown = top_k_masks(momenta, gains, where=missing, absolute=True)
     elif growth == "random":
-        draws = [random_scores(jax.random.fold_in(key, i), mask.shape) for i, mask in enumerate(masks)]
-        grown = top_k_masks(draws, gains, where=missing)
+        scores = [draw(mask.shape) for draw, mask in zip(draws, masks, strict=True)]
+        grown = top_k_masks(scores, gains, where=missing)
     else:
         grown = [_grow_by_neuron(*leaf) for leaf in zip(momenta, missing, gains, strict=True)]
     nans = sum(count_true(jnp.isnan(w) & m) for w, m in zip(weights, masks, strict=True))
@@ -387,15 +464,16 @@ def _grow_by_neuron(momentum: jax.Array, missing: jax.Array, gain: jax.Array) ->
 
 
 class _Leaves(NamedTuple):
-    """The sparse leaves of params, momentum and masks as lists, and the way back to a tree."""
+    """The sparse leaves of params, momentum, masks and structures as lists, and the way back to a tree."""
 
     weights: list[jax.Array]
     momenta: list[jax.Array]
     masks: list[jax.Array]
+    structures: list[Structure]
     template: Any
 
     @classmethod
-    def of(cls, params: Any, signal: Any, masks: Any) -> "_Leaves":
+    def of(cls, params: Any, signal: Any, masks: Any, structures: Any) -> "_Leaves":
         leaves, treedef = jax.tree.flatten(params)
         flat_masks = treedef.flatten_up_to(masks)
         named = zip(leaf_paths(params), leaves, align_signal(signal, params, "momentum"), flat_masks, strict=True)
@@ -405,10 +483,17 @@ class _Leaves(NamedTuple):
                 raise ValueError(f"there is no momentum of {name}: use an optimizer that stores one, or decay=")
             if m.shape != p.shape:
                 raise ValueError(f"momentum of {name}: expected shape {p.shape}, got {m.shape}")
-        return cls([x[1] for x in sparse], [x[2] for x in sparse], [x[3] for x in sparse], masks)
+        units = jax.tree.leaves(structures)
+        return cls([x[1] for x in sparse], [x[2] for x in sparse], [x[3] for x in sparse], units, masks)
 
     def rebuild(self, masks: list[jax.Array]) -> Any:
         return jax.tree.structure(self.template).unflatten(masks)
+
+
+def _structures(structure: StructureLike, params: Any, masks: Any, quiet: bool = False) -> Any:
+    """The structures of the leaves that have masks."""
+    sparse = jax.tree.map(lambda mask: not is_masked_node(mask), masks, is_leaf=is_masked_node)
+    return leaf_structures(structure, params, sparse, quiet=quiet)
 
 
 def _averaged(average: Any, gradients: list[Any], decay: ArrayLike, treedef: Any) -> Any:
@@ -425,7 +510,7 @@ def _sparse_zeros(params: Any, masks: Any) -> Any:
     return treedef.unflatten([m if is_masked_node(m) else jnp.zeros_like(p) for p, m in flat])
 
 
-def _check_modes(growth: str, redistribution: str, prune: str) -> None:
+def _check_modes(growth: str, redistribution: str, prune: str, structure: StructureLike) -> None:
     for name, value, options in (
         ("growth", growth, GROWTH),
         ("redistribution", redistribution, REDISTRIBUTION),
@@ -433,3 +518,12 @@ def _check_modes(growth: str, redistribution: str, prune: str) -> None:
     ):
         if value not in options:
             raise ValueError(f"{name} must be one of {list(options)}, got {value!r}")
+    check_structure(structure)
+    for unit in structure.values() if isinstance(structure, Mapping) else [structure]:
+        if prune == "SET" and not (unit == "weight" or isinstance(unit, weight)):
+            raise ValueError(f'prune="SET" takes the most negative weights, and units have no sign: got {unit!r}')
+        if growth == "momentum_neuron" and (unit == "channel" or isinstance(unit, channel | n_of_m)):
+            raise ValueError(
+                f'growth="momentum_neuron" gives every output its share of what is regrown, got {unit!r}: a channel is '
+                "all of its output, and with n of m every group regrows what it lost"
+            )

@@ -6,11 +6,13 @@ from jaxsparse.models.channels import channel_groups, reestimate_batch_stats, sl
 from jaxsparse.models.conv_n import Conv2, Conv4, Conv6, ConvN
 from jaxsparse.models.densenet import DenseNet, DenseNet40
 from jaxsparse.models.lenet import LeNet5Caffe, LeNet300100
+from jaxsparse.models.mlp import MLP
 from jaxsparse.models.resnet import ResNet18, ResNet20, ResNet34, ResNet50, ResNet56, ResNetCIFAR
 from jaxsparse.models.vgg import VGG
 from jaxsparse.models.wide_resnet import WideResNet
 
 __all__ = [
+    "MLP",
     "VGG",
     "AlexNet",
     "Conv2",

@@ -1,5 +1,6 @@
-"""Flax layers with sparsity in them, for what a gradient transformation cannot do."""
+"""Flax layers with sparsity in them: what computes with masks, and what a gradient transformation cannot do."""
 
 from jaxsparse.nn.gates import HardConcreteGate
+from jaxsparse.nn.sparse import SparseConv, SparseDense
 
-__all__ = ["HardConcreteGate"]
+__all__ = ["HardConcreteGate", "SparseConv", "SparseDense"]

@@ -20,6 +20,7 @@ ARGUMENTS = {
     "mnist_sparse_momentum": ["lenet_300_100", "lenet5_caffe"],
     "mnist_rda": ["lenet_300_100", "lenet5_caffe"],
     "cifar10_sparse_momentum": list(runpy.run_path(str(ROOT / "configs/cifar10_sparse_momentum.py"))["NETWORKS"]),
+    "mnist_mlp": ["blocks", "weights"],
     "mnist_l0": ["lenet_300_100", "lenet5_caffe", "lenet_300_100_dep", "lenet5_caffe_dep"],
     "mnist_asni": list(runpy.run_path(str(ROOT / "configs/mnist_asni.py"))["EXPERIMENTS"]),
     "cifar_asni": list(runpy.run_path(str(ROOT / "configs/cifar_asni.py"))["EXPERIMENTS"]),
@@ -68,7 +69,7 @@ def test_every_config_makes_a_network_and_its_masks(name, argument):
     assert kernels[-1].shape[-1] == classes or kernels[-1].ndim == 4
     small = program.make_model(train.shrink(config), 10)
     variables = jax.eval_shape(small.init, jax.random.key(0), dataset.train.images[:1].astype(np.float32))
-    if config.model.name not in ("lenet_300_100", "lenet5_caffe"):
+    if config.model.name not in ("lenet_300_100", "lenet5_caffe", "mlp"):
         size = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
         assert size < sum(leaf.size for leaf in jax.tree.leaves(state.params)) / 15
 
@@ -89,6 +90,7 @@ def train_on_noise(config, workdir, monkeypatch):
     [
         ("cifar_rda", "resnet20", {"sparsity.l1": 1e-4, "model.dtype": "bfloat16", "model.depth": 8}),
         ("cifar10_sparse_momentum", "alexnet_s", {}),
+        ("mnist_mlp", "blocks", {"sparsity.dense_gradient_steps": 2}),
         ("mnist_asni", "conv2", {"sparsity.magnitude": 0.99, "epochs": 3}),
         ("cifar_l0", "vgg16_forward", {"sparsity.penalty": 1.0, "sparsity.gate_learning_rate": 0.3}),
         ("mnist_l0", "lenet5_caffe", {"sparsity.penalty": 1e5, "sparsity.gate_learning_rate": 1.0}),

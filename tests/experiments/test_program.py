@@ -9,6 +9,7 @@ import pytest
 
 import jaxsparse
 from experiments import data, optimizers, program, train
+from jaxsparse import structures
 
 CONFIG = Path(__file__).parents[2] / "configs" / "digits_sparse_momentum.py"
 
@@ -39,6 +40,47 @@ def test_every_prune_rate_decay_makes_an_optimizer(decay):
     config = smoke_config(**{"sparsity.prune_rate_decay": decay})
     opt_state = optimizers.make_optimizer(config, 44, jax.random.key(0)).init({"kernel": jnp.ones((20, 30))})
     assert int(opt_state[-1].budget) == 60
+
+
+@pytest.mark.parametrize(
+    ("text", "structure"),
+    [
+        ("weight", "weight"),
+        ("channel", "channel"),
+        ("16x32", structures.block(16, 32)),
+        ("2:4", structures.n_of_m(2, 4)),
+        ("model", {"fc1/kernel": structures.block(8, 4), "fc3/kernel": structures.block(2, 2)}),
+    ],
+)
+def test_structures_by_name(text, structure):
+    config = smoke_config()
+    with config.unlocked():
+        config.sparsity.structure, config.model.blocks = text, ((8, 4), None, (2, 2))
+    assert optimizers.make_structure(config) == structure
+
+
+def test_an_unknown_structure_is_an_error():
+    with pytest.raises(ValueError, match="blocks such as '64x64', or n of m such as '2:4', got '64'"):
+        optimizers.make_optimizer(smoke_config(**{"sparsity.structure": "64"}), 44)
+
+
+def test_gradients_are_dense_only_before_masks_change():
+    config = train.shrink(runpy.run_path(str(CONFIG.parent / "mnist_mlp.py"))["get_config"]()).lock()
+    config.update_from_flattened_dict({
+        "data.name": "digits", "data.batch_size": 200, "model.features": (64, 64),
+        "model.blocks": ((16, 16), (16, 16), None), "sparsity.dense_gradient_steps": 2,
+        "optimizer.momentum": 0.0, "optimizer.weight_decay": 0.0,
+    })  # fmt: skip
+    dataset = data.load("digits", examples=1200)  # masks change every six steps
+    chunk, state = program.make_program(config, dataset), None
+    state, seen = chunk.init(0), []
+    for step in range(8):
+        state, _ = chunk.train_chunk(state, dataset, step, 1)
+        masks = jaxsparse.get_masks(state.opt_state, state.params)
+        trace = jaxsparse.links.stored_momentum(state.opt_state, state.params)
+        seen.append(bool(((trace["fc2"]["kernel"] != 0) & ~masks["fc2"]["kernel"]).any()))
+    # Masks change on the step counted 6, by the gradients of that and the one before.
+    assert seen == [step % 6 in (0, 5) for step in range(8)]
 
 
 @pytest.mark.parametrize(("clip_norm", "norm"), [(1.0, 1.0), (float("inf"), 30.0), (None, 30.0)])

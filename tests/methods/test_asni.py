@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 import jaxsparse
-from jaxsparse import models
+from jaxsparse import models, structures
 from jaxsparse.structures import by_path
-from tests.problems import make_params
+from tests.problems import SPARSE_SIZE, make_params, make_step
 
 # Totals of the author's logs: all params that are not zero, and the share of zeros at the last evaluation, in %.
 LOGGED = {
@@ -167,6 +167,136 @@ def test_bad_input(args, message):
 def test_inject_hyperparams_takes_the_schedule_as_static():
     tx = optax.inject_hyperparams(jaxsparse.asni, static_args="schedule")(jaxsparse.linear_sparsity(0.8, 4), 1)
     assert run(tx, {"w": jnp.arange(1.0, 11.0).reshape(2, 5)}, 5)[2] == [10, 8, 6, 4, 2]
+
+
+# --- Units larger than a weight ---------------------------------------------------------------------------------------
+
+
+def by_loop(scores, sizes, left):
+    """From the largest unit down, until one does not fit: the masks, and how many weights they keep."""
+    order = sorted(((-s, i, at) for i, each in enumerate(scores) for at, s in np.ndenumerate(each)))
+    masks, kept = [np.zeros(each.shape, bool) for each in scores], 0
+    for _, i, at in order:
+        if kept + sizes[i] > left:
+            break
+        kept += sizes[i]
+        masks[i][at] = True
+    return masks, kept
+
+
+@pytest.mark.parametrize("score", ["mean", "sum"])
+def test_units_of_all_leaves_rank_together(score):
+    shapes = {"a": (8, 12), "b": (3, 3, 2, 8), "c": (6, 5)}
+    params = {name: jax.random.normal(jax.random.key(i), shape) for i, (name, shape) in enumerate(shapes.items())}
+    structure = {"a": jaxsparse.block(2, 3, score=score), "b": structures.channel(score=score)}
+    tx = jaxsparse.asni(jaxsparse.linear_sparsity(0.7, 7), 1, exact=True, structure=structure)
+    reduce = getattr(np, score)
+    a, b, c = (np.abs(params[name]) for name in "abc")
+    scores = [reduce(a.reshape(4, 2, 4, 3), (1, 3)), reduce(b, (0, 1, 2)), c]
+    step, opt_state, counts, budgets = jax.jit(tx.update), tx.init(params), [], []
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    for stage in range(8):
+        updates, opt_state = step(zeros, opt_state, params)
+        left = 270 - round(270 * 0.1 * stage)
+        masks, kept = by_loop(scores, [6, 18, 1], left)
+        ours = jaxsparse.get_masks(opt_state)
+        np.testing.assert_array_equal(ours["a"], np.kron(masks[0], np.ones((2, 3), bool)))
+        np.testing.assert_array_equal(ours["b"], np.broadcast_to(masks[1], (3, 3, 2, 8)))
+        np.testing.assert_array_equal(ours["c"], masks[2])
+        assert int(opt_state.kept) == kept
+        counts.append(kept)
+        budgets.append(left)
+        jaxsparse.check(opt_state, optax.apply_updates(params, updates))
+    assert all(left - 18 < kept <= left for kept, left in zip(counts, budgets, strict=True))
+    assert counts != budgets  # of which some are met by no prefix
+
+
+def test_what_is_short_of_the_schedule_is_made_up_for():
+    # Four blocks of 16. Were each stage counted from what the one before kept, nothing would be left at the end.
+    params = {"w": jnp.arange(1.0, 65.0).reshape(8, 8)}
+    schedule = jaxsparse.linear_sparsity(0.75, 9)
+    _, opt_state, counts = run(jaxsparse.asni(schedule, 1, structure=jaxsparse.block(4, 4)), params, 10)
+    left = jaxsparse.asni_counts(schedule, 64, 9)
+    assert counts == [64, *(16 * (n // 16) for n in left)]
+    jaxsparse.check(opt_state)
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_two_of_four(everywhere):
+    rule = jaxsparse.n_of_m(2, 4)
+    params = {"a": jax.random.normal(jax.random.key(0), (16, 12)),
+              "b": 0.1 * jax.random.normal(jax.random.key(1), (3, 3, 8, 4))}  # fmt: skip
+    structure = rule if everywhere else {"a": rule}
+    tx = jaxsparse.asni(jaxsparse.linear_sparsity(0.5, 5), 1, exact=True, structure=structure)
+    trained, opt_state, counts = run(tx, params, 6)
+    assert counts == [480, 432, 384, 336, 288, 240]
+    masks = jaxsparse.get_masks(opt_state)
+    assert (rule.counts(masks["a"]) >= 2).all()
+    # Of every group the largest two are there, whatever else.
+    assert (masks["a"] | ~rule.top(params["a"], absolute=True)).all()
+    if everywhere:
+        assert all(bool(rule.holds(mask)) for mask in masks.values())
+    else:  # a network of which a part is free: it has smaller weights
+        assert int(masks["b"].sum()) < 144
+    # What a schedule asks beyond is not there to take.
+    tx = jaxsparse.asni(0.9, 1, structure=structure)
+    _, opt_state, counts = run(tx, trained, 2)
+    assert counts[-1] == (240 if everywhere else 96)
+    jaxsparse.check(opt_state)
+
+
+@pytest.mark.parametrize("structure", [{"attention/kernel": jaxsparse.block(2, 4), "conv/kernel": "channel",
+                                        "dense/kernel": jaxsparse.n_of_m(1, 4)}])  # fmt: skip
+def test_units_in_every_layout(structure):
+    params = make_params()
+    tx = jaxsparse.chain(
+        optax.sgd(0.05, momentum=0.9), jaxsparse.asni(jaxsparse.linear_sparsity(0.6, 3), 2, structure=structure)
+    )
+    opt_state, step = tx.init(params), make_step(tx)
+
+    def trained(params, opt_state, step):
+        for count in range(7):
+            params, opt_state = step(params, opt_state, jnp.int32(count))
+        return params, opt_state
+
+    alone, state = trained(params, opt_state, step)
+    jaxsparse.check(state, alone)
+    assert 0.3 * SPARSE_SIZE < int(state[-1].kept) < 0.45 * SPARSE_SIZE
+    # Sharded over eight devices along the first axis that divides.
+    mesh = jax.make_mesh((8,), ("d",))
+
+    def shard(x):
+        at = next((d for d, size in enumerate(x.shape) if size % 8 == 0), None)
+        spec = jax.sharding.PartitionSpec(*("d" if d == at else None for d in range(x.ndim)))
+        return jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+
+    placed = jax.tree.map(shard, (params, opt_state))
+    _, sharded = trained(*placed, step)
+    chex.assert_trees_all_equal(
+        jax.device_get(jaxsparse.get_masks(sharded)), jax.device_get(jaxsparse.get_masks(state))
+    )
+    # And in the lanes of a vmap.
+    lanes = jax.tree.map(lambda x: jnp.stack([x, x]), (params, opt_state))
+    _, lanes = trained(*lanes, jax.jit(jax.vmap(step, in_axes=(0, 0, None))))
+    for lane in range(2):
+        one = jax.tree.map(lambda x, i=lane: x[i] if x.ndim else x, jaxsparse.get_masks(lanes))
+        chex.assert_trees_all_equal(one, jaxsparse.get_masks(state))
+
+
+def test_leaves_that_do_not_fit_go_by_single_weights():
+    params = make_params()
+    tx = jaxsparse.asni(0.5, 1, structure=jaxsparse.block(8, 8))
+    with pytest.warns(UserWarning, match="attention/kernel of shape .*, conv/kernel of shape .* go by single weights"):
+        opt_state = tx.init(params)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    for _ in range(2):
+        _, opt_state = tx.update(zeros, opt_state, params)
+    masks = by_path(jaxsparse.get_masks(opt_state))
+    assert bool(jaxsparse.block(8, 8).holds(masks["dense/kernel"]))
+    assert not bool(jaxsparse.block(2, 8).holds(masks["attention/kernel"]))
+    assert SPARSE_SIZE // 2 - 64 < int(opt_state.kept) <= SPARSE_SIZE // 2
+    with pytest.raises(ValueError, match="structure must be one of"):
+        jaxsparse.asni(0.5, 1, structure="row")
 
 
 # --- Two numbers a layer ----------------------------------------------------------------------------------------------

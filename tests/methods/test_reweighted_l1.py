@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import Lasso
 
 import jaxsparse
+from jaxsparse import structures
 from tests.problems import make_params, make_step, signature
 
 GOLDEN = sorted((pathlib.Path(__file__).parent.parent / "golden").glob("xrda_*.npz"))
@@ -232,7 +233,11 @@ def test_the_masks_are_where_the_weights_are_not_zero(seed, averaging, l1, facto
 # --- Structures -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("structure", "shape"), [("kernel", (1, 1, 4, 6)), ("channel", (1, 1, 1, 6))])
+@pytest.mark.parametrize(
+    ("structure", "shape"),
+    [("kernel", (1, 1, 4, 6)), ("channel", (1, 1, 1, 6)), (structures.kernel(), (1, 1, 4, 6)),
+     (structures.channel(score="sum"), (1, 1, 1, 6))],
+)  # fmt: skip
 def test_groups_share_their_threshold(structure, shape):
     params = {"conv": jax.random.normal(jax.random.key(0), (3, 3, 4, 6)), "fc": jnp.ones((6, 5)), "bias": jnp.ones(5)}
     tx = jaxsparse.reweighted_l1(1.0, l1=1e-4, structure=structure)
@@ -243,9 +248,9 @@ def test_groups_share_their_threshold(structure, shape):
     _, new = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
     assert signature(new) == signature(state)
     # In numbers: the authors multiply by the square root of the group's size.
-    axes = (0, 1) if structure == "kernel" else (0, 1, 2)
+    axes = (0, 1) if shape[2] > 1 else (0, 1, 2)
     r = np.abs(np.asarray(params["conv"])).mean(axes, keepdims=True)
-    w = 500 / (1 + 499 * r / r.max()) * np.sqrt(9 if structure == "kernel" else 36)
+    w = 500 / (1 + 499 * r / r.max()) * np.sqrt(9 if shape[2] > 1 else 36)
     np.testing.assert_allclose(new.threshold["conv"], 1e-4 * w, rtol=1e-5)
     np.testing.assert_allclose(new.threshold["fc"], 1e-4, rtol=1e-5)
 
@@ -272,6 +277,8 @@ def test_channels_die_and_are_named():
         ({"dense/kernel": "kernel"}, r"structure 'kernel' does not fit dense/kernel of shape \(16, 24\)"),
         ({"dense/kernle": "kernel"}, "structure names dense/kernle, but the params are attention/bias, "),
         ("filter", r"structure must be one of \['weight', 'kernel', 'channel'\], got 'filter'"),
+        (jaxsparse.block(2, 2), r"must be one of \['weight', 'kernel', 'channel'\], got block\(2, 2\)"),
+        ({"dense/kernel": jaxsparse.n_of_m(2, 4)}, r"got n_of_m\(2, 4\)"),
     ],
 )
 def test_a_structure_that_does_not_fit_is_refused(structure, message):

@@ -1,5 +1,7 @@
+import functools
 import json
 import pathlib
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 import jaxsparse
 from jaxsparse.methods import sparse_momentum as module
+from jaxsparse.structures import check_units, leaf_structures, prunable_leaves
 from tests.problems import SPARSE_SIZE, gradients, make_params, make_step
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
@@ -392,6 +395,164 @@ def test_own_momentum_is_the_average_of_the_gradients():
     assert state[1].momentum["dense"]["bias"] == optax.MaskedNode()
 
 
+# --- Units larger than a weight ---------------------------------------------------------------------------------------
+
+
+def regrown_units(weights, momentum, masks, rate, **options):
+    """Jitted, which compiles faster than step by step."""
+    return jax.jit(functools.partial(jaxsparse.momentum_regrowth, **options))(weights, momentum, masks, rate)
+
+
+def test_by_hand_blocks_are_pruned_redistributed_and_regrown():
+    # The problem of test_by_hand_prune_redistribute_regrow, of which each entry is a block now. Signs alternate within
+    # a block: momenta do not cancel.
+    tile = jnp.array([[1.0, -1.0], [-1.0, 1.0]])
+    weights = {"a": jnp.array([[4.0, 3.0, 0.2, 0.1, 0, 0, 0, 0]]), "b": jnp.array([[9.0, 8.0, 0.5, 0.4, 0, 0, 0, 0]])}
+    momentum = {"a": jnp.array([[1.0, 1, 1, -1, 5, 0, 6, 0]]), "b": jnp.array([[3.0, 3, -3, 3, 0, -7, 8, 9]])}
+    weights, momentum = ({k: jnp.kron(v, tile) for k, v in tree.items()} for tree in (weights, momentum))
+    masks = {name: w != 0 for name, w in weights.items()}
+    structure = jaxsparse.block(2, 2)
+    new = regrown_units(weights, momentum, masks, 0.5, structure=structure)
+    assert all(bool(structure.holds(mask)) for mask in new.values())
+    assert structure.units(new["a"]).tolist() == [[True, True, False, False, False, False, True, False]]
+    assert structure.units(new["b"]).tolist() == [[True, True, False, False, False, True, True, True]]
+
+
+def test_layers_with_units_of_another_size_keep_what_they_have():
+    # Two layers of 2x2 blocks and one of single weights, which has all the momentum but cannot take any from them.
+    structure = {"layer0": jaxsparse.block(2, 2, score="sum"), "layer1": jaxsparse.block(4, 1)}
+    weights, momentum, _ = random_problem(0, [(8, 10), (8, 30), (10, 10)], [1.0, 1.0, 1.0])
+    momentum["layer2"] = momentum["layer2"] * 1e6
+    momentum["layer1"] = momentum["layer1"] * 5
+    masks = jaxsparse.random_masks(weights, 0.5, structure=structure)
+    weights = jaxsparse.apply_masks(weights, masks)
+    new = regrown_units(weights, momentum, masks, 0.5, structure=structure)
+    before, after = ([int(tree[f"layer{i}"].sum()) for i in range(3)] for tree in (masks, new))
+    assert before == [40, 120, 50]
+    assert after[2] == 50
+    assert after[0] + after[1] == 160
+    # Of one size, 2x2 and 4x1, these two exchange units. Of 5 + 15 that go, 18 come back to the second, the mean of
+    # whose momentum is 10 times that of the first (give or take one, for it is random).
+    assert abs(after[1] - 4 * (15 + 18)) <= 4
+
+
+def test_by_hand_two_of_four():
+    # Columns are outputs; the groups are rows 0 to 3 and 4 to 7. Two of the eight kept weights go, the smallest of the
+    # layer: both of the first column's first group. It regrows two, by momentum, the just pruned 0.1 among them.
+    weights = {"w": jnp.array([[0.1, 9], [0.2, 8], [0, 0], [0, 0], [5, 7], [0, 0], [0, 6], [4, 0]])}
+    momentum = {"w": jnp.array([[3.0, 0], [1, 0], [-4, 9], [2, 9], [0, 9], [9, 9], [9, 9], [9, 9]])}
+    masks = {"w": weights["w"] != 0}
+    rule = jaxsparse.n_of_m(2, 4)
+    new = regrown_units(weights, momentum, masks, 0.25, structure=rule)["w"]
+    assert new[:, 0].tolist() == [True, False, True, False, True, False, False, True]
+    assert new[:, 1].tolist() == masks["w"][:, 1].tolist()
+    # One that has three kept of some group is not 2:4; traced masks regrow what they lost all the same.
+    cut = {"w": masks["w"].at[2, 0].set(True)}
+    with pytest.raises(ValueError, match=r"masks must keep whole units, and n of every m, but do not in w of shape"):
+        jaxsparse.momentum_regrowth(weights, momentum, cut, 0.25, structure=rule)
+    traced = regrown_units(weights, momentum, cut, 0.25, structure=rule)
+    np.testing.assert_array_equal(rule.counts(traced["w"]), rule.counts(cut["w"]))
+
+
+def test_random_growth_of_two_of_four_depends_on_the_key_alone():
+    rule, weights = jaxsparse.n_of_m(2, 4), {"w": jax.random.normal(jax.random.key(0), (16, 16))}
+    masks = {"w": rule.top(jax.random.normal(jax.random.key(1), (16, 16)))}
+    grow = [
+        regrown_units(weights, weights, masks, 0.5, growth="random", structure=rule, key=key)["w"] for key in (1, 1, 2)
+    ]
+    assert (grow[0] == grow[1]).all()
+    assert (grow[0] != grow[2]).any()
+    assert all(bool(rule.holds(mask)) for mask in grow)
+
+
+def test_global_magnitude_ranks_units_of_one_size():
+    structure = {"layer0": jaxsparse.block(2, 2), "layer1": jaxsparse.block(2, 2)}
+    weights, momentum, _ = random_problem(5, [(20, 20), (20, 20), (20, 20)], [1.0, 1.0, 1.0])
+    weights["layer0"] = weights["layer0"] * 1e-3
+    weights["layer2"] = weights["layer2"] * 1e-9
+    masks = jaxsparse.random_masks(weights, 0.75, structure=structure)
+    weights = jaxsparse.apply_masks(weights, masks)
+    new = regrown_units(weights, momentum, masks, 0.3, prune="global_magnitude", structure=structure)
+    assert np.asarray(new["layer1"])[np.asarray(masks["layer1"])].all()  # all that goes of the two is layer0's
+    assert total(new) == total(masks)
+    assert int(new["layer2"].sum()) == 100
+
+
+def test_momentum_neuron_shares_out_blocks():
+    # As above: the second of two outputs of blocks has 3 times the momentum of the first and so 3 times its growth.
+    size, tile = 400, jnp.ones((2, 2))
+    live = jnp.stack([jnp.arange(size) < 60, jnp.arange(size) < 60], axis=1)
+    weights = {"w": jnp.kron(jnp.where(live, 1.0 + jnp.arange(size)[:, None], 0.0), tile)}
+    ramp = 1 + jnp.arange(size) / size
+    momentum = {"w": jnp.kron(jnp.stack([ramp, 3 * ramp], axis=1), tile)}
+    new = regrown_units(
+        weights, momentum, {"w": weights["w"] != 0}, 0.5, growth="momentum_neuron", structure=jaxsparse.block(2, 2)
+    )
+    grown = np.asarray(jaxsparse.block(2, 2).units(new["w"])).sum(0) - 30
+    assert abs(grown - [15, 45]).max() <= 1
+    assert grown.sum() == 60
+
+
+STRUCTURES = {
+    "block": ({"dense/kernel": jaxsparse.block(4, 4), "attention/kernel": jaxsparse.block(2, 8)}, 196),
+    "n_of_m": (jaxsparse.n_of_m(1, 2), 128 + 72 + 192),
+    # A quarter of 256 weights, of 8 channels of 18 and of 24 of 16.
+    "channel": ({name: "channel" for name in ("dense/kernel", "conv/kernel")}, 64 + 2 * 18 + 6 * 16),
+    "kernel": (jaxsparse.structures.kernel(ragged="warn"), (256 + 384) // 4 + 4 * 9),
+    "fallback": (jaxsparse.block(8, 8), (256 + 144) // 4 + 2 * 64),  # 1.5 of 6 blocks, rounded to even
+}
+
+
+@pytest.mark.filterwarnings("ignore:structure .* does not fit")
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_every_step_keeps_the_budget_in_whole_units(name):
+    structure, budget = STRUCTURES[name]
+    params = make_params()
+    units = leaf_structures(structure, params, prunable_leaves(params))
+    tx = jaxsparse.chain(
+        optax.sgd(0.05, momentum=0.9), jaxsparse.sparse_momentum(0.75, 2, prune_rate=0.4, structure=structure)
+    )
+    opt_state = tx.init(params)
+    params = jaxsparse.sparsify(params, opt_state)
+    step = make_step(tx)
+    assert int(opt_state[-1].budget) == budget
+    changes = 0
+    for count in range(8):
+        before = opt_state[-1].masks
+        params, opt_state = step(params, opt_state, count)
+        masks = opt_state[-1].masks
+        assert total(masks) == budget
+        check_units(masks, units)
+        jaxsparse.check(opt_state, params)
+        changes += any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (before, masks)), strict=True))
+    assert changes == 3
+    assert step._cache_size() == 1
+
+
+def test_leaves_that_do_not_fit_are_told_once_for_a_link():
+    params = make_params()
+    with warnings.catch_warnings(record=True, action="always") as seen:
+        train(jaxsparse.chain(optax.sgd(0.05, momentum=0.9),
+                              jaxsparse.sparse_momentum(0.75, 2, structure=jaxsparse.block(8, 8))), 4)  # fmt: skip
+    told = [str(w.message) for w in seen if "structure" in str(w.message)]
+    assert len(told) == 1
+    assert "attention/kernel of shape (16, 2, 8), conv/kernel of shape (3, 3, 2, 8)" in told[0]
+    with pytest.raises(ValueError, match="does not fit attention/kernel"):
+        jaxsparse.sparse_momentum(0.75, 2, structure=jaxsparse.block(8, 8, ragged="error")).init(params)
+
+
+def test_given_masks_must_keep_whole_units():
+    params, structure = make_params(), {"dense/kernel": jaxsparse.block(4, 4)}
+    masks = jaxsparse.magnitude_masks(params, 0.75, structure=structure)
+    state = jaxsparse.sparse_momentum(0.0, 2, masks=masks, structure=structure).init(params)
+    assert int(state.budget) == SPARSE_SIZE // 4
+    masks["dense"]["kernel"] = masks["dense"]["kernel"].at[:, 0].set(jnp.arange(16) < 2)
+    link = jaxsparse.sparse_momentum(0.0, 2, masks=masks, structure=structure)
+    for init in (link.init, jax.jit(link.init)):
+        with pytest.raises(ValueError, match=r"masks must keep whole units.* in dense/kernel of shape \(16, 24\)"):
+            init(params)
+
+
 # --- Bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -410,7 +571,10 @@ def test_own_momentum_is_the_average_of_the_gradients():
         ({"redistribution": "nonzero"}, "redistribution must be one of .*'nonzeros'.* got 'nonzero'"),
         ({"prune": "set"}, "prune must be one of .*'SET'.* got 'set'"),
         ({"allocation": "erk"}, "allocation must be one of .*'erdos_renyi_kernel'.* got 'erk'"),
-        ({"structure": "row"}, r"structure must be one of \['weight'\], got 'row'"),
+        ({"structure": "row"}, r"structure must be one of \['weight', 'kernel', 'channel'\] or made by .*, got 'row'"),
+        ({"structure": jaxsparse.block(2, 2), "prune": "SET"}, r"units have no sign: got block\(2, 2\)"),
+        ({"structure": {"a": "channel"}, "growth": "momentum_neuron"}, "a channel is all of its output"),
+        ({"structure": jaxsparse.n_of_m(2, 4), "growth": "momentum_neuron"}, "every group regrows what it lost"),
     ],
 )
 def test_options_are_checked_when_the_link_is_made(options, message):

@@ -1,0 +1,131 @@
+"""Products with sparse weights: ours, the dense product, and the dense product with a masked copy of the weights.
+
+Forward, and forward with the gradients of x and w, in one process, the alternatives in turn. The dense product knows of
+no mask; "masked copy" is ``x @ (w * mask)`` as XLA compiles it, whose gradient of w is masked too.
+
+Usage: ``python -m benchmarks.kernels``; on a GPU ``python -m benchmarks.kernels --implementation=mosaic_gpu
+--dtype=bfloat16 --shapes "4096 cubed" "transformer MLP, in" --peak_tflops=989 --minutes=9``
+"""
+
+import argparse
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import timing
+from jaxsparse.kernels import block_sparse_matmul, masked_matmul
+from jaxsparse.kernels.masked_matmul.arg_specs import BENCHMARKS
+
+
+def forward(multiply):
+    return jax.jit(lambda x, w, mask, dy: multiply(x, w, mask))
+
+
+def both_ways(multiply):
+    def run(x, w, mask, dy):
+        y, pull = jax.vjp(lambda x, w: multiply(x, w, mask), x, w)
+        return y, *pull(dy)
+
+    return jax.jit(run)
+
+
+def calls_in(run, args, seconds):
+    """How many calls take so many seconds: short ones are timed together, lest the way to the device be what counts."""
+    jax.block_until_ready(run(*args))
+    start = time.perf_counter()
+    jax.block_until_ready(run(*args))
+    return max(1, min(100, int(seconds / (time.perf_counter() - start))))
+
+
+def measure(multiplies, args, rounds):
+    """Median seconds of each product forward, and with both gradients."""
+    medians = []
+    for ways in (forward, both_ways):
+        compiled = {name: ways(multiply) for name, multiply in multiplies.items()}
+        calls = {name: calls_in(run, args[name], 0.02) for name, run in compiled.items()}
+
+        def repeated(name, compiled=compiled, calls=calls):
+            return lambda: [compiled[name](*args[name]) for _ in range(calls[name])][-1]
+
+        seconds = timing.rounds_of({name: repeated(name) for name in compiled}, rounds)
+        medians.append({name: statistics.median(times) / calls[name] for name, times in seconds.items()})
+    return medians
+
+
+def row(shape, unit, mask, live, spec, multiplies, args, options):
+    """A row of the table: milliseconds, ratios to the dense product, share of the peak."""
+    cells = [shape, unit, f"{live:.1%}"]
+    for times, products in zip(measure(multiplies, args, options.rounds), (1, 3), strict=True):
+        dense, ours = times["dense"], times["ours"]
+        cells += [f"{1e3 * times[name]:.3f}" for name in ("dense", "masked copy", "ours")]
+        cells += [f"{dense / ours:.2f}", f"{times['masked copy'] / ours:.2f}"]
+        if options.peak_tflops:
+            work = 2 * spec.rows * spec.inputs * spec.outputs * products * live
+            cells.append(f"{work / ours / options.peak_tflops / 1e12:.0%}")
+    print(" | ".join(cells), flush=True)
+    return cells
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["2048 cubed"], choices=BENCHMARKS, metavar="SHAPE",
+                        help=f"of {', '.join(BENCHMARKS)}")  # fmt: skip
+    parser.add_argument("--blocks", nargs="+", type=int, default=[64, 128], help="sides of the square blocks")
+    parser.add_argument("--densities", nargs="+", type=float, default=[1.0, 0.5, 0.25, 0.1, 0.05])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--implementation", help="of ours; default: what the library chooses here")
+    parser.add_argument("--unstructured", action="store_true", help="masks of single weights too")
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds of each alternative")
+    parser.add_argument("--peak_tflops", type=float, help="of the device, for the share of it that live work takes")
+    parser.add_argument("--minutes", type=float, default=60, help="begin no row after so long, and save what there is")
+    options = parser.parse_args()
+
+    begin, rows, left_out = time.monotonic(), [], 0
+    for shape in options.shapes:
+        spec = BENCHMARKS[shape]
+        rng = np.random.default_rng(0)
+        sizes = (spec.rows, spec.inputs), (spec.inputs, spec.outputs), (spec.rows, spec.outputs)
+        x, w, dy = (jnp.asarray(rng.standard_normal(size, np.float32), options.dtype) for size in sizes)
+        units = [(f"block {side}", side) for side in options.blocks] + [("weight", 1)] * options.unstructured
+        for unit, side in units:
+            if spec.inputs % side or spec.outputs % side:
+                continue
+            for density in options.densities:
+                if time.monotonic() - begin > 60 * options.minutes:
+                    left_out += 1
+                    continue
+                blocks = rng.random((spec.inputs // side, spec.outputs // side)) < density
+                block_mask = jnp.asarray(blocks)
+                mask = jnp.repeat(jnp.repeat(block_mask, side, 0), side, 1)
+                multiplies = {
+                    "dense": lambda x, w, mask: x @ w,
+                    "masked copy": lambda x, w, mask: masked_matmul(x, w, mask, implementation="xla"),
+                    "ours": lambda x, w, mask, side=side: (
+                        masked_matmul(x, w, mask, implementation=options.implementation)
+                        if side == 1
+                        else block_sparse_matmul(x, w, mask, implementation=options.implementation)
+                    ),
+                }
+                args = {name: (x, w, block_mask if name == "ours" else mask, dy) for name in multiplies}
+                rows.append(row(shape, unit, mask, float(blocks.mean()), spec, multiplies, args, options))
+    headers = ["shape (rows, inputs, outputs)", "unit", "live work left"]
+    for ways in ("forward", "and gradients"):
+        headers += [f"{ways}: dense, ms", "masked copy, ms", "ours, ms", "dense / ours", "masked copy / ours"]
+        headers += ["ours, of peak"] * bool(options.peak_tflops)
+    shapes = "; ".join(f"{name}: {BENCHMARKS[name][:3]}" for name in options.shapes)
+    timing.save(
+        "kernels",
+        f"Products with sparse weights, {options.dtype}",
+        headers,
+        rows,
+        f"Medians of {options.rounds} rounds, alternatives in turn. {shapes}. Ours: "
+        f"{options.implementation or 'what the library chooses'}; the lists of live blocks are made in the timed call."
+        + (f" {left_out} rows were left out for want of time." if left_out else ""),
+    )
+
+
+if __name__ == "__main__":
+    main()

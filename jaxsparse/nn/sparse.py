@@ -1,0 +1,209 @@
+"""Flax layers that compute with sparse weights: what masks leave out is not multiplied.
+
+They have the params of ``flax.linen.Dense`` and ``flax.linen.Conv``, and take masks as :func:`jaxsparse.get_masks`
+gives them, as a collection of variables:
+
+    masks = jaxsparse.get_masks(opt_state, params)
+    y = model.apply({"params": params, "masks": masks}, x)
+
+Without masks they are these dense layers.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+
+from jaxsparse.kernels import block_sparse_matmul, masked_matmul
+from jaxsparse.kernels.masked_matmul.block_info import live_tiles
+
+__all__ = ["SparseConv", "SparseDense"]
+
+
+class SparseDense(nn.Module):
+    """A dense layer, ``x @ (kernel * mask) + bias``, that with ``block`` visits live blocks only.
+
+    The mask is an argument, or "kernel" of this layer in the collection "masks"; there the scalar True, or nothing,
+    means dense. With ``block`` a block is live if any of its weights is, and the pruned weights in it are taken for the
+    zeros that every method of jaxsparse leaves there: so any masks are right, and masks of whole blocks are fast.
+
+    Attributes:
+      features: outputs.
+      use_bias: whether there is a bias.
+      block: (rows, columns) of a block, as of ``structures.block``; None: masks of single weights.
+      dtype: to compute in; None: what the arguments promote to.
+      param_dtype: of the params.
+      precision: as for :func:`jax.numpy.matmul`.
+      kernel_init, bias_init: initializers.
+      dense_weight_grad: whether pruned weights get gradients too, as a method needs that grows weights by their
+        momentum. A step that needs none saves two thirds of what is then the largest product.
+      implementation: of :func:`jaxsparse.kernels.block_sparse_matmul`, or :func:`~jaxsparse.kernels.masked_matmul`.
+
+    Raises:
+      ValueError: for a mask of another shape or dtype than the kernel's.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> layer, x = SparseDense(4, block=(2, 2)), jnp.ones((1, 4))
+      >>> params = {"kernel": jnp.eye(4), "bias": jnp.zeros(4)}
+      >>> layer.apply({"params": params, "masks": {"kernel": jnp.eye(4, dtype=bool)}}, x)[0].tolist()
+      [1.0, 1.0, 1.0, 1.0]
+    """
+
+    features: int
+    use_bias: bool = True
+    block: tuple[int, int] | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+    kernel_init: Any = nn.initializers.lecun_normal()
+    bias_init: Any = nn.initializers.zeros_init()
+    dense_weight_grad: bool = True
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None = None, *, dense_weight_grad: bool | jax.Array | None = None
+    ) -> jax.Array:
+        """The layer's output.
+
+        Args:
+          x: (..., inputs).
+          mask: (inputs, features), bool; None: that of the collection "masks".
+          dense_weight_grad: instead of the attribute; also a bool scalar array, for steps that differ.
+        """
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), self.param_dtype)
+        bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
+        mask = _mask(self, mask, kernel)
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        dense = self.dense_weight_grad if dense_weight_grad is None else dense_weight_grad
+        return _product(self, x, kernel, mask, bias, dense)
+
+
+class SparseConv(nn.Module):
+    """A convolution whose pruned weights count for nothing; one of 1 x 1 is a product that skips what is dead.
+
+    The mask comes as for :class:`SparseDense`. Other kernels than those of 1 x 1 are masked and left to XLA.
+
+    Attributes:
+      features: outputs.
+      kernel_size: of the window, such as (3, 3).
+      strides: of the window; None: 1.
+      padding: "SAME", "VALID", or pairs of numbers, as for ``flax.linen.Conv``.
+      block: (rows, columns) of a block of inputs and outputs, for a kernel of 1 x 1.
+      use_bias, dtype, param_dtype, precision, kernel_init, bias_init, dense_weight_grad, implementation: as of
+        :class:`SparseDense`.
+
+    Raises:
+      ValueError: for a mask of another shape or dtype than the kernel's.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> layer, x = SparseConv(8, (1, 1), block=(2, 4)), jnp.ones((1, 5, 5, 4))
+      >>> variables = layer.init(jax.random.key(0), x)
+      >>> masks = {"kernel": jnp.ones((1, 1, 4, 8), bool).at[..., 4:].set(False)}
+      >>> layer.apply({**variables, "masks": masks}, x)[0, 0, 0, 4:].tolist()
+      [0.0, 0.0, 0.0, 0.0]
+    """
+
+    features: int
+    kernel_size: Sequence[int]
+    strides: Sequence[int] | None = None
+    padding: Any = "SAME"
+    block: tuple[int, int] | None = None
+    use_bias: bool = True
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+    kernel_init: Any = nn.initializers.lecun_normal()
+    bias_init: Any = nn.initializers.zeros_init()
+    dense_weight_grad: bool = True
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None = None, *, dense_weight_grad: bool | jax.Array | None = None
+    ) -> jax.Array:
+        """The layer's output.
+
+        Args:
+          x: (batch, *window axes, inputs).
+          mask: (*kernel_size, inputs, features), bool; None: that of the collection "masks".
+          dense_weight_grad: instead of the attribute; also a bool scalar array, for steps that differ.
+        """
+        size, inputs = tuple(self.kernel_size), x.shape[-1]
+        strides = tuple(self.strides or [1] * len(size))
+        if x.ndim != len(size) + 2 or len(strides) != len(size):
+            raise ValueError(
+                f"SparseConv of kernel_size {size} and strides {strides} needs x (batch, {len(size)} axes, inputs), "
+                f"got {x.shape}"
+            )
+        kernel = self.param("kernel", self.kernel_init, (*size, inputs, self.features), self.param_dtype)
+        bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
+        mask = _mask(self, mask, kernel)
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        dense = self.dense_weight_grad if dense_weight_grad is None else dense_weight_grad
+        if set(size) == {1} and (self.padding in ("SAME", "VALID")):
+            x = x[(slice(None), *(slice(None, None, stride) for stride in strides))]
+            flat_mask = None if mask is None else mask.reshape(inputs, self.features)
+            return _product(self, x, kernel.reshape(inputs, self.features), flat_mask, bias, dense)
+        if mask is not None:
+            kernel = _masked(kernel, mask, jnp.asarray(dense))
+        axes = "".join("HWD"[i] if i < 3 else str(i) for i in range(len(size)))
+        y = jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            strides,
+            self.padding,
+            dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
+            precision=self.precision,
+        )
+        return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def _mask(layer: nn.Module, mask: Any, kernel: jax.Array) -> jax.Array | None:
+    """The mask of a layer's kernel; None for a dense one."""
+    if mask is None and layer.has_variable("masks", "kernel"):
+        mask = layer.get_variable("masks", "kernel")
+    if mask is None or jnp.ndim(mask) == 0:
+        return None
+    mask = jnp.asarray(mask)
+    if mask.shape != kernel.shape or mask.dtype != jnp.bool_:
+        raise ValueError(
+            f"the mask of {'/'.join([*layer.path, 'kernel'])} must be bool of its shape {kernel.shape}, "
+            f"got {mask.dtype} of shape {mask.shape}"
+        )
+    return mask
+
+
+def _product(layer: Any, x: Any, kernel: Any, mask: jax.Array | None, bias: Any, dense: bool | jax.Array) -> jax.Array:
+    if mask is None:
+        y = jnp.matmul(x, kernel, precision=layer.precision)
+        return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+    how = {"dense_weight_grad": dense, "precision": layer.precision, "implementation": layer.implementation}
+    if layer.block is None:
+        return masked_matmul(x, kernel, mask, bias, **how)
+    return block_sparse_matmul(x, kernel, live_tiles(mask, layer.block), bias, block=layer.block, **how)
+
+
+@functools.partial(jax.custom_vjp)
+def _masked(kernel, mask, dense):
+    """``kernel * mask``, whose gradient is that of all weights where ``dense`` is True."""
+    del dense
+    return jnp.where(mask, kernel, jnp.zeros_like(kernel))
+
+
+def _masked_forward(kernel, mask, dense):
+    return _masked(kernel, mask, dense), (mask, dense)
+
+
+def _masked_backward(residuals, gradient):
+    mask, dense = residuals
+    return jnp.where(mask | dense, gradient, jnp.zeros_like(gradient)), None, None
+
+
+_masked.defvjp(_masked_forward, _masked_backward)

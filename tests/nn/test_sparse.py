@@ -1,0 +1,139 @@
+"""Layers that compute with sparse weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+import jaxsparse
+from jaxsparse.models import MLP
+from jaxsparse.nn import SparseConv, SparseDense
+
+CONVOLUTIONS = {
+    "1x1": ((1, 1), (1, 1), "SAME"),
+    "1x1, strides": ((1, 1), (2, 2), "VALID"),
+    "3x3": ((3, 3), (2, 1), "SAME"),
+    "1x1, padded": ((1, 1), (1, 1), ((1, 1), (0, 2))),
+}
+
+
+def random_mask(shape, seed=0, block=None):
+    units = shape if block is None else (*shape[:-2], shape[-2] // block[0], shape[-1] // block[1])
+    mask = np.random.default_rng(seed).random(units) < 0.4
+    if block is not None:
+        mask = mask.repeat(block[0], -2).repeat(block[1], -1)
+    return jnp.asarray(mask)
+
+
+def gradients(layer, params, masks, x, **how):
+    return jax.grad(lambda p: jnp.sin(layer.apply({"params": p, "masks": masks}, x, **how)).sum())(params)
+
+
+@pytest.mark.parametrize("block", [None, (4, 8)])
+def test_dense_layer_is_flax_with_masked_kernel(block):
+    x = jax.random.normal(jax.random.key(0), (3, 5, 16))
+    layer, plain = SparseDense(24, block=block), nn.Dense(24)
+    params = layer.init(jax.random.key(1), x)["params"]
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, plain.init(jax.random.key(1), x)["params"])
+    mask = random_mask((16, 24), block=block)
+    masked = {**params, "kernel": jnp.where(mask, params["kernel"], 0)}
+    for masks in ({"kernel": mask, "bias": jnp.array(True)}, {"kernel": mask}):
+        y = layer.apply({"params": params, "masks": masks}, x)
+        np.testing.assert_allclose(y, plain.apply({"params": masked}, x), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(layer.apply({"params": params}, x, mask), y)
+    # All weights have gradients, as growing methods need, or those that live.
+    full = jax.grad(lambda p: jnp.sin(plain.apply({"params": p}, x)).sum())(masked)["kernel"]
+    dense = gradients(layer, params, masks, x)["kernel"]
+    sparse = gradients(layer, params, masks, x, dense_weight_grad=False)["kernel"]
+    np.testing.assert_allclose(dense, full, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(sparse, jnp.where(mask, full, 0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("block", [None, (2, 4)])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolution_is_flax_with_masked_kernel(name, block):
+    size, strides, padding = CONVOLUTIONS[name]
+    x = jax.random.normal(jax.random.key(0), (2, 6, 7, 4))
+    layer = SparseConv(8, size, strides, padding, block=block)
+    plain = nn.Conv(8, size, strides, padding)
+    params = layer.init(jax.random.key(1), x)["params"]
+    mask = random_mask((*size, 4, 8), block=block)
+    masked = {**params, "kernel": jnp.where(mask, params["kernel"], 0)}
+    y = layer.apply({"params": params, "masks": {"kernel": mask}}, x)
+    np.testing.assert_allclose(y, plain.apply({"params": masked}, x), rtol=1e-5, atol=1e-5)
+    full = jax.grad(lambda p: jnp.sin(plain.apply({"params": p}, x)).sum())(masked)["kernel"]
+    for dense in (True, jnp.array(True), False, jnp.array(False)):
+        ours = gradients(layer, params, {"kernel": mask}, x, dense_weight_grad=dense)["kernel"]
+        np.testing.assert_allclose(ours, full if dense else jnp.where(mask, full, 0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("masks", [{}, {"kernel": jnp.array(True)}])
+def test_without_masks_layers_are_dense(masks):
+    x = jnp.arange(12.0).reshape(3, 4)
+    params = {"kernel": jnp.ones((4, 8)), "bias": jnp.arange(8.0)}
+    y = SparseDense(8, block=(2, 2)).apply({"params": params, "masks": masks}, x)
+    np.testing.assert_allclose(y, nn.Dense(8).apply({"params": params}, x))
+
+
+def test_computes_in_the_dtype_it_is_told():
+    x = jnp.ones((2, 4))
+    layer = SparseDense(8, dtype=jnp.bfloat16)
+    variables = {**layer.init(jax.random.key(0), x), "masks": {"kernel": jnp.ones((4, 8), bool)}}
+    assert variables["params"]["kernel"].dtype == jnp.float32
+    assert layer.apply(variables, x).dtype == jnp.bfloat16
+
+
+def test_a_mask_that_does_not_fit_is_named():
+    model = MLP(features=(8,), num_classes=2)
+    x = jnp.ones((1, 4))
+    params = model.init(jax.random.key(0), x)["params"]
+    with pytest.raises(ValueError, match=r"mask of fc1/kernel must be bool of its shape \(4, 8\), got bool of .*8, 4"):
+        model.apply({"params": params, "masks": {"fc1": {"kernel": jnp.ones((8, 4), bool)}}}, x)
+    with pytest.raises(ValueError, match=r"blocks for each of its 2 layers"):
+        MLP(features=(8,), blocks=(None,)).init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"needs x \(batch, 2 axes, inputs\), got \(1, 4\)"):
+        SparseConv(3, (1, 1)).init(jax.random.key(0), x)
+
+
+def test_trains_with_block_sparse_momentum_and_evaluates_with_no_other_change():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(64, 32)), jnp.float32)
+    labels = x[:, :4].argmax(-1)
+    model = MLP(num_classes=4, features=(32, 32), blocks=((8, 8), (8, 8), None))
+    params = model.init(jax.random.key(0), x)["params"]
+    block = jaxsparse.block(8, 8)
+    tx = jaxsparse.chain(
+        optax.sgd(0.1, momentum=0.9),
+        jaxsparse.sparse_momentum(
+            0.75, update_every=5, structure={"fc1/kernel": block, "fc2/kernel": block}, prune_rate=0.3
+        ),
+    )
+    opt_state = tx.init(params)
+    params = jaxsparse.sparsify(params, opt_state)
+    first = jaxsparse.get_masks(opt_state, params)
+
+    def loss_of(params, masks, dense):
+        logits = model.apply({"params": params, "masks": masks}, x, dense_weight_grad=dense)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    @jax.jit
+    def step(params, opt_state, dense):
+        masks = jaxsparse.get_masks(opt_state, params)
+        loss, grads = jax.value_and_grad(loss_of)(params, masks, dense)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    losses = []
+    for i in range(60):
+        params, opt_state, loss = step(params, opt_state, jnp.array(i % 5 in (0, 3, 4)))
+        losses.append(float(loss))
+    assert step._cache_size() == 1
+    assert losses[-1] < losses[0] / 2
+    masks = jaxsparse.get_masks(opt_state, params)
+    assert (masks["fc2"]["kernel"] != first["fc2"]["kernel"]).any()
+    assert int(block.units(masks["fc2"]["kernel"]).sum()) * 64 == int(masks["fc2"]["kernel"].sum())
+    # The pruned weights are 0 in the params, so the dense network computes the same.
+    sparse = model.apply({"params": params, "masks": masks}, x)
+    np.testing.assert_allclose(sparse, model.apply({"params": params}, x), rtol=1e-5, atol=1e-5)
