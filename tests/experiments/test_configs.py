@@ -92,7 +92,6 @@ def train_on_noise(config, workdir, monkeypatch):
         ("cifar10_sparse_momentum", "alexnet_s", {}),
         ("mnist_mlp", "blocks", {"sparsity.dense_gradient_steps": 2}),
         ("mnist_asni", "conv2", {"sparsity.magnitude": 0.99, "epochs": 3}),
-        ("cifar_l0", "vgg16_forward", {"sparsity.penalty": 1.0, "sparsity.gate_learning_rate": 0.3}),
         ("mnist_l0", "lenet5_caffe", {"sparsity.penalty": 1e5, "sparsity.gate_learning_rate": 1.0}),
     ],
 )
