@@ -105,8 +105,8 @@ def make_program(config: ConfigDict, dataset: data.Dataset, side_by_side: bool =
             params = jaxsparse.sparsify(params, opt_state)
         return TrainState(params, opt_state, variables, order_key)
 
-    # Models with sparse layers take the masks.
-    takes_masks = isinstance(model, models.MLP) and not config.dense
+    # Layers that skip dead blocks take the masks; to others pruned weights are zeros among the rest.
+    takes_masks = not config.dense and bool(config.model.get("blocks"))
     sparse_gradients = takes_masks and config.sparsity.get("dense_gradient_steps") is not None
 
     def variables(state, params):
