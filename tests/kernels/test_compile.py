@@ -4,9 +4,11 @@ import os
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxsparse.kernels import block_sparse_matmul, masked_matmul
 
@@ -37,11 +39,16 @@ def arguments(block, dtype, sharding=None):
     return [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in shapes]
 
 
-@pytest.fixture(scope="module", params=["v4:2x2x1", "v5e:2x2", "v6e:2x2"])
-def tpu(request):
+def chips(topology):
+    """TPUs that are not there."""
     if "TPU_LIBRARY_PATH" not in os.environ:
         pytest.importorskip("libtpu", reason="no compiler for TPUs here: `make test` installs it")
-    return SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name=request.param).devices[0])
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+
+
+@pytest.fixture(scope="module", params=["v4:2x2x1", "v5e:2x2", "v6e:2x2"])
+def tpu(request):
+    return SingleDeviceSharding(chips(request.param)[0])
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
@@ -53,12 +60,29 @@ def test_compiles_for_tpus(tpu, name):
         assert f"masked_matmul_{part}" in text, part
 
 
+def test_compiles_for_each_chip_of_a_mesh():
+    """Inside shard_map, the rows divided: each chip runs the kernels on its own, and dw is summed over them."""
+    mesh = Mesh(np.array(chips("v5e:2x2")), ("batch",))
+    block, dtype = PRODUCTS["blocks"]
+    specs = (P("batch"), P(), P())
+
+    def of_a_chip(x, w, mask):
+        loss, gradients = step(block, "mosaic_tpu")(x, w, mask)
+        return jax.lax.psum(loss, "batch"), gradients
+
+    shared = jax.shard_map(of_a_chip, mesh=mesh, in_specs=specs, out_specs=(P(), (P("batch"), P())))
+    args = [
+        jax.ShapeDtypeStruct(arg.shape, arg.dtype, sharding=NamedSharding(mesh, spec))
+        for arg, spec in zip(arguments(block, dtype), specs, strict=True)
+    ]
+    text = jax.jit(shared).lower(*args).compile().as_text()
+    assert "all-reduce" in text
+    assert "masked_matmul_backward_w" in text
+
+
 def test_no_masked_copy_of_the_weights():
     """The kernel reads the weights themselves: what the program holds beside its arguments and results is small."""
-    if "TPU_LIBRARY_PATH" not in os.environ:
-        pytest.importorskip("libtpu", reason="no compiler for TPUs here: `make test` installs it")
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    sharding = SingleDeviceSharding(topology.devices[0])
+    sharding = SingleDeviceSharding(chips("v5e:2x2")[0])
     shapes = [((128, 4096), "float32"), ((4096, 4096), "float32"), ((32, 32), "bool")]
     args = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in shapes]
 
