@@ -125,6 +125,7 @@ def asni() -> ConfigDict:
     config.sparsity.translation = 0.5
     config.sparsity.normalised = False
     config.sparsity.exact = False  # True: as many as the schedule says, nothing skipped
+    config.sparsity.structure = "weight"  # what goes as one: as for sparse momentum
     # For "mask_updates": the file of a sparse model, such as WORKDIR/sparse.safetensors of another run, and the weights
     # to start with on its masks: "centroids" (ASNI-II: two numbers a layer), "centroids_and_biases" (two of its biases
     # too), "original" (the random ones of this run's seed), "weights" (the model's own).

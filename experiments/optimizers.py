@@ -153,6 +153,7 @@ def _asni(config, steps_per_epoch, clip, model, key):
         schedule(sparsity, config.epochs // sparsity.update_every_epochs),
         update_every=sparsity.update_every_epochs * steps_per_epoch,
         exact=sparsity.exact,
+        structure=make_structure(config),
     )
     return jaxsparse.chain(*optimizer, link)
 

@@ -5,6 +5,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxsparse
@@ -57,6 +58,20 @@ def test_structures_by_name(text, structure):
     with config.unlocked():
         config.sparsity.structure, config.model.blocks = text, ((8, 4), None, (2, 2))
     assert optimizers.make_structure(config) == structure
+
+
+def test_asni_takes_a_structure():
+    config = train.shrink(runpy.run_path(str(CONFIG.parent / "mnist_asni.py"))["get_config"]())
+    config.sparsity.structure, config.sparsity.exact = "4x4", True
+    params = {"kernel": jnp.arange(1.0, 8 * 12 + 1).reshape(8, 12)}
+    tx = optimizers.make_optimizer(config, steps_per_epoch=1)
+    opt_state = tx.init(params)
+    for _ in range(4):
+        updates, opt_state = tx.update(jax.tree.map(jnp.zeros_like, params), opt_state, params)
+        params = optax.apply_updates(params, updates)
+    kept = jaxsparse.get_masks(opt_state)["kernel"]
+    assert 0 < kept.sum() < kept.size
+    assert structures.block(4, 4).holds(kept)
 
 
 def test_an_unknown_structure_is_an_error():

@@ -3,6 +3,9 @@
 :mod:`reference` says what it is, :mod:`api` is what users call, :mod:`block_info` makes lists of live blocks from a
 mask, :mod:`ops` has the gradients, and ``xla_*`` and ``pallas_*`` are the backends: each a module with ``forward``,
 ``backward_x`` and ``backward_w`` of the same arguments.
+
+The kernels are checked in Pallas' interpreters and compiled ahead of time. They have not run on a TPU or a GPU yet: no
+speed is claimed for them, and on GPUs they have to be asked for by name.
 """
 
 from jaxsparse.kernels.masked_matmul.api import block_sparse_matmul, masked_matmul
