@@ -21,6 +21,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 TPU_COMPILER = Path(sys.prefix) / "tpu/libtpu/libtpu.so"  # where the Makefile puts it
 if TPU_COMPILER.exists():
     os.environ.setdefault("TPU_LIBRARY_PATH", str(TPU_COMPILER))
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it is for one process at a time that has a TPU
 
 import jax  # noqa: E402
 
