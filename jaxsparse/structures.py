@@ -29,8 +29,8 @@ from jaxsparse.selection import count_true, top_k_mask
 __all__ = [
     "Prunable", "Structure", "StructureLike", "align", "block", "by_path", "by_plain_path", "channel",
     "check_structure", "check_units", "is_function", "is_masked_node", "kernel", "leaf_paths", "leaf_structures",
-    "n_of_m", "natural_order", "path_name", "plain_path", "prunable_by_default", "prunable_leaves", "unit_scores",
-    "weight",
+    "mask_structures", "n_of_m", "natural_order", "path_name", "plain_path", "prunable_by_default", "prunable_leaves",
+    "unit_scores", "weight",
 ]  # fmt: skip
 
 logger = logging.getLogger("jaxsparse")
@@ -525,6 +525,13 @@ def leaf_structures(structure: StructureLike, params: Any, prunable: Any, *, qui
     if told and not quiet:
         warnings.warn("; ".join(told) + ": they go by single weights", UserWarning, stacklevel=2)
     return treedef.unflatten(found)
+
+
+def mask_structures(structure: StructureLike, params: Any, masks: Any, *, quiet: bool = False) -> Any:
+    """As :func:`leaf_structures`, for the leaves that have a mask in ``masks``, a state's."""
+    treedef = jax.tree.structure(params)
+    sparse = [not is_masked_node(mask) for mask in treedef.flatten_up_to(masks)]
+    return leaf_structures(structure, params, treedef.unflatten(sparse), quiet=quiet)
 
 
 def check_units(masks: Any, structures: Any, what: str = "masks") -> None:

@@ -34,6 +34,7 @@ from jaxsparse.structures import (
     is_masked_node,
     leaf_paths,
     leaf_structures,
+    mask_structures,
     n_of_m,
     path_name,
     plain_path,
@@ -170,8 +171,7 @@ def asni(
             masks, kept, nan_scores = old
             flat, treedef = jax.tree.flatten(masks)
             weights = _masked_leaves(params, masks)
-            sparse = jax.tree.map(lambda mask: not is_masked_node(mask), masks, is_leaf=is_masked_node)
-            units = jax.tree.leaves(leaf_structures(structure, params, sparse, quiet=True))
+            units = jax.tree.leaves(mask_structures(structure, params, masks, quiet=True))
             total = sum(mask.size for mask in flat)
             stage = state.count // update_every - 1
             if all(isinstance(unit, weight) for unit in units):

@@ -48,7 +48,7 @@ from jaxsparse.structures import (
     check_units,
     is_masked_node,
     leaf_paths,
-    leaf_structures,
+    mask_structures,
     n_of_m,
     unit_scores,
     weight,
@@ -229,7 +229,7 @@ def sparse_momentum(
             start = validate_masks(drawn, params)
         else:
             start = validate_masks(masks, params)
-            check_units(start, _structures(structure, params, start))
+            check_units(start, mask_structures(structure, params, start))
             # Copies: the state may be donated, the caller's masks must survive that.
             start = jax.tree.map(lambda mask: jnp.array(mask, copy=True), start)
             check_total(mask.size for mask in jax.tree.leaves(start))
@@ -255,7 +255,7 @@ def sparse_momentum(
             masks, nan_scores, rng_key = old
             rng_key, draw = jax.random.split(rng_key)
             rate = prune_rate(state.count) if callable(prune_rate) else prune_rate
-            flat = _Leaves.of(params, signal, masks, _structures(structure, params, masks, quiet=True))
+            flat = _Leaves.of(params, signal, masks, mask_structures(structure, params, masks, quiet=True))
             new, nans = _updated(flat, rate, growth, redistribution, prune, draw)
             return flat.rebuild(new), nan_scores + nans, rng_key
 
@@ -331,7 +331,7 @@ def momentum_regrowth(
     if key is None and growth == "random":
         raise ValueError('growth="random" needs a key')
     checked = validate_masks(masks, params)
-    structures = _structures(structure, params, checked)
+    structures = mask_structures(structure, params, checked)
     check_units(checked, structures)
     flat = _Leaves.of(params, momentum, checked, structures)
     new, _ = _updated(flat, prune_rate, growth, redistribution, prune, as_key(0 if key is None else key))
@@ -488,12 +488,6 @@ class _Leaves(NamedTuple):
 
     def rebuild(self, masks: list[jax.Array]) -> Any:
         return jax.tree.structure(self.template).unflatten(masks)
-
-
-def _structures(structure: StructureLike, params: Any, masks: Any, quiet: bool = False) -> Any:
-    """The structures of the leaves that have masks."""
-    sparse = jax.tree.map(lambda mask: not is_masked_node(mask), masks, is_leaf=is_masked_node)
-    return leaf_structures(structure, params, sparse, quiet=quiet)
 
 
 def _averaged(average: Any, gradients: list[Any], decay: ArrayLike, treedef: Any) -> Any:

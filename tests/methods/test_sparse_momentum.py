@@ -657,3 +657,23 @@ def test_random_growth_needs_a_key():
     weights, momentum, masks = random_problem(0, [(4, 4)], [0.5])
     with pytest.raises(ValueError, match="needs a key"):
         jaxsparse.momentum_regrowth(weights, momentum, masks, 0.5, growth="random")
+
+
+@pytest.mark.parametrize(
+    "structure", [jaxsparse.block(2, 2), {"a": jaxsparse.block(2, 2), "b": jaxsparse.n_of_m(1, 2)}]
+)
+def test_structures_inside_of_other_transformations(structure):
+    params = {"a": jnp.arange(1.0, 33.0).reshape(4, 8), "b": jnp.arange(1.0, 17.0).reshape(4, 4), "c": jnp.ones(3)}
+    link = optax.inject_hyperparams(jaxsparse.sparse_momentum, static_args=("sparsity", "update_every"))(
+        0.5, 1, decay=0.9, structure=structure, prune_rate=0.5
+    )
+    tx = optax.partition({"sparse": link, "rest": optax.sgd(0.1)}, {"a": "sparse", "b": "sparse", "c": "rest"})
+    opt_state = tx.init(params)
+    step = jax.jit(tx.update)
+    for i in range(4):
+        updates, opt_state = step(jax.tree.map(lambda p, i=i: jnp.cos(p + i), params), opt_state, params)
+        params = optax.apply_updates(params, updates)
+        masks = jaxsparse.get_masks(opt_state, params)
+        assert int(masks["a"].sum()) == 16
+        assert jaxsparse.block(2, 2).holds(masks["a"])
+    jaxsparse.check(opt_state, params)
