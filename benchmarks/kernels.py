@@ -99,7 +99,9 @@ def main():
                 if time.monotonic() - begin > 60 * options.minutes:
                     left_out += 1
                     continue
-                blocks = rng.random((spec.inputs // side, spec.outputs // side)) < density
+                shape_of_blocks = spec.inputs // side, spec.outputs // side
+                ranks = rng.permutation(shape_of_blocks[0] * shape_of_blocks[1]).reshape(shape_of_blocks)
+                blocks = ranks < round(density * ranks.size)
                 block_mask = jnp.asarray(blocks)
                 mask = jnp.repeat(jnp.repeat(block_mask, side, 0), side, 1)
                 multiplies = {

@@ -53,7 +53,16 @@ def backward_w(x, dy, mask, info: BlockInfo, config: Config, dtype):
 
         return jax.lax.fori_loop(blocks.starts[j], blocks.starts[j + 1], block, dw)
 
-    return jax.lax.fori_loop(0, dy.shape[1] // tn, column, zeros_like(x, (x.shape[1], dy.shape[1]), dtype))
+    zeros = _zeros((x.shape[1], dy.shape[1]), dtype, blocks.line[0])
+    return jax.lax.fori_loop(0, dy.shape[1] // tn, column, zeros)
+
+
+def _zeros(shape, dtype, natural):
+    """Zeros for a loop to write to, made from a number that is not negative, another one for each loop.
+
+    Of constant zeros XLA makes one array, which it then copies for each loop that writes to it.
+    """
+    return jnp.full(shape, jnp.minimum(natural, 0), dtype)
 
 
 def _columns(x, index, width):
@@ -72,4 +81,4 @@ def _sum_lines(block, blocks, x, width, tile, dtype):
         )
         return jax.lax.dynamic_update_slice(out, total.astype(dtype), (0, j * tile))
 
-    return jax.lax.fori_loop(0, width // tile, line, zeros_like(x, (x.shape[0], width), dtype))
+    return jax.lax.fori_loop(0, width // tile, line, _zeros((x.shape[0], width), dtype, blocks.count[0]))
