@@ -7,16 +7,11 @@ Usage: ``python -m benchmarks.mlp [--batches 100 500] [--rounds 5]``
 """
 
 import argparse
-import itertools
 import runpy
 import statistics
 
-import jax
-import numpy as np
-
 from benchmarks import timing
-from experiments import data
-from experiments.program import make_program
+from benchmarks.training import random_images, trains
 
 PARTS = 5  # of an epoch
 ALTERNATIVES = {
@@ -27,29 +22,12 @@ ALTERNATIVES = {
 }
 
 
-def random_images(steps, batch):
-    random = np.random.RandomState(0)
-    images = random.randint(0, 256, (steps * batch, 28, 28, 1)).astype(np.uint8)
-    train = data.Split(images, random.randint(0, 10, steps * batch).astype(np.int32))
-    nothing = data.Split(images[:0], train.labels[:0])
-    return data.Dataset(train, nothing, nothing, 10, np.float32([33.3]), np.float32([78.6]))
-
-
-def trains(unit, changes, batch, steps):
+def alternative(unit, changes, batch, steps):
     """A function that trains a part of an epoch, each call the next."""
     config = runpy.run_path("configs/mnist_mlp.py")["get_config"](unit)
     config.data.batch_size = batch
     config.update_from_flattened_dict(changes)
-    dataset = random_images(steps * PARTS, batch)
-    program = make_program(config, dataset)
-    state, on_device, parts = program.init(0), jax.device_put(dataset), itertools.count()
-
-    def run():
-        nonlocal state
-        state, measured = program.train_chunk(state, on_device, steps * next(parts), steps)
-        return measured
-
-    return run
+    return trains(config, random_images(steps * PARTS * batch), steps)
 
 
 def main():
@@ -61,7 +39,7 @@ def main():
 
     rows = []
     for batch in args.batches:
-        runs = {name: trains(*how, batch, args.steps) for name, how in ALTERNATIVES.items()}
+        runs = {name: alternative(*how, batch, args.steps) for name, how in ALTERNATIVES.items()}
         seconds = timing.rounds_of(runs, args.rounds)
         for name, times in seconds.items():
             against = [dense / ours for dense, ours in zip(seconds["dense"], times, strict=True)]

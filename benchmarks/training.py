@@ -31,27 +31,33 @@ except ImportError:
 STEPS = 540
 
 
-def random_images(seed=0):
-    random = np.random.RandomState(seed)
-    train = data.Split(random.randint(0, 256, (54_000, 28, 28, 1)).astype(np.uint8), random.randint(0, 10, 54_000))
+def random_images(count):
+    """MNIST as the trainer holds it, but noise, and with nothing to evaluate on."""
+    random = np.random.RandomState(0)
+    train = data.Split(random.randint(0, 256, (count, 28, 28, 1)).astype(np.uint8), random.randint(0, 10, count))
     train = train._replace(labels=train.labels.astype(np.int32))
     nothing = data.Split(train.images[:0], train.labels[:0])
     return data.Dataset(train, nothing, nothing, 10, np.float32([33.3]), np.float32([78.6]))
+
+
+def trains(config, dataset, steps):
+    """A function that trains so many steps, each call the next."""
+    program = make_program(config, dataset)
+    state, on_device, turns = program.init(0), jax.device_put(dataset), itertools.count()
+
+    def run():
+        nonlocal state
+        state, measured = program.train_chunk(state, on_device, steps * next(turns), steps)
+        return measured
+
+    return run
 
 
 def ours(model, dataset, dense):
     """A function that trains an epoch, each call the next."""
     config = runpy.run_path("configs/mnist_sparse_momentum.py")["get_config"](model)
     config.dense = dense
-    program = make_program(config, dataset)
-    state, on_device, epochs = program.init(0), jax.device_put(dataset), itertools.count()
-
-    def run():
-        nonlocal state
-        state, measured = program.train_chunk(state, on_device, STEPS * next(epochs), STEPS)
-        return measured
-
-    return run
+    return trains(config, dataset, STEPS)
 
 
 def torch_network(model):
@@ -92,7 +98,7 @@ def main():
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="how many there are for ours, for the table")
     args = parser.parse_args()
 
-    dataset, rows = random_images(), []
+    dataset, rows = random_images(100 * STEPS), []
     for model, torch_steps in (("lenet_300_100", STEPS), ("lenet5_caffe", STEPS // 10)):
         runs = {"dense": ours(model, dataset, dense=True), "sparse": ours(model, dataset, dense=False)}
         runs["sparse"]()  # the first epoch has no mask update

@@ -107,7 +107,12 @@ def make_program(config: ConfigDict, dataset: data.Dataset, side_by_side: bool =
 
     # Layers that skip dead blocks take the masks; to others pruned weights are zeros among the rest.
     takes_masks = not config.dense and bool(config.model.get("blocks"))
-    sparse_gradients = takes_masks and config.sparsity.get("dense_gradient_steps") is not None
+    dense_gradient_steps = None if config.dense else config.sparsity.get("dense_gradient_steps")
+    if dense_gradient_steps is not None and not (takes_masks and dense_gradient_steps >= 0):
+        raise ValueError(
+            "config.sparsity.dense_gradient_steps is at least 0, and for models with config.model.blocks, "
+            f"got {dense_gradient_steps} for {config.model.name!r} with blocks {config.model.get('blocks')}"
+        )
 
     def variables(state, params):
         masks = {"masks": jaxsparse.get_masks(state.opt_state, state.params)} if takes_masks else {}
@@ -117,9 +122,9 @@ def make_program(config: ConfigDict, dataset: data.Dataset, side_by_side: bool =
         # Layers with batch statistics use those of the batch, and update them, where the collection is mutable; there
         # is dropout where there is a key for it.
         how = {}
-        if sparse_gradients:  # but dense before masks change, for momentum to tell which weights to grow
+        if dense_gradient_steps is not None:  # all weights before masks change, for momentum to tell which to grow
             update_every = config.sparsity.update_every_epochs * steps_per_epoch
-            how = {"dense_weight_grad": -step % update_every < config.sparsity.dense_gradient_steps}
+            how = {"dense_weight_grad": -step % update_every < dense_gradient_steps}
         logits, model_state = model.apply(
             variables(state, params), images, mutable=list(state.model_state), rngs={"dropout": dropout_key}, **how
         )

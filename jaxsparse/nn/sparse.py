@@ -9,7 +9,6 @@ gives them, as a collection of variables:
 Without masks they are these dense layers.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -162,7 +161,7 @@ class SparseConv(nn.Module):
             dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
             precision=self.precision,
         )
-        return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+        return _with_bias(y, bias)
 
 
 def _mask(layer: nn.Module, mask: Any, kernel: jax.Array) -> jax.Array | None:
@@ -182,15 +181,18 @@ def _mask(layer: nn.Module, mask: Any, kernel: jax.Array) -> jax.Array | None:
 
 def _product(layer: Any, x: Any, kernel: Any, mask: jax.Array | None, bias: Any, dense: bool | jax.Array) -> jax.Array:
     if mask is None:
-        y = jnp.matmul(x, kernel, precision=layer.precision)
-        return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+        return _with_bias(jnp.matmul(x, kernel, precision=layer.precision), bias)
     how = {"dense_weight_grad": dense, "precision": layer.precision, "implementation": layer.implementation}
     if layer.block is None:
         return masked_matmul(x, kernel, mask, bias, **how)
     return block_sparse_matmul(x, kernel, live_tiles(mask, layer.block), bias, block=layer.block, **how)
 
 
-@functools.partial(jax.custom_vjp)
+def _with_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+@jax.custom_vjp
 def _masked(kernel, mask, dense):
     """``kernel * mask``, whose gradient is that of all weights where ``dense`` is True."""
     del dense

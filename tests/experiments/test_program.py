@@ -79,6 +79,14 @@ def test_an_unknown_structure_is_an_error():
         optimizers.make_optimizer(smoke_config(**{"sparsity.structure": "64"}), 44)
 
 
+@pytest.mark.parametrize(("unit", "steps"), [("weights", 20), ("blocks", -1)])
+def test_dense_gradient_steps_that_mean_nothing_are_an_error(unit, steps):
+    config = train.shrink(runpy.run_path(str(CONFIG.parent / "mnist_mlp.py"))["get_config"](unit))
+    config.sparsity.dense_gradient_steps = steps
+    with pytest.raises(ValueError, match=f"at least 0, and for models with config.model.blocks, got {steps}"):
+        program.make_program(config, data.load("digits", examples=1200))
+
+
 def test_gradients_are_dense_only_before_masks_change():
     config = train.shrink(runpy.run_path(str(CONFIG.parent / "mnist_mlp.py"))["get_config"]()).lock()
     config.update_from_flattened_dict({

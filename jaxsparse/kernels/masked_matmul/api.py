@@ -36,8 +36,9 @@ def masked_matmul(
        \frac{\partial L}{\partial x} = \frac{\partial L}{\partial y} (w \odot m)^T, \qquad
        \frac{\partial L}{\partial w} = \Big( x^T \frac{\partial L}{\partial y} \Big) \odot m
 
-    A kernel applies the mask to a tile of the weights when it has fetched it, so there is no masked copy of them in
-    memory, and leaves tiles out that have no weight left. Accumulates in float32. The mask has no gradient.
+    On TPUs a kernel applies the mask to a tile of the weights when it has fetched it, so there is no masked copy of
+    them in memory, and leaves tiles out that have no weight left; elsewhere XLA's dense product has a masked copy.
+    Accumulates in float32. The mask has no gradient.
 
     Args:
       x: (..., inputs), float32, bfloat16 or float16.
@@ -77,7 +78,7 @@ def masked_matmul(
     if implementation == "xla_blocks":
         raise ValueError("implementation='xla_blocks' is for masks of blocks: block_sparse_matmul")
     config, dense = _config(implementation, None, x, w, precision, dense_weight_grad)
-    return _multiply(x, w, mask, live_tiles(mask, config.tile), bias, dense, config)
+    return _multiply(x, w, mask, None, bias, dense, config)
 
 
 def block_sparse_matmul(
@@ -132,14 +133,11 @@ def block_sparse_matmul(
         raise ValueError(f"block_sparse_matmul needs a bool matrix as block_mask, got {_described(live)}")
     block = _block(block, live.shape, w.shape)
     config, dense = _config(implementation, block, x, w, precision, dense_weight_grad)
-    mask = None
+    parts = [side // of_tile for side, of_tile in zip(block, config.tile, strict=True)]
     if config.implementation == "xla" or any(side % of_tile for side, of_tile in zip(block, config.tile, strict=True)):
-        mask = _grown(live, block, w.shape)
-        live = live_tiles(mask, config.tile)
-    else:
-        live = _grown(live, [side // of_tile for side, of_tile in zip(block, config.tile, strict=True)],
-                      [-(-size // of_tile) for size, of_tile in zip(w.shape, config.tile, strict=True)])  # fmt: skip
-    return _multiply(x, w, mask, live, bias, dense, config)
+        return _multiply(x, w, _grown(live, block, w.shape), None, bias, dense, config)
+    tiles = [-(-size // of_tile) for size, of_tile in zip(w.shape, config.tile, strict=True)]
+    return _multiply(x, w, None, _grown(live, parts, tiles), bias, dense, config)
 
 
 def _grown(mask: jax.Array, repeats: Sequence[int], shape: Sequence[int]) -> jax.Array:
@@ -208,7 +206,7 @@ def _default(block: tuple[int, int] | None, dtype: jnp.dtype) -> str:
 
 
 def _multiply(x, w, mask, live, bias, dense, config):
-    """Brings the arguments to whole tiles and the result back."""
+    """Brings the arguments to whole tiles and the result back; the mask is one of weights, or ``live`` one of tiles."""
     x, w, mask, live, bias, dense = together([x, w, mask, live, bias, dense])
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     outputs = w.shape[1]
@@ -217,6 +215,7 @@ def _multiply(x, w, mask, live, bias, dense, config):
     elif config.implementation == "xla":
         y = product(flat, w, mask, None, dense, config)
     else:
+        live = live_tiles(mask, config.tile) if live is None else live
         info = block_info(live, visit_empty=config.implementation == "mosaic_tpu")
         padded = [_whole(flat, (config.rows, config.tile[0])), _whole(w, config.tile)]
         padded.append(None if mask is None else _whole(mask, config.tile))

@@ -14,8 +14,8 @@ class Config:
 
     Attributes:
       implementation: "xla", "xla_blocks", "mosaic_tpu" or "mosaic_gpu".
-      tile: (rows, columns) of the weights that are visited as one, and that the lists are about. A multiple of the
-        mask's blocks; where it is more than one of them, or there are none, the kernel applies the mask too.
+      tile: (rows, columns) of the weights that are visited as one, and that the lists are about: a block of the mask or
+        a part of one; or several, or of a mask without blocks, and then the kernel applies the mask too.
       rows: how many rows of x are multiplied at once. The product's arguments are padded to multiples of these.
       precision: as for ``jax.numpy.matmul``.
       interpret: run a kernel in the interpreter of Pallas: False, True, or the parameters of one.
