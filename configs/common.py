@@ -18,6 +18,7 @@ def training() -> ConfigDict:
     config.checkpoint_every_epochs = 1
     config.log_every_steps = 500
 
+    config.label_smoothing = 0.0  # share of every target that is spread over all classes
     config.init = "model"  # where the weights start: as the model has it, or "he_normal": by fan-in, with biases of 0
 
     config.data = ConfigDict()
@@ -30,6 +31,15 @@ def training() -> ConfigDict:
     config.data.pad = 0  # augmentation: random crops of images padded by so many pixels,
     config.data.pad_mode = "zeros"  # or "reflect",
     config.data.flip = False  # and mirrored at random
+    config.data.streamed = False  # True: too large for the memory, read and decoded by worker processes while training
+    config.data.image_size = 224  # of streamed images, which are cropped at random, resized and mirrored
+    config.data.workers = 0  # processes that read and decode streamed images
+    config.data.classes = config_dict.placeholder(tuple)  # of streamed sets: only these, by name or number; None: all
+
+    config.parallel = ConfigDict()
+    config.parallel.layout = "one_device"  # or "pmap", "data", "fsdp": how the devices share a step
+    config.parallel.sync_batch_norm = False  # statistics of batch normalisation over the whole batch, not each device's
+    config.parallel.accumulate = 1  # gradients of so many parts of a device's batch are averaged, one after another
 
     config.model = ConfigDict()
     config.model.name = ""
@@ -42,12 +52,27 @@ def training() -> ConfigDict:
     return config
 
 
+def add_learning_rate(config: ConfigDict, schedule: str) -> None:
+    """The learning rate of SGD or Adam, for the methods that have one of them."""
+    optimizer = config.optimizer
+    optimizer.learning_rate = 0.1
+    # "every_steps" and "at_epochs": multiplied by decay_rate then; "cosine": falls to 0, at every step; "epoch_cosine":
+    # constant within an epoch, falls to 0 over cosine_scale times the epochs.
+    optimizer.schedule = schedule
+    optimizer.decay_rate = 0.1
+    optimizer.decay_every_steps = 25_000
+    optimizer.decay_at_epochs = ()
+    optimizer.cosine_scale = config_dict.placeholder(float)  # None: constant
+    optimizer.warmup_epochs = 0.0  # in the first so many it rises from 0 to its schedule, at every step
+    # The batch size that the learning rate is meant for: k times as many examples have k times the learning rate. None:
+    # the same for any batch size.
+    optimizer.scale_with_batch = config_dict.placeholder(int)
+
+
 def sparse_momentum() -> ConfigDict:
     """Sparse momentum (Dettmers and Zettlemoyer, 2019): SGD with Nesterov momentum, learning rate by steps."""
     config = training()
-    config.optimizer.learning_rate = 0.1
-    config.optimizer.decay_rate = 0.1
-    config.optimizer.decay_every_steps = 25_000
+    add_learning_rate(config, "every_steps")
     config.optimizer.momentum = 0.9
 
     config.sparsity.method = "sparse_momentum"
@@ -85,18 +110,16 @@ def gates(method: str) -> ConfigDict:
     """L0 regularisation, "l0" (Louizos et al., 2018) or "dep_l0" (Li and Ji, 2021): SGD or Adam, gates on channels."""
     config = training()
     config.optimizer.name = "sgd"  # or "adam"
-    config.optimizer.learning_rate = 0.1
+    add_learning_rate(config, "at_epochs")
     config.optimizer.momentum = 0.9
-    config.optimizer.decay_at_epochs = ()  # where the learning rates are multiplied by their decay rate
-    config.optimizer.decay_rate = 0.1
 
     config.sparsity.method = method
     config.sparsity.penalty = 1e-6  # strength of the penalty,
     config.sparsity.penalty_factors = config_dict.placeholder(tuple)  # times one factor for each group; None: 1
     config.sparsity.counts = "alone"  # or "neighbours", "all": which weights it counts, see jaxsparse.Penalty
     config.sparsity.examples = 1  # by what it is divided
-    config.sparsity.gate_learning_rate = 1e-3  # of Adam, on the gates
-    config.sparsity.gate_decay_rate = 1.0
+    config.sparsity.gate_learning_rate = 1e-3  # of Adam, on the gates,
+    config.sparsity.gate_decay_rate = 1.0  # multiplied by this at config.optimizer.decay_at_epochs
     config.sparsity.freeze_gates_at_epoch = config_dict.placeholder(int)  # from then on they are deterministic
     if method == "l0":
         config.sparsity.log_alpha = 0.0  # where gates start
@@ -112,10 +135,10 @@ def asni() -> ConfigDict:
     config = training()
     config.init = "he_normal"
     config.optimizer.name = "adam"  # or "sgd"
+    add_learning_rate(config, "epoch_cosine")
     config.optimizer.learning_rate = 1.2e-4
     config.optimizer.momentum = 0.9  # of SGD
     config.optimizer.weight_decay = 0.0
-    config.optimizer.cosine_scale = config_dict.placeholder(float)  # over so many times the epochs; None: constant
 
     config.sparsity.method = "asni"  # or "mask_updates": fixed masks
     config.sparsity.update_every_epochs = 1

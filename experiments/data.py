@@ -102,6 +102,18 @@ def load(
     return Dataset(train, held_out, test, num_classes, mean, std)
 
 
+def count(split: Any) -> int:
+    """How many examples a split has, be it arrays or a source of streamed images."""
+    return len(split.labels) if isinstance(split, Split) else len(split)
+
+
+def image_shape(dataset: Dataset, streamed_size: int) -> tuple[int, ...]:
+    """(height, width, channels) of the images; streamed ones are cropped to squares of that size."""
+    if isinstance(dataset.train, Split):
+        return dataset.train.images.shape[1:]
+    return streamed_size, streamed_size, 3
+
+
 def normalise(images: jax.Array, dataset: Dataset) -> jax.Array:
     """(images - mean) / std, float32, of uint8 images (batch, height, width, channels)."""
     shape = (1, 1, 1, -1)
@@ -165,25 +177,31 @@ def _stratified(labels: np.ndarray, fraction: float) -> np.ndarray:
     return chosen
 
 
-@cache  # many runs in one process decode the images once
-def _from_tfds(name: str, data_dir: str | None) -> tuple[Split, Split, int]:
+def tfds_builder(name: str, data_dir: str | None, other_names: Sequence[str] = ()) -> Any:
+    """TensorFlow Datasets' builder of that name; a ValueError names the nearest, or that of ``other_names``."""
     import tensorflow_datasets as tfds  # takes a while, and digits do without
 
     data_dir = None if data_dir is None else os.path.expanduser(data_dir)
     try:
-        builder = tfds.builder(name, data_dir=data_dir)
+        return tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
-        known = ["digits", *tfds.list_builders(with_community_datasets=False)]
+        known = [*other_names, *tfds.list_builders(with_community_datasets=False)]
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
+        others = "".join(f"{other!r} and " for other in other_names)
         raise ValueError(
-            f"unknown data set {name!r}{hint} Known are 'digits' and those of TensorFlow Datasets, "
+            f"unknown data set {name!r}{hint} Known are {others}those of TensorFlow Datasets, "
             "https://www.tensorflow.org/datasets/catalog/overview"
         ) from None
+
+
+@cache  # many runs in one process decode the images once
+def _from_tfds(name: str, data_dir: str | None) -> tuple[Split, Split, int]:
+    builder = tfds_builder(name, data_dir, other_names=("digits",))
     try:
         sources = {split: builder.as_data_source(split=split) for split in ("train", "test")}
     except NotImplementedError:  # not there, or in a format without random access: TFDS makes no difference
-        raise FileNotFoundError(_how_to_prepare(name, builder)) from None
+        raise FileNotFoundError(how_to_prepare(name, builder)) from None
     features, keys = builder.info.features, builder.info.supervised_keys
     try:
         image_key, label_key = keys
@@ -219,12 +237,14 @@ def _read(source: Any, image_key: str, label_key: str, shape: tuple[int, ...], n
     return split
 
 
-def _how_to_prepare(name: str, builder: Any) -> str:
+def how_to_prepare(name: str, builder: Any, before: str = "") -> str:
+    """The message for a set that is not there; ``before`` says what comes first, for a folder ``{data_dir}``."""
     there = " in a format that has no random access" if os.path.exists(builder.data_path) else ""
     data_dir = str(builder.data_path).removesuffix(f"/{builder.info.full_name}")
     return (
         f"data set {name!r} is not in {data_dir} as array_record{f' (it is there{there})' if there else ''}. "
-        "Say where it is by --config.data_dir, or download and prepare it, for which TensorFlow is needed:\n"
+        "Say where it is by --config.data_dir, or download and prepare it, for which TensorFlow is needed"
+        f"{'. ' + before.format(data_dir=data_dir) + ' Then' if before else ''}:\n"
         "  pip install tensorflow\n"
         f'  python -c "import tensorflow_datasets as tfds; '
         f"tfds.builder('{name}', data_dir='{data_dir}', file_format='array_record').download_and_prepare()\""

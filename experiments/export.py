@@ -22,10 +22,9 @@ from absl import logging
 from ml_collections import ConfigDict
 
 import jaxsparse
-from experiments import data
 from experiments.checkpoints import Checkpoints
 from experiments.optimizers import is_gated
-from experiments.program import make_program, masks_of
+from experiments.program import make_program, masks_of, open_dataset
 from experiments.train import one_a_run, size_in_bytes
 from experiments.workdir import read_json
 from jaxsparse import artifacts
@@ -85,18 +84,11 @@ def restore(workdir: Path, data_dir: str | None = None) -> tuple[Any, Any]:
     folder = (workdir if seeds is None else workdir.parent) / "checkpoints"
     if not folder.is_dir():
         raise OSError(f"{str(workdir)!r} has no checkpoint")
-    dataset = data.load(
-        config.data.name,
-        data_dir or config.data_dir,
-        validation=config.data.validation,
-        mean=config.data.mean,
-        std=config.data.std,
-        examples=config.data.examples,
-    )
-    program = make_program(config, dataset, side_by_side=seeds is not None)
-    like = jax.eval_shape(program.init, config.seed if seeds is None else np.asarray(seeds))
+    config.data_dir = data_dir or config.data_dir
+    program = make_program(config, open_dataset(config), side_by_side=seeds is not None)
+    shapes = jax.eval_shape(program.init, config.seed if seeds is None else np.asarray(seeds))
     with closing(Checkpoints(folder)) as checkpoints:
-        restored = checkpoints.restore(like)
+        restored = checkpoints.restore(lambda about: program.layout.collected_shapes(shapes, about.get("devices")))
     if restored is None:
         raise OSError(f"{str(workdir)!r} has no checkpoint")
     state = one_a_run(restored[1], seeds)[0 if seeds is None else list(seeds).index(config.seed)]

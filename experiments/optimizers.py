@@ -24,6 +24,15 @@ PRUNE_RATES = {
     "linear": jaxsparse.linear_prune_rate,
     "constant": lambda prune_rate, total_steps: prune_rate,
 }
+# Of the config, the largest learning rate, and the steps of an epoch.
+LEARNING_RATES = {
+    "every_steps": lambda config, peak, steps: optax.exponential_decay(
+        peak, config.optimizer.decay_every_steps, config.optimizer.decay_rate, staircase=True
+    ),
+    "at_epochs": lambda config, peak, steps: decayed_at_epochs(config, peak, config.optimizer.decay_rate, steps),
+    "cosine": lambda config, peak, steps: optax.cosine_decay_schedule(peak, config.epochs * steps),
+    "epoch_cosine": lambda config, peak, steps: epoch_cosine(config, peak, steps),
+}
 RDA_SCHEDULES = {
     "cosine": lambda config, steps: jaxsparse.rda_cosine(config.optimizer.step_size, config.epochs * steps),
     "log_cosine": lambda config, steps: jaxsparse.rda_log_cosine(config.optimizer.step_size, config.epochs * steps),
@@ -44,6 +53,53 @@ def make_optimizer(
     clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
     method = choose(METHODS, config.sparsity.method, "config.sparsity.method")
     return method(config, steps_per_epoch, clip, model, key)
+
+
+def learning_rate(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
+    """The learning rate of SGD or Adam: its schedule, scaled with the batch, times a warm-up.
+
+    With ``config.optimizer.scale_with_batch`` the linear scaling rule: the learning rate is meant for so many examples
+    a step, and grows with the batch. In the first ``config.optimizer.warmup_epochs`` the schedule, which starts with
+    step 0 all the same, is multiplied by 1/n, 2/n, ..., n/n over their n steps.
+
+    Raises:
+      ValueError: for an unknown schedule and numbers out of range.
+
+    References:
+      Goyal et al., *Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour*, 2017 (arXiv:1706.02677), section 2.
+    """
+    peak, warmup = config.optimizer.learning_rate, config.optimizer.warmup_epochs
+    meant_for = config.optimizer.scale_with_batch
+    if not 0 <= warmup <= config.epochs:
+        raise ValueError(f"config.optimizer.warmup_epochs is from 0 to the {config.epochs} epochs, got {warmup}")
+    if meant_for is not None:
+        if meant_for < 1:
+            raise ValueError(f"config.optimizer.scale_with_batch is a batch size of at least 1, got {meant_for}")
+        peak *= config.data.batch_size / meant_for
+    make = choose(LEARNING_RATES, config.optimizer.schedule, "config.optimizer.schedule")
+    schedule = make(config, peak, steps_per_epoch)
+    if not warmup:
+        return schedule
+    return lambda step: schedule(step) * jnp.minimum(1.0, (step + 1) / (warmup * steps_per_epoch))
+
+
+def decayed_at_epochs(config: ConfigDict, peak: float, decay_rate: float, steps_per_epoch: int) -> optax.Schedule:
+    """``peak``, multiplied by ``decay_rate`` at each of ``config.optimizer.decay_at_epochs``."""
+    milestones = {epoch * steps_per_epoch: decay_rate for epoch in config.optimizer.decay_at_epochs}
+    return optax.piecewise_constant_schedule(peak, milestones)
+
+
+def epoch_cosine(config: ConfigDict, peak: float, steps_per_epoch: int) -> optax.Schedule:
+    """ASNI's cosine: constant within an epoch, above 0 in the last one; constant if it has no ``cosine_scale``."""
+    cosine_scale = config.optimizer.cosine_scale
+    if cosine_scale is None:
+        return optax.constant_schedule(peak)
+
+    def cosine(step):
+        epoch = step // steps_per_epoch
+        return 0.5 * peak * (1 + jnp.cos(jnp.pi * epoch / (cosine_scale * (config.epochs + 1))))
+
+    return cosine
 
 
 def is_gated(config: ConfigDict) -> bool:
@@ -72,16 +128,10 @@ def make_structure(config: ConfigDict) -> Any:
 def _sparse_momentum(config, steps_per_epoch, clip, model, key):
     """SGD with Nesterov momentum and weight decay, and sparse momentum as its last link."""
     del model
-    learning_rate = optax.exponential_decay(
-        config.optimizer.learning_rate,
-        transition_steps=config.optimizer.decay_every_steps,
-        decay_rate=config.optimizer.decay_rate,
-        staircase=True,
-    )
     optimizer = [
         clip,
         optax.add_decayed_weights(config.optimizer.weight_decay),
-        optax.sgd(learning_rate, momentum=config.optimizer.momentum, nesterov=True),
+        optax.sgd(learning_rate(config, steps_per_epoch), momentum=config.optimizer.momentum, nesterov=True),
     ]
     if config.dense:
         return jaxsparse.chain(*optimizer)
@@ -127,22 +177,7 @@ def _rda(config, steps_per_epoch, clip, model, key):
 def _asni(config, steps_per_epoch, clip, model, key):
     """SGD or Adam, with pruning by magnitude on a schedule as its last link, or on fixed masks."""
     del model, key  # nothing is random
-    peak, cosine_scale = config.optimizer.learning_rate, config.optimizer.cosine_scale
-
-    def cosine(step):  # constant within an epoch
-        epoch = step // steps_per_epoch
-        return 0.5 * peak * (1 + jnp.cos(jnp.pi * epoch / (cosine_scale * (config.epochs + 1))))
-
-    learning_rate = peak if cosine_scale is None else cosine
-    optimizers = {
-        "adam": lambda: optax.adam(learning_rate),
-        "sgd": lambda: optax.sgd(learning_rate, momentum=config.optimizer.momentum),
-    }
-    optimizer = [
-        clip,
-        optax.add_decayed_weights(config.optimizer.weight_decay),
-        choose(optimizers, config.optimizer.name, "config.optimizer.name")(),
-    ]
+    optimizer = _sgd_or_adam(config, steps_per_epoch, clip)
     if config.dense:
         return jaxsparse.chain(*optimizer)
     sparsity = config.sparsity
@@ -158,6 +193,20 @@ def _asni(config, steps_per_epoch, clip, model, key):
     return jaxsparse.chain(*optimizer, link)
 
 
+def _sgd_or_adam(config, steps_per_epoch, clip):
+    """The links of ``config.optimizer.name``, behind clipping and weight decay."""
+    rate = learning_rate(config, steps_per_epoch)
+    optimizers = {
+        "adam": lambda: optax.adam(rate),
+        "sgd": lambda: optax.sgd(rate, momentum=config.optimizer.momentum),
+    }
+    return [
+        clip,
+        optax.add_decayed_weights(config.optimizer.weight_decay),
+        choose(optimizers, config.optimizer.name, "config.optimizer.name")(),
+    ]
+
+
 def load_start(config):
     """Params and masks that a run with ``config.sparsity.masks_from`` starts from."""
     if not config.sparsity.masks_from:
@@ -167,21 +216,7 @@ def load_start(config):
 
 def _gates(config, steps_per_epoch, clip, model, key):
     """SGD or Adam in a wrapper of L0 gates, which train with Adam; the gradients of the weights are clipped."""
-
-    def by_steps(learning_rate, decay_rate):
-        milestones = {epoch * steps_per_epoch: decay_rate for epoch in config.optimizer.decay_at_epochs}
-        return optax.piecewise_constant_schedule(learning_rate, milestones)
-
-    learning_rate = by_steps(config.optimizer.learning_rate, config.optimizer.decay_rate)
-    optimizers = {
-        "adam": lambda: optax.adam(learning_rate),
-        "sgd": lambda: optax.sgd(learning_rate, momentum=config.optimizer.momentum),
-    }
-    inner = optax.chain(
-        clip,
-        optax.add_decayed_weights(config.optimizer.weight_decay),
-        choose(optimizers, config.optimizer.name, "config.optimizer.name")(),
-    )
+    inner = optax.chain(*_sgd_or_adam(config, steps_per_epoch, clip))
     if config.dense:
         return inner
     sparsity, freeze = config.sparsity, config.sparsity.freeze_gates_at_epoch
@@ -189,9 +224,10 @@ def _gates(config, steps_per_epoch, clip, model, key):
     strength = sparsity.penalty
     if sparsity.penalty_factors is not None:
         strength = tuple(sparsity.penalty * factor for factor in sparsity.penalty_factors)
+    of_gates = decayed_at_epochs(config, sparsity.gate_learning_rate, sparsity.gate_decay_rate, steps_per_epoch)
     common = {
         "penalty": jaxsparse.Penalty(strength, sparsity.counts, examples=sparsity.examples),
-        "gate_optimizer": optax.adam(by_steps(sparsity.gate_learning_rate, sparsity.gate_decay_rate)),
+        "gate_optimizer": optax.adam(of_gates),
         "freeze_gates_at": None if freeze is None else freeze * steps_per_epoch,
         "key": key,
     }

@@ -1,19 +1,22 @@
 """What a run computes: the model, the optimizer with its sparse link, and the compiled functions around them."""
 
 import math
+import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 import jaxsparse
-from experiments import data
+from experiments import data, streams
 from experiments.optimizers import choose, is_gated, load_start, make_optimizer
 from jaxsparse import groups, models
+from jaxsparse.parallel import Layout
 from jaxsparse.structures import by_path, path_name
 
 MODELS = {
@@ -60,41 +63,65 @@ class Program(NamedTuple):
 
     Attributes:
       model: the model.
-      init: seed -> TrainState.
-      train_chunk: (state, dataset, start, length) -> the state after the steps start, ..., start + length - 1, and
-        what :func:`make_program` says. Donates the state.
-      evaluate: (state, dataset, split) -> mean loss and accuracy on a split of the dataset.
+      layout: how devices share the steps; ``train_chunk`` and ``evaluate`` take states that it has placed.
+      image_shape: (height, width, channels) of the images that the model sees.
+      init: seed -> TrainState, on one device.
+      train_step: of streamed images, (state, (images, labels, numbers), step) -> the state after the step, and loss and
+        accuracy; else None. Donates the state.
+      train_chunk: (state, source, start, length) -> the state after the steps start, ..., start + length - 1, and
+        what :func:`make_program` says. The source is the dataset, on the devices, or for streamed images the stream.
+        Donates the state.
+      evaluate: (state, split) -> mean loss and accuracy on a split, on the devices, or for streamed images its source.
     """
 
     model: Any
+    layout: Layout
+    image_shape: tuple[int, ...]
     init: Callable[[Any], TrainState]
+    train_step: Callable[..., tuple[TrainState, tuple[jax.Array, jax.Array]]] | None
     train_chunk: Callable[..., tuple[TrainState, dict[str, Any]]]
     evaluate: Callable[..., tuple[jax.Array, jax.Array]]
 
 
-def make_program(config: ConfigDict, dataset: data.Dataset, side_by_side: bool = False) -> Program:
-    """The computations of a run, or with ``side_by_side`` those of several seeds in one.
+def make_program(
+    config: ConfigDict,
+    dataset: data.Dataset,
+    side_by_side: bool = False,
+    devices: Sequence[jax.Device] | None = None,
+) -> Program:
+    """The computations of a run, or with ``side_by_side`` those of several seeds in one; on all devices, or on these.
 
     What ``train_chunk`` measures: "losses" and "accuracies" of the batches, (length,); "density" of all sparse leaves
     together; "layer_density" and "flips" by the path of every sparse leaf, the flips being the entries of its mask that
     the chunk has changed; "finite" by the path of every leaf, whether all of its weights are. Of gates, "density" is
     the share of the params that stay when closed channels are removed, "layer_density" and "flips" are of the channels
-    by the name of their group, and "remaining" has the shares of the multiply-adds, and what is expected of both.
+    by the name of their group, and "remaining" has the shares of the multiply-adds, and what is expected of both. Of
+    streamed images also "input_wait", the seconds that were spent waiting for them, and "replaced", the numbers of
+    those that could not be read.
     """
-    num_examples, batch_size = len(dataset.train.labels), config.data.batch_size
+    layout = make_layout(config, devices)
+    if side_by_side and layout.name != "one_device":
+        raise ValueError(f"--vmap_seeds is for config.parallel.layout='one_device', got {layout.name!r}")
+    num_examples, batch_size = data.count(dataset.train), config.data.batch_size
+    if batch_size % (layout.size * config.parallel.accumulate):
+        raise ValueError(
+            f"config.data.batch_size={batch_size} cannot be split among {layout.size} devices, "
+            f"{config.parallel.accumulate} parts each (config.parallel)"
+        )
     steps_per_epoch = num_examples // batch_size  # the rest of an epoch is dropped
-    model = make_model(config, dataset.num_classes)
+    model = make_model(config, dataset.num_classes, layout)
     augmented = make_augmentation(config)
-    first_image = data.normalise(jnp.asarray(dataset.train.images[:1]), dataset)
+    image_shape = data.image_shape(dataset, config.data.image_size)
     tx = make_optimizer(config, steps_per_epoch, model=model)
     if is_gated(config):
-        places = models.positions(model, first_image.shape[1:])
+        places = models.positions(model, image_shape)
 
     start = None if config.dense or config.sparsity.method != "mask_updates" else load_start(config)
     fresh = choose(INITS, config.init, "config.init")
 
     def init(seed, start):
         init_key, order_key, mask_key = jax.random.split(jax.random.key(seed), 3)
+        first_image = jnp.zeros((1, *image_shape), jnp.float32)
         variables = dict(model.init(init_key, first_image))
         params = fresh(variables.pop("params"), init_key)
         if start is not None:
@@ -114,44 +141,48 @@ def make_program(config: ConfigDict, dataset: data.Dataset, side_by_side: bool =
             f"got {dense_gradient_steps} for {config.model.name!r} with blocks {config.model.get('blocks')}"
         )
 
-    def variables(state, params):
-        masks = {"masks": jaxsparse.get_masks(state.opt_state, state.params)} if takes_masks else {}
-        return {"params": params, **state.model_state, **masks}
+    def constants(state):
+        return {"masks": jaxsparse.get_masks(state.opt_state, state.params)} if takes_masks else {}
 
-    def loss_fn(params, state, step, images, labels, dropout_key):
+    def loss_fn(params, model_state, batch, common):
         # Layers with batch statistics use those of the batch, and update them, where the collection is mutable; there
         # is dropout where there is a key for it.
+        images, labels, numbers = batch
+        step, collections, augment_key, dropout_key = common
+        # An image is augmented by its number and that of the epoch, in whatever batch and on whatever device it comes.
+        images = augmented(images, jax.random.fold_in(augment_key, step // steps_per_epoch), numbers)
         how = {}
         if dense_gradient_steps is not None:  # all weights before masks change, for momentum to tell which to grow
             update_every = config.sparsity.update_every_epochs * steps_per_epoch
             how = {"dense_weight_grad": -step % update_every < dense_gradient_steps}
+        dropout_key = jax.random.fold_in(jax.random.fold_in(dropout_key, step), numbers[0])  # each device its own
         logits, model_state = model.apply(
-            variables(state, params), images, mutable=list(state.model_state), rngs={"dropout": dropout_key}, **how
+            {"params": params, **model_state, **collections},
+            data.normalise(images, dataset),
+            mutable=list(model_state),
+            rngs={"dropout": dropout_key},
+            **how,
         )
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels).mean()
-        return loss, (jnp.mean(logits.argmax(-1) == labels), dict(model_state))
+        loss = jnp.mean(cross_entropy(logits, labels, config.label_smoothing))
+        return loss, ((loss, jnp.mean(logits.argmax(-1) == labels)), dict(model_state))
 
-    # All steps of a chunk in one scan, so that none of them waits for Python. That holds for convolutions too, because
-    # jaxsparse.models takes the form of them that is fast inside a loop on the device at hand.
-    def train_chunk(state, dataset, start, length, epochs):
-        augment_key, dropout_key = jax.random.split(jax.random.fold_in(state.order_key, NO_EPOCH))
+    def step_of(gradients):
+        """A step with a function of :meth:`Layout.gradients`."""
 
-        def train_step(state, step_and_rows):
-            step, rows = step_and_rows
-            # An image is augmented by its number and that of the epoch, in whatever batch it comes.
-            epoch_key = jax.random.fold_in(augment_key, step // steps_per_epoch)
-            images = augmented(dataset.train.images[rows], epoch_key, rows)
-            images, labels = data.normalise(images, dataset), dataset.train.labels[rows]
-            (loss, (accuracy, model_state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-                state.params, state, step, images, labels, jax.random.fold_in(dropout_key, step)
+        def train_step(state, batch, step, *common):
+            augment_key, dropout_key = jax.random.split(jax.random.fold_in(state.order_key, NO_EPOCH))
+            shared = (step, constants(state), augment_key, dropout_key)
+            grads, model_state, measured = gradients(
+                state.params, state.model_state, batch, (shared, *common) if common else shared
             )
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-            return TrainState(params, opt_state, model_state, state.order_key), (loss, accuracy)
+            return TrainState(params, opt_state, model_state, state.order_key), measured
 
-        old = by_path(masks_of(config, state))
-        rows = batches(state.order_key, start, length, batch_size, num_examples, epochs)
-        state, (losses, accuracies) = jax.lax.scan(train_step, state, (start + jnp.arange(length), rows))
+        return train_step
+
+    def measured(old, state, losses, accuracies):
+        old = by_path(old)
         new = {path: mask for path, mask in by_path(masks_of(config, state)).items() if mask.ndim}
         density, remaining = jaxsparse.density(new), {}
         if is_gated(config):
@@ -165,7 +196,7 @@ def make_program(config: ConfigDict, dataset: data.Dataset, side_by_side: bool =
                 "expected_params": expected_params,
                 "expected_multiply_adds": expected_adds,
             }
-        return state, {
+        return {
             "losses": losses,
             "accuracies": accuracies,
             "density": density,
@@ -183,31 +214,176 @@ def make_program(config: ConfigDict, dataset: data.Dataset, side_by_side: bool =
         adds = sum(places[path] * kept[path] for path in places) / sum(places[path] * sizes[path] for path in places)
         return sum(kept.values()) / sum(sizes.values()), adds
 
-    def evaluate(state, dataset, split):
-        params = state.params if config.dense else jaxsparse.eval_params(state.opt_state, state.params)
+    # All steps of a chunk in one scan, so that none of them waits for Python. That holds for convolutions too, because
+    # jaxsparse.models takes the form of them that is fast inside a loop on the device at hand.
+    def resident_chunk(state, examples, start, length, epochs):
+        train_step = step_of(
+            layout.gradients(
+                lambda params, model_state, rows, common: loss_fn(
+                    params, model_state, (common[1].images[rows], common[1].labels[rows], rows), common[0]
+                ),
+                config.parallel.accumulate,
+            )
+        )
 
-        def measure(batch):
+        def scanned(state, step_and_rows):
+            step, rows = step_and_rows
+            return train_step(state, layout.share(rows), step, examples)
+
+        old = masks_of(config, state)
+        rows = batches(state.order_key, start, length, batch_size, num_examples, epochs)
+        state, (losses, accuracies) = jax.lax.scan(scanned, state, (start + jnp.arange(length), rows))
+        return state, measured(old, state, losses, accuracies)
+
+    def sums_of(state):
+        """Sums of losses and of hits over a batch of (images, labels, which are real)."""
+        params = state.params if config.dense else jaxsparse.eval_params(state.opt_state, state.params)
+        variables = {"params": params, **layout.synchronised(state.model_state), **constants(state)}
+
+        def measure(batch, variables):
             images, labels, real = batch
-            logits = model.apply(variables(state, params), data.normalise(images, dataset))
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
+            logits = model.apply(variables, data.normalise(images, dataset))
+            losses = cross_entropy(logits, labels)
             return jnp.sum(losses, where=real), jnp.sum(logits.argmax(-1) == labels, where=real)
 
-        losses, hits = jax.lax.map(measure, in_batches(split, EVAL_BATCH))
-        return losses.sum() / len(split.labels), hits.sum() / len(split.labels)
+        return lambda batch: layout.sums(measure)(batch, variables)
+
+    def evaluate_resident(state, split):
+        sums = sums_of(state)
+        at_once = layout.size * max(1, EVAL_BATCH // layout.size)
+        losses, hits = jax.lax.map(lambda batch: sums(layout.share(batch)), in_batches(split, at_once))
+        return None, (losses.sum() / len(split.labels), hits.sum() / len(split.labels))
 
     def for_seeds(function):
         if not side_by_side:
             return function
         return lambda each, *common: jax.vmap(lambda one: function(one, *common))(each)
 
-    compiled_chunk = jax.jit(for_seeds(train_chunk), static_argnums=(3, 4), donate_argnums=0)
+    if config.data.streamed:
+        train_step = step_of(layout.gradients(loss_fn, config.parallel.accumulate))
+        compiled_step = layout.compile(train_step)
+        chunk = streamed_chunk(config, layout, compiled_step, measured)
+        evaluate = streamed_evaluation(config, layout, sums_of)
+    else:
+        compiled_step = None
+        compiled_chunk = layout.compile(for_seeds(resident_chunk), static_argnums=(3, 4))
+        compiled_evaluation = layout.compile(for_seeds(evaluate_resident), donate=False)
 
-    def chunk(state, dataset, start, length):
-        epochs = (start + length - 1) // steps_per_epoch - start // steps_per_epoch + 1
-        return compiled_chunk(state, dataset, start, length, epochs)
+        def chunk(state, dataset, start, length):
+            epochs = (start + length - 1) // steps_per_epoch - start // steps_per_epoch + 1
+            return compiled_chunk(state, dataset.train, start, length, epochs)
+
+        def evaluate(state, split):
+            return compiled_evaluation(state, split)[1]
 
     compiled_init = jax.jit(for_seeds(init))
-    return Program(model, lambda seed: compiled_init(seed, start), chunk, jax.jit(for_seeds(evaluate)))
+    return Program(model, layout, image_shape, lambda seed: compiled_init(seed, start), compiled_step, chunk, evaluate)
+
+
+class _Masks(NamedTuple):
+    """Masks in the form of a state."""
+
+    masks: Any
+    model_state: Any = ()
+
+
+def streamed_chunk(config: ConfigDict, layout: Layout, compiled_step: Callable, measured: Callable) -> Callable:
+    """The ``train_chunk`` of images that come while training: a program a step, called from Python."""
+    # Of a copy: the state itself is given up by the first step.
+    copy_masks = layout.compile(
+        lambda state: (_Masks(jax.tree.map(jnp.copy, masks_of(config, state))), None), donate=False
+    )
+    compiled_measure = layout.compile(
+        lambda state, old, *of_batches: (None, measured(old.masks, state, *of_batches)), donate=False
+    )
+
+    def chunk(state, stream, start, length):
+        old, _ = copy_masks(state)
+        waited, replaced, losses, accuracies = 0.0, [], [], []
+        for step in range(start, start + length):
+            before = time.perf_counter()
+            batch = next(stream)
+            waited += time.perf_counter() - before
+            replaced += [int(number) for number in batch.replaced if number >= 0]
+            if step > start:  # at most two batches wait on the devices
+                jax.block_until_ready(losses[-1])
+            placed = layout.place_batch((batch.images, batch.labels, batch.numbers))
+            state, (loss, accuracy) = compiled_step(state, placed, step)
+            losses.append(loss)
+            accuracies.append(accuracy)
+        losses, accuracies = jax.device_get((losses, accuracies))
+        _, results = compiled_measure(state, old, np.stack(losses), np.stack(accuracies))
+        return state, results | {"input_wait": waited, "replaced": np.asarray(replaced, np.int64)}
+
+    return chunk
+
+
+def streamed_evaluation(config: ConfigDict, layout: Layout, sums_of: Callable) -> Callable:
+    """The ``evaluate`` of images that are read anew for it."""
+    compiled = layout.compile(lambda state, batch: (None, sums_of(state)(batch)), donate=False)
+
+    def evaluate(state, source):
+        loss, hits = 0.0, 0
+        at_once = layout.local_size * max(1, EVAL_BATCH // layout.size)
+        for batch in streams.eval_batches(
+            source,
+            batch_size=at_once,
+            image_size=config.data.image_size,
+            shard=(jax.process_index(), jax.process_count()),
+            workers=config.data.workers,
+        ):
+            placed = layout.place_batch((batch.images, batch.labels, batch.real))
+            sums = jax.device_get(compiled(state, placed)[1])
+            loss, hits = loss + float(sums[0]), hits + int(sums[1])
+        return np.float64(loss / len(source)), np.float64(hits / len(source))
+
+    return evaluate
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
+    """Of each example, float32; ``smoothing`` of the labels' weight is spread over all classes."""
+    logits = logits.astype(jnp.float32)
+    if smoothing == 0:
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
+    return optax.softmax_cross_entropy(logits, targets)
+
+
+def make_layout(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Layout:
+    """How devices share the steps, as ``config.parallel`` has it."""
+    if config.parallel.accumulate < 1:
+        raise ValueError(f"config.parallel.accumulate is at least 1, got {config.parallel.accumulate}")
+    if not 0 <= config.label_smoothing < 1:
+        raise ValueError(f"config.label_smoothing is in [0, 1), got {config.label_smoothing}")
+    try:
+        return Layout(config.parallel.layout, devices)
+    except ValueError as error:
+        raise ValueError(f"config.parallel.layout: {error}") from None
+
+
+def open_dataset(config: ConfigDict) -> data.Dataset:
+    """The images of ``config.data``: as arrays, or if they are streamed as sources that are read while training."""
+    if not config.data.streamed:
+        return data.load(
+            config.data.name,
+            config.data_dir,
+            validation=config.data.validation,
+            mean=config.data.mean,
+            std=config.data.std,
+            examples=config.data.examples,
+        )
+    for key, given in (("mean", config.data.mean), ("std", config.data.std)):
+        if given is None or len(given) not in (1, 3):
+            raise ValueError(f"config.data.{key} of streamed images has one number or one for each colour, got {given}")
+    images = streams.open_set(
+        config.data.name,
+        config.data_dir,
+        validation=config.data.validation,
+        examples=config.data.examples,
+        classes=config.data.classes,
+    )
+    mean, std = (np.broadcast_to(255 * np.asarray(x, np.float32), (3,)) for x in (config.data.mean, config.data.std))
+    return data.Dataset(images.train, images.validation, images.test, images.num_classes, mean, std)
 
 
 def he_normal(params: Any, key: jax.Array) -> Any:
@@ -248,9 +424,11 @@ def check_fits(trained: Any, params: Any, file: str) -> None:
             )
 
 
-def make_model(config: ConfigDict, num_classes: int) -> Any:
+def make_model(config: ConfigDict, num_classes: int, layout: Layout | None = None) -> Any:
     """The model ``config.model.name``, with the other keys of ``config.model`` that are not None as its attributes."""
     options = {name: value for name, value in config.model.items() if name != "name" and value is not None}
+    if config.parallel.sync_batch_norm and layout is not None and layout.axis_name is not None:
+        options["axis_name"] = layout.axis_name
     if "dtype" in options:
         options["dtype"] = choose(DTYPES, options["dtype"], "config.model.dtype")
     try:

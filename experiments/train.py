@@ -19,14 +19,26 @@ again, and ends with the same bits. WORKDIR, made if it is not there, holds
 
 and with --seeds one such folder for each seed, and seeds.json. What is evaluated are the weights that the network
 computes with (jaxsparse.eval_params), and what is reported is the last step, not the best.
+
+Several devices share the steps as --config.parallel.layout says; config.data.batch_size is of all of them together. On
+several hosts, start the same command on each, with a WORKDIR that all see:
+
+  python -m experiments.train ... --config.parallel.layout=data --distributed       # on Cloud TPU, Slurm, Open MPI
+  python -m experiments.train ... --coordinator=HOST:PORT --processes=2 --process=0     # elsewhere; on the other 1
+
+SIGTERM on one of them saves and stops all. If one dies, the others end with an error within a minute; the same commands
+go on from the last checkpoint.
 """
 
+import ctypes
+import faulthandler
+import os
 import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,20 +49,39 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 import jaxsparse
-from experiments import command_line, data, plots
+from experiments import command_line, data, plots, streams
 from experiments.checkpoints import KEPT, Checkpoints
 from experiments.optimizers import is_gated
-from experiments.program import TrainState, make_program, masks_of
-from experiments.workdir import Workdir, require_space, write_json, writing
+from experiments.program import Program, TrainState, make_program, masks_of, open_dataset
+from experiments.workdir import Follower, Workdir, require_space, write_json, writing
 from jaxsparse import models
 from jaxsparse.groups import group_sizes
+from jaxsparse.parallel import ElsewhereError, any_process, of_processes, together
+from jaxsparse.structures import by_path
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "Python file with get_config(); --config.KEY=VALUE changes a key.")
 flags.DEFINE_string("workdir", None, "Folder of the run: metrics, checkpoints, pictures, result.")
 flags.DEFINE_list("seeds", None, "Train with each of these seeds (0,1,2) and report mean and standard error.")
 flags.DEFINE_bool("vmap_seeds", False, "Train all --seeds side by side in one program, for GPUs and TPUs.")
+flags.DEFINE_bool("distributed", False, "One of several processes, which find each other: Cloud TPU, Slurm, Open MPI.")
+flags.DEFINE_string("coordinator", None, "Of several processes elsewhere: HOST:PORT of the first.")
+flags.DEFINE_integer("processes", None, "With --coordinator: how many processes there are.")
+flags.DEFINE_integer("process", None, "With --coordinator: which of them this is, from 0.")
+flags.DEFINE_bool("profile", False, "Write a trace of the second chunk of steps to WORKDIR/profile, for TensorBoard.")
 flags.mark_flags_as_required(["config", "workdir"])
+
+HEARTBEAT_SECONDS = 30  # a process that was not heard of for so long is taken for dead
+# Of one device, in operations a second with 16-bit floats, as their makers give them.
+PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
 
 
 class Stopped(Exception):  # noqa: N818  # not an error
@@ -66,7 +97,7 @@ class Stopped(Exception):  # noqa: N818  # not an error
 
 
 def train(
-    config: ConfigDict, workdir: str | Path, seeds: Sequence[int] | None = None
+    config: ConfigDict, workdir: str | Path, seeds: Sequence[int] | None = None, profile: bool = False
 ) -> tuple[TrainState, list[dict[str, Any]]]:
     """One whole run: data, model, optimizer, loop, report. Goes on with the one in ``workdir`` if there is one.
 
@@ -75,9 +106,11 @@ def train(
       workdir: folder for what the run leaves behind.
       seeds: train with all of these instead of ``config.seed``, side by side in one vmapped program, which pays where
         one network does not fill the device. Each seed has its folder in ``workdir``, the checkpoints are of them all.
+      profile: whether to write a trace of the second chunk of steps.
 
     Returns:
-      The last state (its leaves have a leading axis for ``seeds``), and what is in result.json, a dict for each seed.
+      The last state, of one device (its leaves have a leading axis for ``seeds``), and what is in result.json, a dict
+      for each seed.
 
     Raises:
       ValueError: on a bad configuration, before anything is computed.
@@ -87,16 +120,15 @@ def train(
       Stopped: after SIGTERM or Ctrl-C, with a checkpoint of the step that the run had come to.
     """
     workdir = Path(workdir)
-    dataset = data.load(
-        config.data.name,
-        config.data_dir,
-        validation=config.data.validation,
-        mean=config.data.mean,
-        std=config.data.std,
-        examples=config.data.examples,
-    )
-    check_config(config, num_examples=len(dataset.train.labels))
-    steps_per_epoch = len(dataset.train.labels) // config.data.batch_size
+    leads = jax.process_index() == 0  # of several processes one writes, draws and prints
+    with together():
+        dataset = open_dataset(config)
+        check_config(config, num_examples=data.count(dataset.train))
+        program = make_program(config, dataset, side_by_side=seeds is not None)
+        seed = config.seed if seeds is None else np.asarray(seeds)
+        shapes = jax.eval_shape(program.init, seed)  # what does not fit together is found here, before writing
+    layout = program.layout
+    steps_per_epoch = data.count(dataset.train) // config.data.batch_size
     total_steps = config.epochs * steps_per_epoch
     eval_every = config.eval_every_epochs * steps_per_epoch
     checkpoint_every = config.checkpoint_every_epochs * steps_per_epoch
@@ -105,66 +137,137 @@ def train(
         config.sparsity.update_every_epochs * steps_per_epoch if "update_every_epochs" in config.sparsity else 1
     )
     grid = chunk_grid(total_steps, config.log_every_steps, eval_every, checkpoint_every)
-    program = make_program(config, dataset, side_by_side=seeds is not None)
-    seed = config.seed if seeds is None else np.asarray(seeds)
-    like = jax.eval_shape(program.init, seed)  # what does not fit together is found here, before anything is written
-    splits = [name for name in ("validation", "test") if len(getattr(dataset, name).labels)]
+    splits = [name for name in ("validation", "test") if data.count(getattr(dataset, name))]
+    speed = speedometer(config, program, shapes)
 
     with ExitStack() as stack:
-        runs = open_runs(stack, config, workdir, seeds)
+        with together():
+            runs = open_runs(stack, config, workdir, seeds)
         checkpoints = stack.enter_context(closing(Checkpoints(workdir / "checkpoints")))
-        require_space(workdir, (KEPT + 1 - len(checkpoints.steps())) * size_in_bytes(like) + 2**20)
-        saved, state = checkpoints.restore(like) or (0, program.init(seed))
-        if saved == total_steps and all(run.result for run in runs):
-            print(f"finished before, see {workdir}")
-            return state, [run.result for run in runs]
-        if saved:
+        with together():
+            if leads:
+                require_space(workdir, (KEPT + 1 - len(checkpoints.steps())) * size_in_bytes(shapes) + 2**20)
+        restored = checkpoints.restore(lambda about: layout.collected_shapes(shapes, about.get("devices")))
+        if restored and restored[0] == total_steps and not any_process(not all(run.result for run in runs)):
+            if leads:
+                print(f"finished before, see {workdir}")
+            return layout.one_copy(layout.restore(restored[1])), [run.result for run in runs]
+        saved = restored[0] if restored else 0
+        state = layout.restore(restored[1]) if restored else layout.place(program.init(seed))
+        if saved and leads:
             print(f"going on from step {saved} of {total_steps}", flush=True)
         stack.enter_context(writing(workdir, checkpoints))
         for run in runs:
             run.open_metrics(saved)
-        dataset = jax.device_put(dataset)
+        source = open_source(stack, config, dataset, program, checkpoints.about(saved).get("stream") if saved else None)
+        resident = dataset if config.data.streamed else source
         told_to_stop = stack.enter_context(stop_signals())
-        bar = stack.enter_context(command_line.progress_bar(total_steps, initial=saved))
-        for start, stop in pairwise(grid[grid.index(saved) :]):
+        bar = stack.enter_context(command_line.progress_bar(total_steps, initial=saved, disable=not leads))
+        for number, (start, stop) in enumerate(pairwise(grid[grid.index(saved) :])):
             chunk_time = time.perf_counter()
-            state, measured = program.train_chunk(state, dataset, start, stop - start)
-            measured = one_a_run(jax.device_get(measured), seeds)
+            with jax.profiler.trace(str(workdir / "profile")) if profile and leads and number == 1 else nullcontext():
+                state, measured = program.train_chunk(state, source, start, stop - start)
+                measured = one_a_run(jax.device_get(measured), seeds)
             seconds = time.perf_counter() - chunk_time
             evaluated = [{} for _ in runs]
             if stop % eval_every == 0 or stop == total_steps:
-                losses = {name: program.evaluate(state, dataset, getattr(dataset, name)) for name in splits}
+                losses = {name: program.evaluate(state, getattr(resident, name)) for name in splits}
                 evaluated = one_a_run(jax.device_get(losses), seeds)
             updated = (stop - 1) // update_every > max(start - 1, 0) // update_every
             for run, chunk, losses in zip(runs, measured, evaluated, strict=True):
                 of_run = "" if seeds is None else f" of {run.path.name}"
                 stop_unless_finite(f"train_loss{of_run}", chunk["losses"], first_step=start)
                 metrics = {"step": stop, "epoch": stop / steps_per_epoch} | chunk_metrics(chunk, updated)
+                if config.data.streamed:
+                    metrics["replaced_images"] = int(of_processes(len(chunk["replaced"])).sum())
+                    report_replaced(dataset.train, chunk["replaced"])
                 for name, (loss, accuracy) in losses.items():
                     stop_unless_finite(f"{name}_loss{of_run}", [loss], first_step=stop)
                     metrics |= {f"{name}_loss": float(loss), f"{name}_accuracy": float(accuracy)}
                 for path, finite in chunk["finite"].items():  # else a checkpoint of broken weights might be written
                     stop_unless_finite(path + of_run, [0.0 if finite else np.nan], first_step=stop)
-                run.log(metrics | {"seconds": seconds, "steps_per_second": (stop - start) / seconds})
+                metrics |= {"seconds": seconds, "steps_per_second": (stop - start) / seconds}
+                waited = chunk.get("input_wait", 0.0)
+                run.log(metrics | {"speed": speed(stop - start, seconds, waited)})
             bar.set_postfix(
                 {name: f"{metrics[name]:.4g}" for name in ("train_loss", "train_accuracy", "density")}, refresh=False
             )
             bar.update(stop - start)
-            if stop % checkpoint_every == 0 or stop == total_steps or told_to_stop:
-                checkpoints.save(stop, state)
-            if told_to_stop:
+            stopping = any_process(bool(told_to_stop))  # the signal may have come to another host
+            if stop % checkpoint_every == 0 or stop == total_steps or stopping:
+                position = source.get_state() if config.data.streamed else None
+                checkpoints.save(stop, layout.collect(state), devices=layout.size, stream=position)
+            if stopping:
                 break
         else:
             stop = total_steps
         checkpoints.wait()
-        image_shape = dataset.train.images.shape[1:]
-        for run, mine in zip(runs, one_a_run(state, seeds), strict=True):
-            draw(run, mine, image_shape)
-            if stop == total_steps:
-                finish(run, mine, program.model, image_shape)
-        if told_to_stop:
-            raise Stopped(f"at step {stop} of {total_steps}", told_to_stop[0])
+        state = layout.one_copy(state)
+        if leads:
+            for run, mine in zip(runs, one_a_run(state, seeds), strict=True):
+                draw(run, mine, program.image_shape)
+                if stop == total_steps:
+                    finish(run, mine, program.model, program.image_shape)
+        if stop < total_steps:
+            raise Stopped(f"at step {stop} of {total_steps}", *(told_to_stop or [signal.SIGTERM])[:1])
+        any_process(False)  # the results are there
         return state, [run.result for run in runs]
+
+
+def open_source(
+    stack: ExitStack, config: ConfigDict, dataset: data.Dataset, program: Program, position: Any
+) -> data.Dataset | streams.Stream:
+    """What :attr:`Program.train_chunk` takes: the data on the devices, or the stream of images from a position on."""
+    if not config.data.streamed:
+        if program.layout.name == "one_device":
+            return jax.device_put(dataset)
+        return dataset._replace(
+            **{name: program.layout.replicate(getattr(dataset, name)) for name in ("train", "validation", "test")}
+        )
+    stream = streams.train_stream(
+        dataset.train,
+        batch_size=config.data.batch_size // jax.process_count(),
+        image_size=config.data.image_size,
+        seed=config.seed,
+        shard=(jax.process_index(), jax.process_count()),
+        workers=config.data.workers,
+    )
+    stack.enter_context(closing(stream))
+    if position is not None:
+        stream.set_state(position)
+    return stream
+
+
+def report_replaced(source: Any, numbers: Sequence[int]) -> None:
+    """Names images that could not be read, in whose place the next ones were taken."""
+    for number in numbers:
+        logging.warning("%s cannot be read: the next image was taken in its place", source.name_of(int(number)))
+
+
+def speedometer(config: ConfigDict, program: Program, shapes: TrainState) -> Callable[..., dict[str, float]]:
+    """A function of steps, the seconds they took, and those of them spent waiting for images, to log.
+
+    It gives images a second, milliseconds of a step on the devices, the share of the time that was spent waiting, and
+    where the devices' peak is known, the share of it that forward and backward pass of the dense network make.
+    """
+    kind, layout = program.layout.devices[0].device_kind, program.layout
+    peak = next((peak for name, peak in PEAKS.items() if kind.startswith(name)), None)
+    if peak is not None:
+        places = models.positions(program.model, program.image_shape)
+        sizes = {path: leaf.size for path, leaf in by_path(shapes.params).items()}
+        operations = 6 * sum(places[path] * sizes[path] for path in places)  # multiply and add; forward, and twice back
+
+    def speed(steps, seconds, waited):
+        images = steps * config.data.batch_size / seconds
+        share = {} if peak is None else {"share_of_peak": operations * images / (peak * layout.size)}
+        return {
+            "images_per_second": images,
+            "step_milliseconds": 1000 * (seconds - waited) / steps,
+            "input_wait": waited / seconds,
+            **share,
+        }
+
+    return speed
 
 
 def train_seeds(config: ConfigDict, workdir: str | Path, seeds: Sequence[int], side_by_side: bool = False) -> str:
@@ -197,10 +300,13 @@ def shrink(config: ConfigDict) -> ConfigDict:
         for key, at_most in (("epochs", 4), ("eval_every_epochs", 2), ("checkpoint_every_epochs", 2)):
             config[key] = min(config[key], at_most)
         config.log_every_steps = 44
+        config.data.image_size, config.data.workers = 64, 0  # of streamed images
         if "width" in config.model:
             config.model.width /= 8
         if "features" in config.model:
             config.model.features = tuple(width // 4 for width in config.model.features)
+        if "warmup_epochs" in config.optimizer:
+            config.optimizer.warmup_epochs = min(config.optimizer.warmup_epochs, 1.0)
         if "decay_every_steps" in config.optimizer:
             config.optimizer.decay_every_steps = 2 * 44
         if "halve_after_epochs" in config.optimizer:
@@ -281,6 +387,8 @@ def chunk_metrics(chunk: Mapping[str, Any], updated: bool) -> dict[str, Any]:
 
 def open_runs(stack: ExitStack, config: ConfigDict, workdir: Path, seeds: Sequence[int] | None) -> list[Workdir]:
     """The folder of the run, or of each seed; closed with the stack."""
+    if jax.process_index() > 0:
+        return [Follower(workdir, config)]
     if seeds is None:
         return [stack.enter_context(closing(Workdir(workdir, config)))]
     runs = []
@@ -396,16 +504,71 @@ def main(argv: Sequence[str]) -> None:
     if config.smoke:
         config = shrink(config)
     try:
+        join_processes(FLAGS.distributed, FLAGS.coordinator, FLAGS.processes, FLAGS.process)
         if FLAGS.seeds is None:
-            train(config, workdir)
+            train(config, workdir, profile=FLAGS.profile)
         else:
             print(train_seeds(config, workdir, as_seeds(FLAGS.seeds), FLAGS.vmap_seeds))
     except Stopped as stopped:
-        print(f"stopped by {signal.Signals(stopped.signal).name} {stopped}; the same command goes on from there")
+        if jax.process_index() == 0:
+            print(f"stopped by {signal.Signals(stopped.signal).name} {stopped}; the same command goes on from there")
         sys.exit(128 + stopped.signal)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ElsewhereError) as error:
         logging.debug("where it came from (shown with --verbosity=1)", exc_info=True)
-        sys.exit(f"error: {error}")
+        leave(f"error: {error}")
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        first = str(error).strip().splitlines()[0]
+        leave(f"error: lost another process, or the network to it ({first}); {LOST}")
+
+
+def join_processes(distributed: bool, coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """Makes this one of several processes, as the flags have it."""
+    given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
+    missing = [flag for flag, value in given.items() if value is None]
+    if not distributed and len(missing) == len(given):
+        return
+    if missing and not (distributed and len(missing) == len(given)):
+        raise ValueError(f"{', '.join(missing)} missing: --coordinator, --processes and --process come together")
+    say_who_is_gone()
+    try:
+        jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"the processes do not find each other: {error}. Where nothing tells them (Cloud TPU, Slurm and Open MPI "
+            "do), name the first of them: --coordinator=HOST:PORT --processes=N --process=I"
+        ) from error
+
+
+LOST = "start all processes again to go on from the last checkpoint"
+_handlers: list[Any] = []  # kept alive for C
+
+
+def say_who_is_gone() -> None:
+    """Makes the end of this process a message when another one has died.
+
+    JAX notices by its heartbeats, says which one, and aborts from a thread of its own, where Python handles no signals:
+    what would be left is a dump of all threads.
+    """
+    faulthandler.disable()
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def handler(number):
+        del number
+        os.write(2, f"error: another process of this run is gone, see above; {LOST}\n".encode())
+        os._exit(1)
+
+    _handlers.append(handler)
+    ctypes.CDLL(None).signal(signal.SIGABRT, handler)
+
+
+def leave(message: str) -> None:
+    """Ends the program with an error, and the other processes with it."""
+    if jax.process_count() == 1:
+        sys.exit(message)
+    print(message, file=sys.stderr, flush=True)
+    os._exit(1)  # an orderly end would wait for the others, and they for this one
 
 
 if __name__ == "__main__":

@@ -101,6 +101,31 @@ class Workdir:
         os.close(self._lock)
 
 
+class Follower:
+    """What stands for the folder in all processes but the first, which alone writes to it.
+
+    Args:
+      path, config: as for :class:`Workdir`.
+    """
+
+    def __init__(self, path: str | Path, config: ConfigDict):
+        self.path, self.config = Path(path), config
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What is in result.json; None while the run is not finished."""
+        return read_json(self.path / "result.json")
+
+    def open_metrics(self, step: int) -> None:
+        """Nothing."""
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 class _EventFile:
     """TensorBoard's file format, written at once: its own writers have a thread, and a full disk ends that unheard."""
 

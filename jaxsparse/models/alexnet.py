@@ -31,6 +31,7 @@ class AlexNet(nn.Module):
       dtype: dtype of the computation and of the logits; None promotes input and parameters. Parameters and batch
         statistics are float32.
       implementation: form of the convolutions, as in :func:`jaxsparse.models.layers.conv`; None takes the fastest.
+      axis_name: named axis of devices over which batch normalisation takes its statistics; None: each device its own.
 
     Raises:
       ValueError: on an unknown variant, and if the input is not (batch, height, width, channels) or smaller than 7 x 7.
@@ -54,6 +55,7 @@ class AlexNet(nn.Module):
     width: float = 1.0
     dtype: Any = None
     implementation: str | None = None
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -61,7 +63,10 @@ class AlexNet(nn.Module):
         if self.variant not in _UNITS:
             raise ValueError(f"AlexNet's variant is one of {tuple(_UNITS)}, got {self.variant!r}")
         check_images(images, 7, "AlexNet")
-        layer = partial(conv_bn_relu, strides=2, dtype=self.dtype, implementation=self.implementation)
+        norm = partial(BatchNorm, dtype=self.dtype, axis_name=self.axis_name)
+        layer = partial(
+            conv_bn_relu, strides=2, dtype=self.dtype, implementation=self.implementation, axis_name=self.axis_name
+        )
         x = images
         for number, (features, kernel_size, padding) in enumerate(_CONVOLUTIONS, 1):
             x = layer(x, scaled(features, self.width), kernel_size, number=number, padding=padding)
@@ -69,5 +74,5 @@ class AlexNet(nn.Module):
         units = scaled(_UNITS[self.variant], self.width)
         for name, bn in (("fc1", "bn6"), ("fc2", "bn7")):
             x = dense(x, units, name=name, dtype=self.dtype)
-            x = nn.relu(BatchNorm(dtype=self.dtype, name=bn)(x))
+            x = nn.relu(norm(name=bn)(x))
         return dense(x, self.num_classes, name="fc3", dtype=self.dtype)

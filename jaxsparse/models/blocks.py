@@ -20,8 +20,10 @@ class BatchNorm(nn.BatchNorm):
 
     Attributes:
       momentum: share of the running statistics that an update keeps (1 minus PyTorch's ``momentum``).
-      dtype: dtype of the output; None promotes input and parameters. All other attributes are those of
-        ``nn.BatchNorm``.
+      dtype: dtype of the output; None promotes input and parameters.
+      axis_name: named axis of devices (that of ``pmap``, ``shard_map`` or ``vmap``) over which the statistics of the
+        batch are taken; None: each device takes its own. ``init`` and running statistics do not need the axis. All
+        other attributes are those of ``nn.BatchNorm``.
 
     Examples:
       >>> import jax
@@ -80,6 +82,7 @@ def conv_bn_relu(
     bias_init: nn.initializers.Initializer | None = None,
     dtype: Any = None,
     implementation: str | None = None,
+    axis_name: str | None = None,
 ) -> jax.Array:
     """A convolution with bias, batch normalisation and ReLU: the layers "conv<number>" and "bn<number>".
 
@@ -97,7 +100,7 @@ def conv_bn_relu(
         implementation=implementation,
         name=f"conv{number}",
     )
-    return nn.relu(BatchNorm(dtype=dtype, name=f"bn{number}")(layer(x)))
+    return nn.relu(BatchNorm(dtype=dtype, axis_name=axis_name, name=f"bn{number}")(layer(x)))
 
 
 def scaled(channels: int, width: float) -> int:

@@ -161,11 +161,13 @@ def reestimate_batch_stats(
     Raises:
       ValueError: if there are no batches.
     """
+    # The batches are whole: no axis of devices is bound here.
+    local = model.clone(axis_name=None) if getattr(model, "axis_name", None) else model
 
     @jax.jit
     def of_batch(images):
         start = jax.tree.map(jnp.zeros_like, batch_stats)  # of which (1 - momentum) times the batch's remains
-        _, new = model.apply({"params": params, "batch_stats": start}, images, mutable=["batch_stats"])
+        _, new = local.apply({"params": params, "batch_stats": start}, images, mutable=["batch_stats"])
         return jax.tree.map(lambda x: x / (1 - momentum), new["batch_stats"])
 
     total, number = None, 0

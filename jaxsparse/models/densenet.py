@@ -34,6 +34,7 @@ class DenseNet(nn.Module):
       dtype: dtype of the computation and of the logits; None promotes input and parameters. Parameters and batch
         statistics are float32.
       implementation: form of the convolutions, as in :func:`jaxsparse.models.layers.conv`; None takes the fastest.
+      axis_name: named axis of devices over which batch normalisation takes its statistics; None: each device its own.
 
     Raises:
       ValueError: on another depth or growth, and if the input is not (batch, height, width, channels) or smaller than
@@ -62,6 +63,7 @@ class DenseNet(nn.Module):
     width: float = 1.0
     dtype: Any = None
     implementation: str | None = None
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -74,7 +76,7 @@ class DenseNet(nn.Module):
         conv = partial(
             Conv, use_bias=False, dtype=self.dtype, kernel_init=he_normal("fan_out"), implementation=self.implementation
         )
-        norm = partial(BatchNorm, dtype=self.dtype, scale_init=nn.initializers.constant(0.5))
+        norm = partial(BatchNorm, dtype=self.dtype, scale_init=nn.initializers.constant(0.5), axis_name=self.axis_name)
         growth = scaled(self.growth, self.width)
         x = conv(2 * growth, 3, padding=1, name="conv1")(images)
         for block in (1, 2, 3):

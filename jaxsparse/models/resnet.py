@@ -36,6 +36,9 @@ class ResNetCIFAR(nn.Module):
       dtype: dtype of the computation and of the logits; None promotes input and parameters. Parameters and batch
         statistics are float32.
       implementation: form of the convolutions, as in :func:`jaxsparse.models.layers.conv`; None takes the fastest.
+      axis_name: named axis of devices over which batch normalisation takes its statistics; None: each device its own.
+      zero_init: whether each block starts as its shortcut alone, because the scale of its last batch normalisation
+        starts from 0 (Goyal et al., 2017, section 5.1).
 
     Raises:
       ValueError: on another depth, and if the input is not (batch, height, width, channels) or smaller than 4 x 4.
@@ -54,7 +57,8 @@ class ResNetCIFAR(nn.Module):
     References:
       He et al., *Deep residual learning for image recognition*, 2016, section 4.2; initial values as in
       https://github.com/akamaster/pytorch_resnet_cifar10 at d5489e8, which Siegel et al., *Training sparse neural
-      networks using compressed sensing*, 2020, use.
+      networks using compressed sensing*, 2020, use. Goyal et al., *Accurate, large minibatch SGD: Training
+      ImageNet in 1 hour*, 2017 (arXiv:1706.02677).
     """
 
     depth: int
@@ -64,6 +68,8 @@ class ResNetCIFAR(nn.Module):
     inner: Sequence[int] | None = None
     dtype: Any = None
     implementation: str | None = None
+    axis_name: str | None = None
+    zero_init: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -74,7 +80,8 @@ class ResNetCIFAR(nn.Module):
         conv, norm, x = _begin(self, images, init, smallest=4)
         x = conv(scaled(16, self.width), 3, padding=1, name="conv1")(x)
         x = nn.relu(norm(name="bn1")(x))
-        block, times = partial(_Block, project=self.project, conv=conv, norm=norm), (self.depth - 2) // 6
+        block = partial(_Block, project=self.project, conv=conv, norm=norm, zero_init=self.zero_init)
+        times = (self.depth - 2) // 6
         x = _stages(x, block, (16, 32, 64), [times] * 3, self.width, _inner(self, 3 * times))
         return dense(x, self.num_classes, name="fc", dtype=self.dtype, kernel_init=init)
 
@@ -116,6 +123,9 @@ class ResNet18(nn.Module):
       dtype: dtype of the computation and of the logits; None promotes input and parameters. Parameters and batch
         statistics are float32.
       implementation: form of the convolutions, as in :func:`jaxsparse.models.layers.conv`; None takes the fastest.
+      axis_name: named axis of devices over which batch normalisation takes its statistics; None: each device its own.
+      zero_init: whether each block starts as its shortcut alone, because the scale of its last batch normalisation
+        starts from 0 (Goyal et al., 2017, section 5.1).
 
     Raises:
       ValueError: on an unknown stem, and if the input is not (batch, height, width, channels) or smaller than 8 x 8
@@ -134,7 +144,7 @@ class ResNet18(nn.Module):
     References:
       He et al., *Deep residual learning for image recognition*, 2016; Siegel et al., *Training sparse neural networks
       using compressed sensing*, 2020, ``models/resnet.py`` in https://github.com/dmaywald/xrda-sparse-training at
-      5f3ab13.
+      5f3ab13; Goyal et al., *Accurate, large minibatch SGD: Training ImageNet in 1 hour*, 2017 (arXiv:1706.02677).
     """
 
     num_classes: int = 10
@@ -143,6 +153,8 @@ class ResNet18(nn.Module):
     blocks: Sequence[int] = (2, 2, 2, 2)
     dtype: Any = None
     implementation: str | None = None
+    axis_name: str | None = None
+    zero_init: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -156,7 +168,7 @@ class ResNet18(nn.Module):
         x = nn.relu(norm(name="bn1")(x))
         if not small:
             x = max_pool(x, 3, strides=2, padding=1, implementation=self.implementation)
-        block = partial(_Block, project=True, conv=conv, norm=norm)
+        block = partial(_Block, project=True, conv=conv, norm=norm, zero_init=self.zero_init)
         x = _stages(x, block, (64, 128, 256, 512), self.blocks, self.width, [(None,)] * sum(self.blocks))
         return dense(x, self.num_classes, name="fc", dtype=self.dtype)
 
@@ -186,6 +198,9 @@ class ResNet50(nn.Module):
       dtype: dtype of the computation and of the logits; None promotes input and parameters. Parameters and batch
         statistics are float32.
       implementation: form of the convolutions, as in :func:`jaxsparse.models.layers.conv`; None takes the fastest.
+      axis_name: named axis of devices over which batch normalisation takes its statistics; None: each device its own.
+      zero_init: whether each block starts as its shortcut alone, because the scale of its last batch normalisation
+        starts from 0 (Goyal et al., 2017, section 5.1).
 
     Raises:
       ValueError: if the input is not (batch, height, width, channels) or smaller than 32 x 32.
@@ -200,7 +215,8 @@ class ResNet50(nn.Module):
 
     References:
       He et al., *Deep residual learning for image recognition*, 2016; strides in the 3 x 3 convolution as torchvision
-      and Dep-L0 have them.
+      and Dep-L0 have them; Goyal et al., *Accurate, large minibatch SGD: Training ImageNet in 1 hour*, 2017
+      (arXiv:1706.02677).
     """
 
     num_classes: int = 1000
@@ -208,6 +224,8 @@ class ResNet50(nn.Module):
     inner: Sequence[int] | None = None
     dtype: Any = None
     implementation: str | None = None
+    axis_name: str | None = None
+    zero_init: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -216,7 +234,7 @@ class ResNet50(nn.Module):
         x = conv(scaled(64, self.width), 7, strides=2, padding=3, name="conv1")(x)
         x = nn.relu(norm(name="bn1")(x))
         x = max_pool(x, 3, strides=2, padding=1, implementation=self.implementation)
-        block = partial(_Bottleneck, conv=conv, norm=norm)
+        block = partial(_Bottleneck, conv=conv, norm=norm, zero_init=self.zero_init)
         x = _stages(x, block, (64, 128, 256, 512), (3, 4, 6, 3), self.width, _inner(self, 16, 2))
         return dense(x, self.num_classes, name="fc", dtype=self.dtype)
 
@@ -233,7 +251,7 @@ def _begin(model, images: jax.Array, kernel_init, smallest: int):
     conv = partial(
         Conv, use_bias=False, dtype=model.dtype, kernel_init=kernel_init, implementation=model.implementation
     )
-    return conv, partial(BatchNorm, dtype=model.dtype), images
+    return conv, partial(BatchNorm, dtype=model.dtype, axis_name=model.axis_name), images
 
 
 def _inner(model, blocks: int, each: int = 1) -> Sequence[Sequence[int | None]]:
@@ -258,6 +276,11 @@ def _stages(x, block, channels: Sequence[int], blocks: Sequence[int], width: flo
     return x.mean((1, 2))
 
 
+def _last_scale(block) -> nn.initializers.Initializer:
+    """Where the scale of a block's last batch normalisation starts."""
+    return nn.initializers.zeros_init() if block.zero_init else nn.initializers.ones_init()
+
+
 class _Block(nn.Module):
     """Two 3 x 3 convolutions, added to the block's input."""
 
@@ -267,12 +290,14 @@ class _Block(nn.Module):
     project: bool  # whether a shortcut that changes the shape has parameters
     conv: Any
     norm: Any
+    zero_init: bool = False
 
     @nn.compact
     def __call__(self, x):
         y = self.conv(self.inner[0] or self.features, 3, strides=self.strides, padding=1, name="conv1")(x)
         y = nn.relu(self.norm(name="bn1")(y))
-        y = self.norm(name="bn2")(self.conv(self.features, 3, padding=1, name="conv2")(y))
+        y = self.conv(self.features, 3, padding=1, name="conv2")(y)
+        y = self.norm(name="bn2", scale_init=_last_scale(self))(y)
         if x.shape == y.shape:
             return nn.relu(x + y)
         if self.project:
@@ -293,6 +318,7 @@ class _Bottleneck(nn.Module):
     inner: Sequence[int | None]  # channels behind the first and the second convolution
     conv: Any
     norm: Any
+    zero_init: bool = False
 
     @nn.compact
     def __call__(self, x):
@@ -300,7 +326,8 @@ class _Bottleneck(nn.Module):
         y = nn.relu(self.norm(name="bn1")(y))
         y = self.conv(self.inner[1] or self.features, 3, strides=self.strides, padding=1, name="conv2")(y)
         y = nn.relu(self.norm(name="bn2")(y))
-        y = self.norm(name="bn3")(self.conv(4 * self.features, 1, padding=0, name="conv3")(y))
+        y = self.conv(4 * self.features, 1, padding=0, name="conv3")(y)
+        y = self.norm(name="bn3", scale_init=_last_scale(self))(y)
         if x.shape != y.shape:
             x = self.conv(4 * self.features, 1, strides=self.strides, padding=0, name="shortcut_conv")(x)
             x = self.norm(name="shortcut_bn")(x)

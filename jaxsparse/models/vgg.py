@@ -58,6 +58,7 @@ class VGG(nn.Module):
         statistics are float32.
       implementation: form of convolution and max-pool, as in :func:`jaxsparse.models.layers.conv`; None takes the
         fastest.
+      axis_name: named axis of devices over which batch normalisation takes its statistics; None: each device its own.
 
     Raises:
       ValueError: on an unknown variant, on ``features`` that are not one for each hidden layer, and if the input is not
@@ -85,6 +86,7 @@ class VGG(nn.Module):
     width: float = 1.0
     dtype: Any = None
     implementation: str | None = None
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -95,7 +97,7 @@ class VGG(nn.Module):
         check_images(images, 16 if pooled else 32, f"VGG({self.variant!r})")
         features = iter(self.widths())
 
-        layer = partial(conv_bn_relu, dtype=self.dtype, implementation=self.implementation)
+        layer = partial(conv_bn_relu, dtype=self.dtype, implementation=self.implementation, axis_name=self.axis_name)
         if not hidden:
             init = he_normal("fan_in" if pooled else "fan_out")
             layer = partial(layer, kernel_init=init, bias_init=nn.initializers.zeros_init())
@@ -114,7 +116,7 @@ class VGG(nn.Module):
         x = x.reshape(x.shape[0], -1)
         for i in range(1, hidden + 1):
             x = nn.relu(dense(x, next(features), name=f"fc{i}", dtype=self.dtype))
-            x = BatchNorm(dtype=self.dtype, name=f"bn{number + i}")(x)
+            x = BatchNorm(dtype=self.dtype, axis_name=self.axis_name, name=f"bn{number + i}")(x)
         return dense(x, self.num_classes, name=f"fc{hidden + 1}", dtype=self.dtype)
 
     def widths(self) -> Sequence[int]:

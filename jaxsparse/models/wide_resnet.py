@@ -34,6 +34,7 @@ class WideResNet(nn.Module):
       dtype: dtype of the computation and of the logits; None promotes input and parameters. Parameters and batch
         statistics are float32.
       implementation: form of the convolutions, as in :func:`jaxsparse.models.layers.conv`; None takes the fastest.
+      axis_name: named axis of devices over which batch normalisation takes its statistics; None: each device its own.
 
     Raises:
       ValueError: on another depth or ``widen``, and if the input is not (batch, height, width, channels) or smaller
@@ -62,6 +63,7 @@ class WideResNet(nn.Module):
     width: float = 1.0
     dtype: Any = None
     implementation: str | None = None
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -74,7 +76,7 @@ class WideResNet(nn.Module):
         conv = partial(
             Conv, use_bias=False, dtype=self.dtype, kernel_init=he_normal("fan_out"), implementation=self.implementation
         )
-        norm = partial(BatchNorm, dtype=self.dtype)
+        norm = partial(BatchNorm, dtype=self.dtype, axis_name=self.axis_name)
         x = conv(scaled(16, self.width), 3, padding=1, name="conv1")(images)
         for stage, channels in enumerate((16, 32, 64), 1):
             features = scaled(channels * self.widen, self.width)

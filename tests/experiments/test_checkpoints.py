@@ -81,7 +81,7 @@ def test_newest_with_a_file_missing_falls_back(checkpoints):
 
 
 def test_values_that_are_not_those_saved_are_found(checkpoints, monkeypatch):
-    monkeypatch.setattr("experiments.checkpoints._sha256", lambda state: "another")
+    monkeypatch.setattr("experiments.checkpoints._digests", lambda state: ["another"])
     with pytest.raises(OSError, match="step 30: its values are not those that were saved; step 20: its values"):
         checkpoints.restore(like=make_state())
 

@@ -144,7 +144,7 @@ def test_evaluation_does_not_depend_on_the_batches(monkeypatch):
     for size in (359, 100):
         monkeypatch.setattr(program, "EVAL_BATCH", size)
         compiled = program.make_program(smoke_config(), dataset)
-        results.append(compiled.evaluate(compiled.init(0), dataset, dataset.test))
+        results.append(compiled.evaluate(compiled.init(0), dataset.test))
     chex.assert_trees_all_close(*results, rtol=1e-6)
 
 

@@ -25,7 +25,7 @@ SMALL = [
     "--config.checkpoint_every_epochs=3",
     "--config.log_every_steps=20",
 ]
-TIMES = ("seconds", "steps_per_second")
+TIMES = ("seconds", "steps_per_second", "speed")
 
 
 def start(workdir, arguments=SMALL):

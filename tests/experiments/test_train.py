@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "digits_sparse_momentum.py"
 KEPT = 5_020  # a tenth of the 50,200 weights
 PICTURES = {"learning_curve.png", "layer_densities.png", "masks.png", "receptive_fields.png", "weights.png"}
-TIMES = {"seconds", "steps_per_second"}
+TIMES = {"seconds", "steps_per_second", "speed"}
 
 
 def smoke_config(**changes):

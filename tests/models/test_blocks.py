@@ -46,6 +46,20 @@ def test_batch_norm_takes_statistics_of_bfloat16_in_float32():
     chex.assert_trees_all_close(updates["batch_stats"], jax.tree.map(jnp.float32, statistics), rtol=1e-5)
 
 
+def test_batch_norm_over_devices_is_that_of_the_whole_batch():
+    x = 3 + 2 * jax.random.normal(jax.random.key(0), (8, 4, 3, 3, 5))  # a batch of four for each of eight devices
+    layer = blocks.BatchNorm(axis_name="devices")
+    variables = layer.init(jax.random.key(1), x[0])
+    train = jax.pmap(lambda v, x: layer.apply(v, x, mutable=["batch_stats"]), "devices", in_axes=(None, 0))
+    y, updates = train(variables, x)
+    whole, expected = blocks.BatchNorm().apply(variables, x.reshape(32, 3, 3, 5), mutable=["batch_stats"])
+    chex.assert_trees_all_close(y.reshape(whole.shape), whole, atol=1e-5)
+    for device in (0, 7):
+        chex.assert_trees_all_close(jax.tree.map(lambda leaf, i=device: leaf[i], updates), expected, rtol=1e-5)
+    alone, _ = blocks.BatchNorm().apply(variables, x[0], mutable=["batch_stats"])
+    assert jnp.abs(y[0] - alone).max() > 0.01
+
+
 @pytest.mark.parametrize(
     ("channels", "width", "expected"), [(64, 1.0, 64), (16, 0.1, 2), (64, 1e-3, 1), (10, 1.26, 13)]
 )

@@ -150,6 +150,21 @@ def test_batch_statistics_are_the_mean_over_batches():
         models.reestimate_batch_stats(model, variables["params"], variables["batch_stats"], [])
 
 
+def test_slim_keeps_the_axis_of_batch_normalisation_and_the_statistics_made_anew_do_not_need_it():
+    model = models.ResNetCIFAR(8, width=0.5, axis_name="devices", zero_init=True)
+    assert [group.name for group in models.channel_groups(model)][:2] == ["conv1", "block1_1/conv1"]
+    variables = numpy_variables(model)
+    params, stats = variables["params"], variables["batch_stats"]
+    params["block2_1"]["bn1"] = jax.tree.map(lambda x: x.at[:3].set(0), params["block2_1"]["bn1"])
+    small, slim_params, slim_stats = models.slim(model, params, stats)
+    assert small == model.clone(inner=(8, 13, 32))
+    images = numpy_images((4, 32, 32, 3))
+    alone = models.reestimate_batch_stats(small.clone(axis_name=None), slim_params, slim_stats, [images])
+    again = models.reestimate_batch_stats(small, slim_params, slim_stats, [images])
+    for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_channels_of_unstructured_masks_and_of_other_models():
     model = models.LeNet300100()
     params = model.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]

@@ -120,6 +120,26 @@ def test_logits_are_those_of_the_authors_code(name, expected, form):
     chex.assert_trees_all_equal_shapes_and_dtypes(updates["batch_stats"], variables["batch_stats"])
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_batch_statistics_over_an_axis_are_those_of_the_whole_batch(name):
+    model, variables = SMALL[name].clone(implementation="xla"), numpy_variables(SMALL[name])
+    images = numpy_images((16, 32, 32, 3))
+
+    def train(model):
+        return lambda images: model.apply(variables, images, mutable=["batch_stats"])
+
+    logits, whole = quick_jit(train(model))(images)
+    parts = images.reshape(8, 2, 32, 32, 3)
+    over_all = model.clone(axis_name="devices")
+    found, of_parts = quick_jit(jax.vmap(train(over_all), axis_name="devices"))(parts)
+    chex.assert_trees_all_close(found.reshape(logits.shape), logits, rtol=1e-3, atol=1e-3)
+    for i in (0, 7):
+        chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], of_parts), whole, rtol=1e-4, atol=1e-4)
+    # Neither evaluating nor init needs the axis.
+    chex.assert_trees_all_equal(jax.eval_shape(over_all.apply, variables, images), jax.eval_shape(lambda: logits))
+    assert variables_of(over_all) == variables_of(model)
+
+
 @pytest.mark.parametrize(
     ("name", "shape"),
     [

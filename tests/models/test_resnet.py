@@ -46,3 +46,48 @@ def test_the_stem_of_imagenet_leaves_a_quarter_of_the_pixels_on_each_side():
         variables_of(model, (1, 32, 32, 3))
     assert shapes["block1_1"] == (1, 8, 8, 4)
     assert shapes["block4_2"] == (1, 1, 1, 32)
+
+
+@pytest.mark.parametrize("strides", [1, 2])
+@pytest.mark.parametrize("features", [2, 4])
+def test_blocks_start_as_their_shortcuts_if_the_last_scale_starts_from_zero(features, strides):
+    x = jax.random.normal(jax.random.key(0), (2, 6, 6, 4 * 2))
+    conv = partial(Conv, use_bias=False)
+    for block in (
+        resnet._Block(4 * features, strides, (None,), True, conv, BatchNorm, zero_init=True),
+        resnet._Bottleneck(features, strides, (None, None), conv, BatchNorm, zero_init=True),
+    ):
+
+        @quick_jit
+        def outputs(x, block=block):
+            variables = block.init(jax.random.key(1), x)
+            y, updates = block.apply(variables, x, mutable=["batch_stats", "intermediates"], capture_intermediates=True)
+            return variables["params"], y, updates["intermediates"].get("shortcut_bn", {"__call__": [x]})
+
+        params, y, shortcut = outputs(x)
+        assert ("shortcut_bn" in params) == (features != 2 or strides != 1)
+        chex.assert_trees_all_equal(y, nn.relu(shortcut["__call__"][0]))
+
+
+@pytest.mark.parametrize("zero_init", [True, False])
+@pytest.mark.parametrize(
+    "model",
+    [resnet.ResNet20(), resnet.ResNet18(), resnet.ResNet34(), resnet.ResNet50()],
+    ids=lambda m: type(m).__name__,
+)
+def test_zero_init_is_of_the_last_batch_normalisation_of_every_block(model, zero_init):
+    model, starts = model.clone(zero_init=zero_init), {}
+
+    def look(call, args, kwargs, context):
+        if isinstance(context.module, BatchNorm):
+            starts["/".join(context.module.path)] = context.module.scale_init
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(look):
+        shapes = variables_of(model)
+    assert shapes == variables_of(model.clone(zero_init=False))
+    blocks = {path[1] for path in shapes if path[1].startswith("block")}
+    last = {f"{block}/{'bn3' if isinstance(model, resnet.ResNet50) else 'bn2'}" for block in blocks}
+    assert {path for path, init in starts.items() if init is nn.initializers.zeros_init()} == (
+        last if zero_init else set()
+    )
