@@ -18,7 +18,7 @@ and each with "_cifar100" behind it.
 
 DIR is where TensorFlow Datasets has CIFAR-10 (or -100) as array_record. 299 epochs, all 50,000 train images, batches of
 128, crops of images padded with zeros, mirrored. The authors report the best epoch, we the last; they sample gates for
-each example, we for each batch (on several devices, for each device).
+each example, we for each batch.
 """
 
 from ml_collections import ConfigDict

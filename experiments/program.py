@@ -305,9 +305,9 @@ def streamed_chunk(config: ConfigDict, layout: Layout, compiled_step: Callable, 
             batch = next(stream)
             waited += time.perf_counter() - before
             replaced += [int(number) for number in batch.replaced if number >= 0]
-            if step > start:  # at most two batches wait on the devices
-                jax.block_until_ready(losses[-1])
             placed = layout.place_batch((batch.images, batch.labels, batch.numbers))
+            if step > start + 1:  # one step runs and one waits, so that the devices have something to do, and no more
+                jax.block_until_ready(losses[-2])
             state, (loss, accuracy) = compiled_step(state, placed, step)
             losses.append(loss)
             accuracies.append(accuracy)
@@ -324,7 +324,7 @@ def streamed_evaluation(config: ConfigDict, layout: Layout, sums_of: Callable) -
 
     def evaluate(state, source):
         loss, hits = 0.0, 0
-        at_once = layout.local_size * max(1, EVAL_BATCH // layout.size)
+        at_once = layout.local_size * max(1, max(EVAL_BATCH, config.data.batch_size) // layout.size)
         for batch in streams.eval_batches(
             source,
             batch_size=at_once,
@@ -432,9 +432,12 @@ def make_model(config: ConfigDict, num_classes: int, layout: Layout | None = Non
     if "dtype" in options:
         options["dtype"] = choose(DTYPES, options["dtype"], "config.model.dtype")
     try:
-        return choose(MODELS, config.model.name, "config.model.name")(**{"num_classes": num_classes, **options})
+        model = choose(MODELS, config.model.name, "config.model.name")(**{"num_classes": num_classes, **options})
     except TypeError as error:
         raise ValueError(f"config.model does not fit {config.model.name!r}: {error}") from None
+    if model.num_classes < num_classes:
+        raise ValueError(f"config.model.num_classes is {model.num_classes}, but the data have {num_classes} classes")
+    return model
 
 
 def make_augmentation(config: ConfigDict) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:

@@ -208,9 +208,9 @@ def train(
                 draw(run, mine, program.image_shape)
                 if stop == total_steps:
                     finish(run, mine, program.model, program.image_shape)
+        any_process(False)  # the results are written
         if stop < total_steps:
             raise Stopped(f"at step {stop} of {total_steps}", *(told_to_stop or [signal.SIGTERM])[:1])
-        any_process(False)  # the results are there
         return state, [run.result for run in runs]
 
 
@@ -286,7 +286,8 @@ def train_seeds(config: ConfigDict, workdir: str | Path, seeds: Sequence[int], s
     accuracies = [result["test_accuracy"] for result in results]
     mean, error = mean_and_error(accuracies)
     summary = {"seeds": list(seeds), "test_accuracy": accuracies, "mean": mean, "standard_error": error}
-    write_json(workdir / "seeds.json", summary)
+    if jax.process_index() == 0:
+        write_json(workdir / "seeds.json", summary)
     rows = [f"seed {seed}: {accuracy:.2%}" for seed, accuracy in zip(seeds, accuracies, strict=True)]
     last = f"mean {mean:.2%}" if error is None else f"mean {mean:.2%}, standard error {100 * error:.2f} points"
     return "\n".join(["test accuracy", *rows, last])
@@ -508,10 +509,13 @@ def main(argv: Sequence[str]) -> None:
         if FLAGS.seeds is None:
             train(config, workdir, profile=FLAGS.profile)
         else:
-            print(train_seeds(config, workdir, as_seeds(FLAGS.seeds), FLAGS.vmap_seeds))
+            table = train_seeds(config, workdir, as_seeds(FLAGS.seeds), FLAGS.vmap_seeds)
+            if jax.process_index() == 0:
+                print(table)
     except Stopped as stopped:
         if jax.process_index() == 0:
             print(f"stopped by {signal.Signals(stopped.signal).name} {stopped}; the same command goes on from there")
+        part()
         sys.exit(128 + stopped.signal)
     except (ValueError, OSError, FloatingPointError, ElsewhereError) as error:
         logging.debug("where it came from (shown with --verbosity=1)", exc_info=True)
@@ -521,6 +525,7 @@ def main(argv: Sequence[str]) -> None:
             raise
         first = str(error).strip().splitlines()[0]
         leave(f"error: lost another process, or the network to it ({first}); {LOST}")
+    part()
 
 
 def join_processes(distributed: bool, coordinator: str | None, processes: int | None, process: int | None) -> None:
@@ -539,6 +544,13 @@ def join_processes(distributed: bool, coordinator: str | None, processes: int | 
             f"the processes do not find each other: {error}. Where nothing tells them (Cloud TPU, Slurm and Open MPI "
             "do), name the first of them: --coordinator=HOST:PORT --processes=N --process=I"
         ) from error
+
+
+def part() -> None:
+    """Ends the company of processes, when all have come to their end: one that leaves early is taken for dead."""
+    if jax.process_count() > 1:
+        any_process(False)
+        jax.distributed.shutdown()
 
 
 LOST = "start all processes again to go on from the last checkpoint"

@@ -1,6 +1,6 @@
 """Sparse training as Optax transformations: one more link in the chain, and the network that comes out is sparse."""
 
-from jaxsparse import allocation, artifacts, groups, inspect, kernels, masks, schedules, selection, structures
+from jaxsparse import allocation, artifacts, groups, inspect, kernels, masks, parallel, schedules, selection, structures
 from jaxsparse._version import __version__
 from jaxsparse.allocation import erdos_renyi
 from jaxsparse.artifacts import ArtifactError, formats, load_sparse, save_sparse
@@ -44,7 +44,7 @@ __all__ = [
     "erdos_renyi", "eval_params", "formats", "get_log_alpha", "get_masks", "global_top_k_masks", "groups",
     "hard_concrete", "hard_concrete_mean", "inspect", "kernels", "l0", "linear_prune_rate", "linear_sparsity",
     "load_sparse", "magnitude_masks", "mask_updates", "masks", "momentum_regrowth", "n_of_m", "nonzero_masks",
-    "prob_open", "random_masks", "rda", "rda_cosine", "rda_halving", "rda_log_cosine", "remaining", "reweighted_l1",
-    "save_sparse", "schedules", "selection", "sigmoid_sparsity", "sparse_momentum", "sparsify", "structures", "summary",
-    "top_k_mask", "two_phase_sparsity", "velocity",
+    "parallel", "prob_open", "random_masks", "rda", "rda_cosine", "rda_halving", "rda_log_cosine", "remaining",
+    "reweighted_l1", "save_sparse", "schedules", "selection", "sigmoid_sparsity", "sparse_momentum", "sparsify",
+    "structures", "summary", "top_k_mask", "two_phase_sparsity", "velocity",
 ]  # fmt: skip

@@ -376,7 +376,7 @@ class Layout:
         if self.name != "fsdp" or not divisible or np.prod(shape) < self.min_size:
             return PartitionSpec()
         longest = max(divisible, key=lambda d: (shape[d], d))
-        return PartitionSpec(*[AXIS if d == longest else None for d in range(len(shape))])
+        return PartitionSpec(*[None] * longest, AXIS)
 
     def _mean_part(self, grad: jax.Array, spec: PartitionSpec) -> jax.Array:
         """The mean of a gradient over the devices: of this device's part of the leaf."""

@@ -174,7 +174,7 @@ def test_fsdp_splits_large_leaves_alone_and_masks_as_their_weights():
     state = layout.place(make_state(tx))
     specs = {path: leaf.sharding.spec for path, leaf in by_path(state.params).items()}
     assert specs["first/kernel"] == PartitionSpec(None, "devices")
-    assert specs["second/kernel"] == PartitionSpec("devices", None)
+    assert specs["second/kernel"] == PartitionSpec("devices")
     assert specs["first/bias"] == specs["second/bias"] == PartitionSpec()
     for tree in (jaxsparse.get_masks(state.opt_state), state.opt_state[0][0].trace):
         for path, leaf in by_path(tree).items():

@@ -1,6 +1,6 @@
 """A small run of every method in one layout, and what is left of it: the same in each. Also a program, for processes.
 
-python -m tests.experiments.parallel_runs OUT COORDINATOR PROCESSES PROCESS LAYOUT...
+python -m tests.experiments.parallel_runs OUT COORDINATOR PROCESSES PROCESS
 """
 
 import sys
@@ -24,7 +24,8 @@ from jaxsparse.models.layers import Conv
 from jaxsparse.parallel import Layout
 from jaxsparse.structures import by_path
 from tests.problems import gradients, make_params
-from tests.test_contract import ALL, UPDATE_EVERY, sgd
+from tests.test_contract import METHODS as METHODS_OF_CONTRACT
+from tests.test_contract import UPDATE_EVERY, sgd
 
 METHODS = ("sparse_momentum", "rda", "l0", "dep_l0", "asni", "mask_updates")
 STEPS = 20
@@ -90,13 +91,13 @@ def make_config(method, masks_file):
     return config
 
 
-def patched(layout_name):
+def patched(layout_name, devices=None):
     """The trainer knows the network above, and weights as few as its are sharded."""
     stack = ExitStack()
     stack.enter_context(mock.patch.dict(program.MODELS, {"net": Net}))
     for module in (program, optimizers):
-        stack.enter_context(mock.patch.object(module.models, "channel_groups", lambda model: GROUPS))
-    stack.enter_context(mock.patch.object(program, "make_layout", lambda *_: Layout(layout_name, min_size=64)))
+        stack.enter_context(mock.patch.object(module.models, "channel_groups", return_value=GROUPS))
+    stack.enter_context(mock.patch.object(program, "make_layout", return_value=Layout(layout_name, devices, 64)))
     return stack
 
 
@@ -142,37 +143,43 @@ def update_masks(layout_name):
     """The masks of every method of the contract after an update from given weights and gradients, on the host."""
     layout = Layout(layout_name, min_size=64)
     masks = {}
-    for name, method in ALL.items():
+    for name, method in METHODS_OF_CONTRACT.items():
         params = make_params()
         tx = method.around(sgd(), params)
 
         def step(state, grads, tx=tx):
-            for _ in range(UPDATE_EVERY + 1):
-                updates, opt_state = tx.update(grads.params, state.opt_state, state.params)
-                state = Few(optax.apply_updates(state.params, updates), opt_state)
-            return state, None
+            updates, opt_state = tx.update(grads.params, state.opt_state, state.params)
+            return Few(optax.apply_updates(state.params, updates), opt_state), None
 
         opt_state = tx.init(params)
         state = layout.place(Few(jaxsparse.sparsify(params, opt_state), opt_state))
-        state, _ = layout.compile(step)(state, layout.place(Few(gradients(params), ())))
+        grads, compiled = layout.place(Few(gradients(params), ())), layout.compile(step)
+        for _ in range(UPDATE_EVERY + 1):
+            state, _ = compiled(state, grads)
         one = layout.one_copy(state)
         masks |= {f"{name}/{path}": mask for path, mask in by_path(jaxsparse.get_masks(one.opt_state)).items()}
     return jax.device_get(masks)
 
 
-def main(out, coordinator, processes, process, *layouts):
-    """All methods in these layouts; the first process writes."""
+IN_PROCESSES = {"fsdp": METHODS, "pmap": ("sparse_momentum",)}
+
+
+def main(out, coordinator, processes, process):
+    """What :data:`IN_PROCESSES` says; the first process writes."""
+    jax.config.update("jax_disable_most_optimizations", True)
     jax.distributed.initialize(coordinator, int(processes), int(process))
     if jax.process_index() == 0:
         write_masks(f"{out}.safetensors")
     multihost_utils.sync_global_devices("masks")
-    for layout in layouts:
-        masks = update_masks(layout)
-        results = {method: run(layout, method, f"{out}.safetensors") for method in METHODS}
-        if jax.process_index() == 0:
-            named = {f"{m}/{name}": leaf for m, result in results.items() for name, leaf in result.items()}
-            np.savez(f"{out}_{layout}.npz", **named)
-            np.savez(f"{out}_{layout}_masks.npz", **masks)
+    results = {
+        f"{layout}/{method}/{name}": leaf
+        for layout, methods in IN_PROCESSES.items()
+        for method in methods
+        for name, leaf in run(layout, method, f"{out}.safetensors").items()
+    }
+    results |= {f"update_masks/{name}": mask for name, mask in update_masks("fsdp").items()}
+    if jax.process_index() == 0:
+        np.savez(out, **results)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def test_unknown_key_names_the_nearest_and_all(parse, config, change, message):
     with pytest.raises(SystemExit) as stop:
         parse(*config, "--workdir=somewhere", change)
     assert message in stop.value.code
-    assert "data.name, data.pad, data.pad_mode, data.std, data.validation, data_dir, dense, epochs," in stop.value.code
+    assert "data.std, data.streamed, data.validation, data.workers, data_dir, dense, epochs," in stop.value.code
 
 
 def test_missing_config_file(parse):

@@ -1,43 +1,21 @@
 """Every method does the same in every layout of the devices, and in several processes."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
 
-from tests.experiments import parallel_runs
+from tests.experiments import parallel_runs, processes
 
-ROOT = Path(__file__).parents[2]
 LAYOUTS = ("pmap", "data", "fsdp")
-IN_PROCESSES = ("fsdp", "pmap")
+IN_PROCESSES = [(layout, method) for layout, methods in parallel_runs.IN_PROCESSES.items() for method in methods]
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def start_processes(command, processes=2, devices=4, **options):
-    """The same command in several processes of so many devices each; "COORDINATOR", "PROCESSES", "PROCESS" in it."""
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    words = {"COORDINATOR": f"127.0.0.1:{free_port()}", "PROCESSES": str(processes)}
-    started = []
-    for process in range(processes):
-        mine = words | {"PROCESS": str(process)}
-        arguments = [sys.executable]
-        for word in command:
-            for name, value in mine.items():
-                word = word.replace(f"<{name}>", value)
-            arguments.append(word)
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        started.append(subprocess.Popen(arguments, cwd=ROOT, env=environment, **pipes, **options))
-    return started
+@pytest.fixture(scope="module", autouse=True)
+def compiled_fast():
+    """Everything runs but for a moment: not worth an optimised program."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +32,16 @@ def alone(masks_file):
 
 @pytest.fixture(scope="module")
 def in_processes(tmp_path_factory):
-    out = tmp_path_factory.mktemp("processes") / "out"
-    program = "tests.experiments.parallel_runs"
-    command = ["-m", program, str(out), "<COORDINATOR>", "<PROCESSES>", "<PROCESS>", *IN_PROCESSES]
-    for run in start_processes(command):
-        output, _ = run.communicate(timeout=600)
-        assert run.returncode == 0, output
-    return out
+    out = tmp_path_factory.mktemp("processes") / "out.npz"
+    command = ["-m", "tests.experiments.parallel_runs", str(out), "<COORDINATOR>", "<PROCESSES>", "<PROCESS>"]
+    outputs, codes = processes.ends(processes.start(command), timeout=900)
+    assert codes == [0, 0], outputs
+    with np.load(out) as results:
+        return dict(results)
+
+
+def under(results, prefix):
+    return {name.removeprefix(prefix): leaf for name, leaf in results.items() if name.startswith(prefix)}
 
 
 def compare(result, alone, method):
@@ -81,13 +62,9 @@ def test_a_run_is_the_same_in_every_layout(layout, method, alone, masks_file):
     compare(parallel_runs.run(layout, method, masks_file), alone[method], method)
 
 
-@pytest.mark.parametrize("layout", IN_PROCESSES)
-@pytest.mark.parametrize("method", parallel_runs.METHODS)
+@pytest.mark.parametrize(("layout", "method"), IN_PROCESSES)
 def test_a_run_is_the_same_in_two_processes(layout, method, alone, in_processes):
-    with np.load(f"{in_processes}_{layout}.npz") as results:
-        prefix = f"{method}/"
-        result = {name.removeprefix(prefix): results[name] for name in results if name.startswith(prefix)}
-    compare(result, alone[method], method)
+    compare(under(in_processes, f"{layout}/{method}/"), alone[method], method)
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +79,7 @@ def test_a_mask_update_is_bit_equal_in_every_layout(layout, masks_alone):
     jax.tree.map(np.testing.assert_array_equal, masks, masks_alone)
 
 
-@pytest.mark.parametrize("layout", IN_PROCESSES)
-def test_a_mask_update_is_bit_equal_in_two_processes(layout, masks_alone, in_processes):
-    with np.load(f"{in_processes}_{layout}_masks.npz") as masks:
-        assert set(masks) == set(masks_alone)
-        for name, expected in masks_alone.items():
-            np.testing.assert_array_equal(masks[name], expected, err_msg=name)
+def test_a_mask_update_is_bit_equal_in_two_processes(masks_alone, in_processes):
+    masks = under(in_processes, "update_masks/")
+    assert masks.keys() == masks_alone.keys()
+    jax.tree.map(np.testing.assert_array_equal, masks, masks_alone)

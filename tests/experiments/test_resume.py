@@ -49,14 +49,23 @@ def wait_for_step(run, workdir, step):
         time.sleep(0.01)
 
 
-def outcome(workdir):
-    """All that has to be the same, to the last bit: metrics and result without times, and the final checkpoint."""
+def newest_checkpoint(workdir):
+    return max((workdir / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name)).absolute()
+
+
+def logged(workdir):
+    """Metrics and result without times."""
     lines = [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(workdir)]
     result = {k: v for k, v in json.loads((workdir / "result.json").read_text()).items() if k not in TIMES}
-    newest = max(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*"))
+    return lines, result
+
+
+def outcome(workdir):
+    """All that has to be the same, to the last bit: metrics and result without times, and the final checkpoint."""
+    newest = newest_checkpoint(workdir)
     with ocp.StandardCheckpointer() as checkpointer:
-        state = checkpointer.restore((workdir / "checkpoints" / str(newest) / "state").absolute())
-    return lines, result, newest, [bits(leaf) for leaf in jax.tree.leaves(state)]
+        state = checkpointer.restore(newest / "state")
+    return *logged(workdir), newest.name, [bits(leaf) for leaf in jax.tree.leaves(state)]
 
 
 def bits(leaf):
@@ -110,7 +119,7 @@ def test_damaged_newest_checkpoint(uninterrupted, tmp_path):
     wait_for_step(run, tmp_path, 700)
     run.terminate()
     run.communicate()
-    newest = max((tmp_path / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
+    newest = newest_checkpoint(tmp_path)
     for path in newest.rglob("d/*"):
         path.write_bytes(path.read_bytes()[:-20])
     assert f"the checkpoint of step {newest.name} is damaged" in finish(start(tmp_path))

@@ -1,0 +1,107 @@
+"""Train steps of ResNet-50 on ImageNet: each method beside the dense network, in turn, on images made up on the device.
+
+The whole step that ``experiments.train`` runs: augmented images in, gradients, optimizer, masks. On the steps that are
+compared no mask changes, but for rda and gates, whose masks change on every step; one mask update is timed beside them.
+
+Usage: ``python -m benchmarks.imagenet`` on a CPU; ``--size=224 --batch=256 --dtype=bfloat16 --steps=20`` on a GPU
+"""
+
+import argparse
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks import timing
+from configs import imagenet
+from experiments import data, program
+
+EXPERIMENTS = ["sparse_momentum_10", "rda", "dep_l0_forward", "l0_hc", "asni_80"]
+
+
+class Steps:
+    """Steps of one experiment, which go on where the last ones ended."""
+
+    def __init__(self, experiment: str, dense: bool, options: argparse.Namespace):
+        config = imagenet.get_config(experiment)
+        config.dense = dense
+        config.model.dtype = options.dtype
+        config.model.width = options.width
+        config.data.image_size, config.data.batch_size = options.size, options.batch
+        nothing = range(1_281_167)  # as many as ImageNet has; none is read
+        mean, std = (255 * np.asarray(x, np.float32) for x in (config.data.mean, config.data.std))
+        made = program.make_program(config, data.Dataset(nothing, range(0), range(0), 1000, mean, std))
+        self.step = made.train_step
+        self.state = made.init(0)
+        draw = np.random.RandomState(0)
+        images = draw.randint(0, 256, (options.batch, *made.image_shape), np.uint8)
+        numbers = np.arange(options.batch, dtype=np.int32)
+        labels = draw.randint(0, 1000, options.batch).astype(np.int32)
+        self.batch = jax.device_put((images, labels, numbers))
+        self.update_every = len(nothing) // options.batch * config.sparsity.get("update_every_epochs", 1)
+
+    def __call__(self, steps: int):
+        loss = None
+        for _ in range(steps):
+            self.state, (loss, _) = self.step(self.state, self.batch, 1)
+        return loss
+
+    def mask_update(self):
+        """Seconds of the step on which masks change."""
+        state = optax.tree.set(self.state.opt_state, count=jnp.asarray(self.update_every, jnp.int32))
+        self.state = jax.block_until_ready(self.state._replace(opt_state=state))
+        start = time.perf_counter()
+        jax.block_until_ready(self(1))
+        return time.perf_counter() - start
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experiments", nargs="+", default=EXPERIMENTS, help="of configs/imagenet.py")
+    parser.add_argument("--size", type=int, default=64, help="pixels")
+    parser.add_argument("--batch", type=int, default=16, help="images")
+    parser.add_argument("--width", type=float, default=1.0, help="factor of all channel numbers")
+    parser.add_argument("--dtype", default="float32", help="of the computation, or bfloat16")
+    parser.add_argument("--steps", type=int, default=2, help="a turn")
+    parser.add_argument("--rounds", type=int, default=11)
+    options = parser.parse_args()
+    rows = []
+    for experiment in options.experiments:  # one after another: each pair has the memory to itself
+        sparse = Steps(experiment, False, options)
+        dense = Steps(experiment, True, options)  # by the same optimizer
+        seconds = timing.rounds_of(
+            {"dense": lambda dense=dense: dense(options.steps), "sparse": lambda sparse=sparse: sparse(options.steps)},
+            options.rounds,
+        )
+        median = {name: statistics.median(times) / options.steps for name, times in seconds.items()}
+        ratios = [a / b for a, b in zip(seconds["dense"], seconds["sparse"], strict=True)]
+        low, ratio, high = statistics.quantiles(ratios, n=4)
+        updates = [sparse.mask_update() - median["sparse"] for _ in range(5)]
+        every_step = experiment in ("rda", "dep_l0_forward", "dep_l0_backward", "l0_hc")
+        rows.append(
+            [
+                experiment,
+                *(f"{options.batch / median[name]:.1f}" for name in ("dense", "sparse")),
+                f"{ratio:.3f}",
+                f"{low:.3f} to {high:.3f}",
+                "every step" if every_step else f"{1000 * statistics.median(updates):.0f} ms",
+            ]
+        )
+        print(rows[-1], flush=True)
+        del sparse, dense
+    timing.save(
+        "imagenet",
+        "Train steps of ResNet-50 on made-up images",
+        ["config", "dense, images/s", "sparse, images/s", "sparse / dense", "middle half of rounds", "a mask update"],
+        rows,
+        f"{options.size} x {options.size} pixels, batches of {options.batch}, {options.dtype}, width {options.width}: "
+        f"medians of {options.rounds} rounds of {options.steps} steps, sparse and dense in turn. Dense is the same "
+        "optimizer without the method. What a mask update costs is beyond a step without one.",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Training in two processes on streamed images: stopped, killed, and refused together."""
+
+import json
+import random
+import signal
+import time
+
+import pytest
+
+from experiments.workdir import read_metrics
+from tests.experiments import processes
+from tests.experiments.test_resume import logged, newest_checkpoint
+
+CONFIG = """
+from configs import common
+
+def get_config():
+    config = common.sparse_momentum()
+    config.epochs = 8
+    config.log_every_steps = 3
+    config.data.name = "imagenet2012"
+    config.data.streamed = True
+    config.data.image_size = 16
+    config.data.batch_size = 8
+    config.data.mean = (0.485, 0.456, 0.406)
+    config.data.std = (0.229, 0.224, 0.225)
+    config.model.update({"name": "resnet_20", "depth": 8, "width": 0.5})
+    config.data.classes = ("n07753592", "n01440764", "n02099601")
+    config.optimizer.learning_rate = 0.01
+    config.parallel.layout = "data"
+    return config
+"""
+# Another process that died is noticed soon.
+PROGRAM = """
+import jax
+from absl import app
+from experiments import command_line, train
+jax.config.update("jax_disable_most_optimizations", True)
+train.HEARTBEAT_SECONDS = 10
+app.run(train.main, flags_parser=command_line.parse_flags)
+"""
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory, imagenet_dir):
+    config = tmp_path_factory.mktemp("config") / "config.py"
+    config.write_text(CONFIG)
+    return [f"--config={config}", f"--config.data_dir={imagenet_dir}"]
+
+
+def start(workdir, arguments):
+    flags = ["--coordinator=<COORDINATOR>", "--processes=<PROCESSES>", "--process=<PROCESS>", f"--workdir={workdir}"]
+    return processes.start(["-c", PROGRAM, *flags, *arguments], devices=2)
+
+
+def finish(workdir, arguments):
+    outputs, codes = processes.ends(start(workdir, arguments))
+    assert codes == [0, 0], outputs
+    return outputs
+
+
+def outcome(workdir):
+    """All that has to be the same, to the last bit: metrics, result, and the checksums of the final state."""
+    newest = newest_checkpoint(workdir)
+    about = json.loads((newest / "about" / "metadata").read_text())
+    assert len(about["sha256"]) == 2  # of what each process holds
+    return *logged(workdir), about
+
+
+def wait_for_step(started, workdir, step):
+    while all(run.poll() is None for run in started):
+        lines = read_metrics(workdir)
+        if lines and lines[-1]["step"] >= step:
+            return
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, arguments):
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    first, second = finish(workdir, arguments)
+    assert "test accuracy" in first
+    assert "accuracy" not in second  # one of them tells
+    return outcome(workdir)
+
+
+def kill_one(workdir, arguments, step, victim):
+    """Kills one of two with signal 9 after a step: the other ends too, and says why."""
+    started = start(workdir, arguments)
+    wait_for_step(started, workdir, step)
+    started[victim].kill()
+    outputs, codes = processes.ends(started, timeout=120)
+    assert codes[victim] == -signal.SIGKILL, outputs[victim]
+    assert codes[1 - victim] == 1, outputs[1 - victim]
+    told = outputs[1 - victim].splitlines()[-1]
+    assert told.startswith(("error: another process of this run is gone", "error: lost another process"))
+    assert told.endswith("start all processes again to go on from the last checkpoint")
+
+
+def test_told_to_stop_and_killed(uninterrupted, arguments, tmp_path):
+    started = start(tmp_path, arguments)
+    wait_for_step(started, tmp_path, 9)
+    started[1].send_signal(signal.SIGTERM)  # the one that does not write
+    outputs, codes = processes.ends(started)
+    assert codes == [128 + signal.SIGTERM] * 2, outputs
+    stopped_at = read_metrics(tmp_path)[-1]["step"]
+    assert f"stopped by SIGTERM at step {stopped_at} of 40; the same command goes on from there" in outputs[0]
+    assert (tmp_path / "checkpoints" / str(stopped_at)).is_dir()
+    kill_one(tmp_path, arguments, stopped_at + 8, victim=1)
+    assert "going on from step" in finish(tmp_path, arguments)[0]
+    assert outcome(tmp_path) == uninterrupted
+
+
+def test_what_one_process_refuses_ends_the_others(uninterrupted, arguments, tmp_path):
+    (tmp_path / "config.json").write_text('{"epochs": 3}')
+    outputs, codes = processes.ends(start(tmp_path, arguments), timeout=120)
+    assert codes == [1, 1], outputs
+    assert "holds a run with another configuration" in outputs[0]
+    assert "error: another process could not begin; it says why" in outputs[1]
+
+
+@pytest.mark.long
+def test_killed_ten_times(uninterrupted, arguments, tmp_path):
+    moments = random.Random(0)
+    for _ in range(10):
+        kill_one(tmp_path, arguments, moments.randrange(36), victim=moments.randrange(2))
+    finish(tmp_path, arguments)
+    assert outcome(tmp_path) == uninterrupted
