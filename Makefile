@@ -18,7 +18,7 @@ train: $(VENV)/train.installed
 	$(BIN)/python -m experiments.compare runs/digits_dense runs/digits_sparse
 
 test: $(VENV)/test.installed $(VENV)/tpu.compiler
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/dev.installed
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ import optax
 from ml_collections import ConfigDict
 
 import jaxsparse
-from experiments import data, streams
+from experiments import data
 from experiments.optimizers import choose, is_gated, load_start, make_optimizer
 from jaxsparse import groups, models
 from jaxsparse.parallel import Layout
@@ -166,15 +166,19 @@ def make_program(
         loss = jnp.mean(cross_entropy(logits, labels, config.label_smoothing))
         return loss, ((loss, jnp.mean(logits.argmax(-1) == labels)), dict(model_state))
 
-    def step_of(gradients):
-        """A step with a function of :meth:`Layout.gradients`."""
+    def make_step(look_up):
+        """A step; ``look_up`` finds images, labels and numbers of a batch among the examples."""
 
-        def train_step(state, batch, step, *common):
+        def loss_of_batch(params, model_state, batch, common):
+            shared, examples = common
+            return loss_fn(params, model_state, look_up(batch, examples), shared)
+
+        gradients = layout.gradients(loss_of_batch, config.parallel.accumulate)
+
+        def train_step(state, batch, step, examples=None):
             augment_key, dropout_key = jax.random.split(jax.random.fold_in(state.order_key, NO_EPOCH))
             shared = (step, constants(state), augment_key, dropout_key)
-            grads, model_state, measured = gradients(
-                state.params, state.model_state, batch, (shared, *common) if common else shared
-            )
+            grads, model_state, measured = gradients(state.params, state.model_state, batch, (shared, examples))
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             return TrainState(params, opt_state, model_state, state.order_key), measured
@@ -217,14 +221,7 @@ def make_program(
     # All steps of a chunk in one scan, so that none of them waits for Python. That holds for convolutions too, because
     # jaxsparse.models takes the form of them that is fast inside a loop on the device at hand.
     def resident_chunk(state, examples, start, length, epochs):
-        train_step = step_of(
-            layout.gradients(
-                lambda params, model_state, rows, common: loss_fn(
-                    params, model_state, (common[1].images[rows], common[1].labels[rows], rows), common[0]
-                ),
-                config.parallel.accumulate,
-            )
-        )
+        train_step = make_step(lambda rows, examples: (examples.images[rows], examples.labels[rows], rows))
 
         def scanned(state, step_and_rows):
             step, rows = step_and_rows
@@ -260,8 +257,7 @@ def make_program(
         return lambda each, *common: jax.vmap(lambda one: function(one, *common))(each)
 
     if config.data.streamed:
-        train_step = step_of(layout.gradients(loss_fn, config.parallel.accumulate))
-        compiled_step = layout.compile(train_step)
+        compiled_step = layout.compile(make_step(lambda batch, _: batch))
         chunk = streamed_chunk(config, layout, compiled_step, measured)
         evaluate = streamed_evaluation(config, layout, sums_of)
     else:
@@ -320,6 +316,8 @@ def streamed_chunk(config: ConfigDict, layout: Layout, compiled_step: Callable, 
 
 def streamed_evaluation(config: ConfigDict, layout: Layout, sums_of: Callable) -> Callable:
     """The ``evaluate`` of images that are read anew for it."""
+    from experiments import streams
+
     compiled = layout.compile(lambda state, batch: (None, sums_of(state)(batch)), donate=False)
 
     def evaluate(state, source):
@@ -372,6 +370,8 @@ def open_dataset(config: ConfigDict) -> data.Dataset:
             std=config.data.std,
             examples=config.data.examples,
         )
+    from experiments import streams  # takes a while, and small sets do without
+
     for key, given in (("mean", config.data.mean), ("std", config.data.std)):
         if given is None or len(given) not in (1, 3):
             raise ValueError(f"config.data.{key} of streamed images has one number or one for each colour, got {given}")

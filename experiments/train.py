@@ -30,9 +30,6 @@ SIGTERM on one of them saves and stops all. If one dies, the others end with an 
 go on from the last checkpoint.
 """
 
-import ctypes
-import faulthandler
-import os
 import signal
 import statistics
 import sys
@@ -49,7 +46,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 import jaxsparse
-from experiments import command_line, data, plots, streams
+from experiments import command_line, data, plots, processes
 from experiments.checkpoints import KEPT, Checkpoints
 from experiments.optimizers import is_gated
 from experiments.program import Program, TrainState, make_program, masks_of, open_dataset
@@ -71,7 +68,6 @@ flags.DEFINE_integer("process", None, "With --coordinator: which of them this is
 flags.DEFINE_bool("profile", False, "Write a trace of the second chunk of steps to WORKDIR/profile, for TensorBoard.")
 flags.mark_flags_as_required(["config", "workdir"])
 
-HEARTBEAT_SECONDS = 30  # a process that was not heard of for so long is taken for dead
 # Of one device, in operations a second with 16-bit floats, as their makers give them.
 PEAKS = {
     "TPU v4": 275e12,
@@ -137,7 +133,6 @@ def train(
         config.sparsity.update_every_epochs * steps_per_epoch if "update_every_epochs" in config.sparsity else 1
     )
     grid = chunk_grid(total_steps, config.log_every_steps, eval_every, checkpoint_every)
-    splits = [name for name in ("validation", "test") if data.count(getattr(dataset, name))]
     speed = speedometer(config, program, shapes)
 
     with ExitStack() as stack:
@@ -160,7 +155,10 @@ def train(
         for run in runs:
             run.open_metrics(saved)
         source = open_source(stack, config, dataset, program, checkpoints.about(saved).get("stream") if saved else None)
-        resident = dataset if config.data.streamed else source
+        examples = dataset if config.data.streamed else source
+        splits = {
+            name: getattr(examples, name) for name in ("validation", "test") if data.count(getattr(dataset, name))
+        }
         told_to_stop = stack.enter_context(stop_signals())
         bar = stack.enter_context(command_line.progress_bar(total_steps, initial=saved, disable=not leads))
         for number, (start, stop) in enumerate(pairwise(grid[grid.index(saved) :])):
@@ -171,7 +169,7 @@ def train(
             seconds = time.perf_counter() - chunk_time
             evaluated = [{} for _ in runs]
             if stop % eval_every == 0 or stop == total_steps:
-                losses = {name: program.evaluate(state, getattr(resident, name)) for name in splits}
+                losses = {name: program.evaluate(state, split) for name, split in splits.items()}
                 evaluated = one_a_run(jax.device_get(losses), seeds)
             updated = (stop - 1) // update_every > max(start - 1, 0) // update_every
             for run, chunk, losses in zip(runs, measured, evaluated, strict=True):
@@ -214,9 +212,7 @@ def train(
         return state, [run.result for run in runs]
 
 
-def open_source(
-    stack: ExitStack, config: ConfigDict, dataset: data.Dataset, program: Program, position: Any
-) -> data.Dataset | streams.Stream:
+def open_source(stack: ExitStack, config: ConfigDict, dataset: data.Dataset, program: Program, position: Any) -> Any:
     """What :attr:`Program.train_chunk` takes: the data on the devices, or the stream of images from a position on."""
     if not config.data.streamed:
         if program.layout.name == "one_device":
@@ -224,6 +220,8 @@ def open_source(
         return dataset._replace(
             **{name: program.layout.replicate(getattr(dataset, name)) for name in ("train", "validation", "test")}
         )
+    from experiments import streams
+
     stream = streams.train_stream(
         dataset.train,
         batch_size=config.data.batch_size // jax.process_count(),
@@ -505,7 +503,7 @@ def main(argv: Sequence[str]) -> None:
     if config.smoke:
         config = shrink(config)
     try:
-        join_processes(FLAGS.distributed, FLAGS.coordinator, FLAGS.processes, FLAGS.process)
+        processes.join(FLAGS.distributed, FLAGS.coordinator, FLAGS.processes, FLAGS.process)
         if FLAGS.seeds is None:
             train(config, workdir, profile=FLAGS.profile)
         else:
@@ -515,72 +513,17 @@ def main(argv: Sequence[str]) -> None:
     except Stopped as stopped:
         if jax.process_index() == 0:
             print(f"stopped by {signal.Signals(stopped.signal).name} {stopped}; the same command goes on from there")
-        part()
+        processes.part()
         sys.exit(128 + stopped.signal)
     except (ValueError, OSError, FloatingPointError, ElsewhereError) as error:
         logging.debug("where it came from (shown with --verbosity=1)", exc_info=True)
-        leave(f"error: {error}")
+        processes.leave(f"error: {error}")
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
         first = str(error).strip().splitlines()[0]
-        leave(f"error: lost another process, or the network to it ({first}); {LOST}")
-    part()
-
-
-def join_processes(distributed: bool, coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Makes this one of several processes, as the flags have it."""
-    given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
-    missing = [flag for flag, value in given.items() if value is None]
-    if not distributed and len(missing) == len(given):
-        return
-    if missing and not (distributed and len(missing) == len(given)):
-        raise ValueError(f"{', '.join(missing)} missing: --coordinator, --processes and --process come together")
-    say_who_is_gone()
-    try:
-        jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"the processes do not find each other: {error}. Where nothing tells them (Cloud TPU, Slurm and Open MPI "
-            "do), name the first of them: --coordinator=HOST:PORT --processes=N --process=I"
-        ) from error
-
-
-def part() -> None:
-    """Ends the company of processes, when all have come to their end: one that leaves early is taken for dead."""
-    if jax.process_count() > 1:
-        any_process(False)
-        jax.distributed.shutdown()
-
-
-LOST = "start all processes again to go on from the last checkpoint"
-_handlers: list[Any] = []  # kept alive for C
-
-
-def say_who_is_gone() -> None:
-    """Makes the end of this process a message when another one has died.
-
-    JAX notices by its heartbeats, says which one, and aborts from a thread of its own, where Python handles no signals:
-    what would be left is a dump of all threads.
-    """
-    faulthandler.disable()
-
-    @ctypes.CFUNCTYPE(None, ctypes.c_int)
-    def handler(number):
-        del number
-        os.write(2, f"error: another process of this run is gone, see above; {LOST}\n".encode())
-        os._exit(1)
-
-    _handlers.append(handler)
-    ctypes.CDLL(None).signal(signal.SIGABRT, handler)
-
-
-def leave(message: str) -> None:
-    """Ends the program with an error, and the other processes with it."""
-    if jax.process_count() == 1:
-        sys.exit(message)
-    print(message, file=sys.stderr, flush=True)
-    os._exit(1)  # an orderly end would wait for the others, and they for this one
+        processes.leave(f"error: lost another process, or the network to it ({first}); {processes.LOST}")
+    processes.part()
 
 
 if __name__ == "__main__":

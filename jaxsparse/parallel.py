@@ -44,7 +44,8 @@ class Layout:
     """How devices share a train step.
 
     A *state* below is a NamedTuple whose field ``model_state`` is each device's own; all other fields are common to the
-    devices: ``params``, ``opt_state``, and what else there is.
+    devices: ``params``, ``opt_state``, and what else there is. (So no gates that each device samples for itself: leave
+    out the ``axis_name`` of :func:`jaxsparse.l0` here.)
 
     Args:
       name: one of :data:`LAYOUTS`.

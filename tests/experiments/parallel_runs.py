@@ -1,6 +1,6 @@
 """A small run of every method in one layout, and what is left of it: the same in each. Also a program, for processes.
 
-python -m tests.experiments.parallel_runs OUT COORDINATOR PROCESSES PROCESS
+python -m tests.experiments.parallel_runs OUT COORDINATOR PROCESSES PROCESS LAYOUT METHOD...
 """
 
 import sys
@@ -161,23 +161,19 @@ def update_masks(layout_name):
     return jax.device_get(masks)
 
 
-IN_PROCESSES = {"fsdp": METHODS, "pmap": ("sparse_momentum",)}
-
-
-def main(out, coordinator, processes, process):
-    """What :data:`IN_PROCESSES` says; the first process writes."""
+def main(out, coordinator, processes, process, layout, *methods):
+    """The first process writes."""
     jax.config.update("jax_disable_most_optimizations", True)
     jax.distributed.initialize(coordinator, int(processes), int(process))
     if jax.process_index() == 0:
         write_masks(f"{out}.safetensors")
     multihost_utils.sync_global_devices("masks")
     results = {
-        f"{layout}/{method}/{name}": leaf
-        for layout, methods in IN_PROCESSES.items()
+        f"{method}/{name}": leaf
         for method in methods
         for name, leaf in run(layout, method, f"{out}.safetensors").items()
     }
-    results |= {f"update_masks/{name}": mask for name, mask in update_masks("fsdp").items()}
+    results |= {f"update_masks/{name}": mask for name, mask in update_masks(layout).items()}
     if jax.process_index() == 0:
         np.savez(out, **results)
 

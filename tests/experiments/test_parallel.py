@@ -7,7 +7,6 @@ import pytest
 from tests.experiments import parallel_runs, processes
 
 LAYOUTS = ("pmap", "data", "fsdp")
-IN_PROCESSES = [(layout, method) for layout, methods in parallel_runs.IN_PROCESSES.items() for method in methods]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,14 +29,18 @@ def alone(masks_file):
     return {method: parallel_runs.run("one_device", method, masks_file) for method in parallel_runs.METHODS}
 
 
-@pytest.fixture(scope="module")
-def in_processes(tmp_path_factory):
-    out = tmp_path_factory.mktemp("processes") / "out.npz"
-    command = ["-m", "tests.experiments.parallel_runs", str(out), "<COORDINATOR>", "<PROCESSES>", "<PROCESS>"]
-    outputs, codes = processes.ends(processes.start(command), timeout=900)
+def run_in_processes(folder, layout, methods):
+    out = folder / f"{layout}.npz"
+    command = ["-m", "tests.experiments.parallel_runs", str(out), "<COORDINATOR>", "<PROCESSES>", "<PROCESS>", layout]
+    outputs, codes = processes.ends(processes.start([*command, *methods]), timeout=1500)
     assert codes == [0, 0], outputs
     with np.load(out) as results:
         return dict(results)
+
+
+@pytest.fixture(scope="module")
+def in_processes(tmp_path_factory):
+    return run_in_processes(tmp_path_factory.mktemp("processes"), "fsdp", parallel_runs.METHODS)
 
 
 def under(results, prefix):
@@ -62,9 +65,9 @@ def test_a_run_is_the_same_in_every_layout(layout, method, alone, masks_file):
     compare(parallel_runs.run(layout, method, masks_file), alone[method], method)
 
 
-@pytest.mark.parametrize(("layout", "method"), IN_PROCESSES)
-def test_a_run_is_the_same_in_two_processes(layout, method, alone, in_processes):
-    compare(under(in_processes, f"{layout}/{method}/"), alone[method], method)
+@pytest.mark.parametrize("method", parallel_runs.METHODS)
+def test_a_run_is_the_same_in_two_processes(method, alone, in_processes):
+    compare(under(in_processes, f"{method}/"), alone[method], method)
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +86,12 @@ def test_a_mask_update_is_bit_equal_in_two_processes(masks_alone, in_processes):
     masks = under(in_processes, "update_masks/")
     assert masks.keys() == masks_alone.keys()
     jax.tree.map(np.testing.assert_array_equal, masks, masks_alone)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", ["pmap", "data"])
+def test_all_is_the_same_in_two_processes_in_other_layouts(layout, alone, masks_alone, tmp_path):
+    results = run_in_processes(tmp_path, layout, parallel_runs.METHODS)
+    for method in parallel_runs.METHODS:
+        compare(under(results, f"{method}/"), alone[method], method)
+    jax.tree.map(np.testing.assert_array_equal, under(results, "update_masks/"), masks_alone)

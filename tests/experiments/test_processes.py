@@ -34,9 +34,9 @@ def get_config():
 PROGRAM = """
 import jax
 from absl import app
-from experiments import command_line, train
+from experiments import command_line, processes, train
 jax.config.update("jax_disable_most_optimizations", True)
-train.HEARTBEAT_SECONDS = 10
+processes.HEARTBEAT_SECONDS = 10
 app.run(train.main, flags_parser=command_line.parse_flags)
 """
 

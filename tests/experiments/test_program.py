@@ -129,6 +129,15 @@ def test_batches_do_not_depend_on_the_chunk(start, length, epochs):
     assert jnp.any(whole[:4] != whole[4:8])
 
 
+def test_smoothed_labels():
+    logits, labels = jnp.array([[2.0, 0.0, -1.0], [0.5, 1.0, 0.0]]), jnp.array([0, 2])
+    of_classes = -jax.nn.log_softmax(logits)
+    plain = of_classes[jnp.arange(2), labels]
+    chex.assert_trees_all_close(program.cross_entropy(logits, labels), plain, rtol=1e-6)
+    smoothed = 0.9 * plain + 0.1 * of_classes.mean(-1)
+    chex.assert_trees_all_close(program.cross_entropy(logits, labels, 0.1), smoothed, rtol=1e-6)
+
+
 @pytest.mark.parametrize("batch_size", [3, 7, 10])
 def test_in_batches_fills_the_last_up(batch_size):
     split = data.Split(np.arange(7 * 4, dtype=np.uint8).reshape(7, 2, 2, 1), np.arange(7, dtype=np.int32))

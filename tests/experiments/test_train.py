@@ -7,6 +7,7 @@ from typing import Any
 
 import chex
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import jaxsparse
 from experiments import program, train
 from experiments.workdir import WorkdirError, read_metrics
+from tests.experiments import jpeg_sets
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "digits_sparse_momentum.py"
@@ -24,7 +26,9 @@ TIMES = {"seconds", "steps_per_second", "speed"}
 
 
 def smoke_config(**changes):
-    config = train.shrink(runpy.run_path(str(CONFIG))["get_config"]()).lock()
+    config = train.shrink(runpy.run_path(str(CONFIG))["get_config"]())
+    config.model.num_classes = 10
+    config.lock()
     config.update_from_flattened_dict(changes)
     return config
 
@@ -204,6 +208,11 @@ def test_batch_statistics_are_trained_used_and_saved(tmp_path, monkeypatch):
         ("data.pad_mode", "mirror", "config.data.pad_mode is one of 'zeros', 'reflect', got 'mirror'"),
         ("model.dtype", "float16", "config.model.dtype is one of 'float32', 'bfloat16', got 'float16'"),
         ("epochs", 0, "config.epochs is at least 1, got 0"),
+        ("label_smoothing", 1.0, r"config.label_smoothing is in \[0, 1\), got 1.0"),
+        ("model.num_classes", 9, "config.model.num_classes is 9, but the data have 10 classes"),
+        ("parallel.layout", "mesh", "config.parallel.layout: a layout is one of 'one_device', 'pmap', .*, got 'mesh'"),
+        ("parallel.accumulate", 0, "config.parallel.accumulate is at least 1, got 0"),
+        ("parallel.accumulate", 3, "config.data.batch_size=32 cannot be split among 1 devices, 3 parts each"),
         ("checkpoint_every_epochs", 0, "config.checkpoint_every_epochs is at least 1, got 0"),
         ("optimizer.decay_every_steps", 0, "config.optimizer.decay_every_steps is at least 1, got 0"),
     ],
@@ -212,6 +221,64 @@ def test_bad_config_fails_before_the_workdir_is_made(tmp_path, key, value, messa
     with pytest.raises(ValueError, match=message):
         train.train(smoke_config(**{key: value}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_the_devices_cannot_share(tmp_path):
+    with pytest.raises(ValueError, match="batch_size=20 cannot be split among 8 devices, 1 parts each"):
+        train.train(smoke_config(**{"parallel.layout": "pmap", "data.batch_size": 20}), tmp_path / "run")
+
+
+def test_seeds_side_by_side_are_for_one_device(tmp_path):
+    with pytest.raises(ValueError, match="--vmap_seeds is for config.parallel.layout='one_device', got 'data'"):
+        train.train(smoke_config(**{"parallel.layout": "data"}), tmp_path / "run", [0, 1])
+
+
+def test_speed_is_logged_and_a_trace_written_if_asked_for(tmp_path):
+    train.train(smoke_config(epochs=2, eval_every_epochs=2), tmp_path, profile=True)
+    for line in read_metrics(tmp_path):
+        speed = line["speed"]
+        assert speed["images_per_second"] == pytest.approx(44 * 32 / line["seconds"])
+        assert speed["step_milliseconds"] == pytest.approx(1000 * line["seconds"] / 44)
+        assert speed["input_wait"] == 0
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_share_of_the_peak_counts_the_operations_of_the_dense_network(monkeypatch):
+    config = smoke_config()
+    compiled = program.make_program(config, program.open_dataset(config))
+    shapes = jax.eval_shape(compiled.init, 0)
+    monkeypatch.setitem(train.PEAKS, compiled.layout.devices[0].device_kind, 1e9)
+    speed = train.speedometer(config, compiled, shapes)(steps=10, seconds=2.0, waited=0.5)
+    multiply_adds = 64 * 300 + 300 * 100 + 100 * 10
+    assert speed["share_of_peak"] == pytest.approx(6 * multiply_adds * 160 / 1e9)
+    assert (speed["step_milliseconds"], speed["input_wait"]) == (150, 0.25)
+
+
+def streamed_config(data_dir, **changes):
+    config = smoke_config()
+    with config.unlocked():
+        config.model.update({"name": "resnet_20", "depth": 8, "width": 0.25, "num_classes": 1000})
+    config.data_dir = str(data_dir)
+    config.data.update({"name": "imagenet2012", "streamed": True, "image_size": 16, "batch_size": 8})
+    config.data.update({"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)})
+    config.update_from_flattened_dict({"epochs": 1, "log_every_steps": 2, **changes})
+    return config
+
+
+def test_streamed_images_that_cannot_be_read_are_named_and_counted(tmp_path, caplog):
+    jpeg_sets.prepare_imagenet(tmp_path / "data", train=8, validation=3, corrupt=2)
+    _, [result] = train.train(streamed_config(tmp_path / "data"), tmp_path / "run")
+    assert result["steps"] == 4
+    assert sum(line["replaced_images"] for line in read_metrics(tmp_path / "run")) == 2  # each once an epoch
+    warnings = [record.getMessage() for record in caplog.records if "cannot be read" in record.getMessage()]
+    assert len(warnings) == 2
+    assert all("JPEG cannot be read: the next image was taken in its place" in warning for warning in warnings)
+
+
+@pytest.mark.parametrize("key", ["mean", "std"])
+def test_streamed_images_need_mean_and_deviation(imagenet_dir, tmp_path, key):
+    with pytest.raises(ValueError, match=f"config.data.{key} of streamed images has one number or one for each"):
+        train.train(streamed_config(imagenet_dir, **{f"data.{key}": None}), tmp_path / "run")
 
 
 def test_workdir_that_cannot_be_written(tmp_path):
