@@ -52,6 +52,7 @@ class Steps:
     def mask_update(self):
         """Seconds of the step on which masks change."""
         state = optax.tree.set(self.state.opt_state, count=jnp.asarray(self.update_every, jnp.int32))
+        state = jax.tree.map(jnp.copy, state)  # each count an array of its own, to be donated
         self.state = jax.block_until_ready(self.state._replace(opt_state=state))
         start = time.perf_counter()
         jax.block_until_ready(self(1))
