@@ -17,6 +17,8 @@ if OWN_CACHE:
     os.environ[CACHE] = tempfile.mkdtemp(prefix="jaxsparse_tests_")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
+# Nearly all that is compiled runs for a moment: not worth a program that is as fast as can be.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "True")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 TPU_COMPILER = Path(sys.prefix) / "tpu/libtpu/libtpu.so"  # where the Makefile puts it
 if TPU_COMPILER.exists():

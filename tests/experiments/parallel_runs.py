@@ -163,7 +163,6 @@ def update_masks(layout_name):
 
 def main(out, coordinator, processes, process, layout, *methods):
     """The first process writes."""
-    jax.config.update("jax_disable_most_optimizations", True)
     jax.distributed.initialize(coordinator, int(processes), int(process))
     if jax.process_index() == 0:
         write_masks(f"{out}.safetensors")

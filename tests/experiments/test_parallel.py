@@ -7,14 +7,7 @@ import pytest
 from tests.experiments import parallel_runs, processes
 
 LAYOUTS = ("pmap", "data", "fsdp")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_fast():
-    """Everything runs but for a moment: not worth an optimised program."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+IN_PROCESSES = ("sparse_momentum", "rda", "dep_l0")  # the others take the same ways: with -m long
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +33,7 @@ def run_in_processes(folder, layout, methods):
 
 @pytest.fixture(scope="module")
 def in_processes(tmp_path_factory):
-    return run_in_processes(tmp_path_factory.mktemp("processes"), "fsdp", parallel_runs.METHODS)
+    return run_in_processes(tmp_path_factory.mktemp("processes"), "fsdp", IN_PROCESSES)
 
 
 def under(results, prefix):
@@ -65,7 +58,7 @@ def test_a_run_is_the_same_in_every_layout(layout, method, alone, masks_file):
     compare(parallel_runs.run(layout, method, masks_file), alone[method], method)
 
 
-@pytest.mark.parametrize("method", parallel_runs.METHODS)
+@pytest.mark.parametrize("method", IN_PROCESSES)
 def test_a_run_is_the_same_in_two_processes(method, alone, in_processes):
     compare(under(in_processes, f"{method}/"), alone[method], method)
 
@@ -89,8 +82,8 @@ def test_a_mask_update_is_bit_equal_in_two_processes(masks_alone, in_processes):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("layout", ["pmap", "data"])
-def test_all_is_the_same_in_two_processes_in_other_layouts(layout, alone, masks_alone, tmp_path):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_method_is_the_same_in_two_processes_in_every_layout(layout, alone, masks_alone, tmp_path):
     results = run_in_processes(tmp_path, layout, parallel_runs.METHODS)
     for method in parallel_runs.METHODS:
         compare(under(results, f"{method}/"), alone[method], method)

@@ -32,10 +32,8 @@ def get_config():
 """
 # Another process that died is noticed soon.
 PROGRAM = """
-import jax
 from absl import app
 from experiments import command_line, processes, train
-jax.config.update("jax_disable_most_optimizations", True)
 processes.HEARTBEAT_SECONDS = 10
 app.run(train.main, flags_parser=command_line.parse_flags)
 """

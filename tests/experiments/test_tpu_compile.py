@@ -11,9 +11,8 @@ from tests.experiments import parallel_runs
 from tests.kernels.test_compile import chips
 
 
-def compile_step(layout, dense):
+def compile_step(layout):
     config = parallel_runs.make_config("sparse_momentum", "")
-    config.dense = dense
     config.data.streamed = True
     config.data.image_size = 32
     config.data.batch_size = 64
@@ -28,15 +27,12 @@ def compile_step(layout, dense):
     return made.train_step.lower(state, batch, 1).compile()
 
 
-@pytest.mark.parametrize("layout", ["pmap", "data", "fsdp"])
+@pytest.mark.parametrize("layout", ["pmap", "fsdp"])
 def test_a_train_step_compiles_for_a_slice_of_tpus(layout):
-    compiled = compile_step(layout, dense=False)
+    compiled = compile_step(layout)
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes > 0  # the state is given up for the new one
-    assert memory.temp_size_in_bytes < 2**30
+    assert 0 < memory.peak_memory_in_bytes < 2**30
     traffic = sent(compiled.as_text())
     assert traffic["all-reduce"][0] > 0
     assert ("all-gather" in traffic) == (layout == "fsdp")  # of the weights, for the step
-    if layout == "data":
-        dense = sent(compile_step(layout, dense=True).as_text())
-        assert {kind: size for kind, (_, size) in traffic.items()} == {kind: size for kind, (_, size) in dense.items()}
