@@ -218,7 +218,7 @@ class Layout:
             return model_state
         if self.name == "pmap":
             return jax.lax.pmean(model_state, AXIS)
-        return jax.tree.map(lambda x: x.mean(0, dtype=x.dtype), model_state)
+        return _mean(model_state)
 
     # --- Around a step ------------------------------------------------------------------------------------------------
 
@@ -285,8 +285,7 @@ class Layout:
             return state
         own = state.model_state
         if any(len(x) != self.size for x in jax.tree.leaves(own)):
-            mean = jax.tree.map(lambda x: np.asarray(x).mean(0, dtype=x.dtype), own)
-            return self.place(state._replace(model_state=mean))
+            return self.place(state._replace(model_state=_mean(jax.tree.map(np.asarray, own))))
         if self.name != "pmap":
             return state
         own = jax.tree.map(self._parted, own)
@@ -318,7 +317,7 @@ class Layout:
             return state
 
         def whole(state):
-            return state._replace(model_state=jax.tree.map(lambda x: x.mean(0, dtype=x.dtype), state.model_state))
+            return state._replace(model_state=_mean(state.model_state))
 
         gathered = jax.jit(whole, out_shardings=NamedSharding(self.mesh, PartitionSpec()))(self.collect(state))
         return jax.tree.map(lambda x: _raw(x, lambda raw: raw.addressable_shards[0].data, on_host=False), gathered)
@@ -471,6 +470,11 @@ def _split(x: Any, parts: int) -> Any:
 
 def _first(tree: Any) -> Any:
     return jax.tree.map(lambda x: x[0], tree)
+
+
+def _mean(tree: Any) -> Any:
+    """Over the axis of devices."""
+    return jax.tree.map(lambda x: x.mean(0, dtype=x.dtype), tree)
 
 
 def _first_replica(x: jax.Array) -> jax.Array:
