@@ -87,10 +87,7 @@ def load(
       Alpaydin and Kaynak, *Optical Recognition of Handwritten Digits*, UCI Machine Learning Repository, 1998.
       `TensorFlow Datasets <https://www.tensorflow.org/datasets/catalog/overview>`_.
     """
-    if not 0 <= validation < 1:
-        raise ValueError(f"config.data.validation is in [0, 1), got {validation}")
-    if examples is not None and examples < 1:
-        raise ValueError(f"config.data.examples is at least 1, got {examples}")
+    check_amounts(validation, examples)
     train, test, num_classes = _digits() if name == "digits" else _from_tfds(name, data_dir)
     train, test = (Split(*(part[:examples] for part in split)) for split in (train, test))
     kept = len(train.labels) - round(validation * len(train.labels))
@@ -100,6 +97,14 @@ def load(
     mean = _channels(train.images.mean((0, 1, 2)) if mean is None else 255 * np.asarray(mean), train, "mean")
     std = _channels(train.images.std((0, 1, 2)) if std is None else 255 * np.asarray(std), train, "std")
     return Dataset(train, held_out, test, num_classes, mean, std)
+
+
+def check_amounts(validation: float, examples: int | None) -> None:
+    """Raises a ValueError for a share or a number of examples out of range."""
+    if not 0 <= validation < 1:
+        raise ValueError(f"config.data.validation is in [0, 1), got {validation}")
+    if examples is not None and examples < 1:
+        raise ValueError(f"config.data.examples is at least 1, got {examples}")
 
 
 def count(split: Any) -> int:
@@ -195,13 +200,18 @@ def tfds_builder(name: str, data_dir: str | None, other_names: Sequence[str] = (
         ) from None
 
 
+def as_source(name: str, builder: Any, split: str, before: str = "", **options: Any) -> Any:
+    """A split of TensorFlow Datasets by number; if it is not there, a FileNotFoundError that says how to get it."""
+    try:
+        return builder.as_data_source(split=split, **options)
+    except NotImplementedError:  # not there, or in a format without random access: TFDS makes no difference
+        raise FileNotFoundError(_how_to_prepare(name, builder, before)) from None
+
+
 @cache  # many runs in one process decode the images once
 def _from_tfds(name: str, data_dir: str | None) -> tuple[Split, Split, int]:
     builder = tfds_builder(name, data_dir, other_names=("digits",))
-    try:
-        sources = {split: builder.as_data_source(split=split) for split in ("train", "test")}
-    except NotImplementedError:  # not there, or in a format without random access: TFDS makes no difference
-        raise FileNotFoundError(how_to_prepare(name, builder)) from None
+    sources = {split: as_source(name, builder, split) for split in ("train", "test")}
     features, keys = builder.info.features, builder.info.supervised_keys
     try:
         image_key, label_key = keys
@@ -237,7 +247,7 @@ def _read(source: Any, image_key: str, label_key: str, shape: tuple[int, ...], n
     return split
 
 
-def how_to_prepare(name: str, builder: Any, before: str = "") -> str:
+def _how_to_prepare(name: str, builder: Any, before: str = "") -> str:
     """The message for a set that is not there; ``before`` says what comes first, for a folder ``{data_dir}``."""
     there = " in a format that has no random access" if os.path.exists(builder.data_path) else ""
     data_dir = str(builder.data_path).removesuffix(f"/{builder.info.full_name}")

@@ -102,10 +102,7 @@ def open_set(
     """
     from experiments import data  # with JAX, which the worker processes do without
 
-    if not 0 <= validation < 1:
-        raise ValueError(f"config.data.validation is in [0, 1), got {validation}")
-    if examples is not None and examples < 1:
-        raise ValueError(f"config.data.examples is at least 1, got {examples}")
+    data.check_amounts(validation, examples)
     builder = data.tfds_builder(name, data_dir)
     import tensorflow_datasets as tfds
 
@@ -123,9 +120,7 @@ def open_set(
     numbers = None if classes is None else _numbers_of(classes, names, name)
     for split in ("train", "validation" if "validation" in builder.info.splits else "test"):
         try:
-            records = builder.as_data_source(split=split, decoders=decoders)
-        except NotImplementedError:  # not there, or in a format without random access: TFDS makes no difference
-            raise FileNotFoundError(data.how_to_prepare(name, builder, before)) from None
+            records = data.as_source(name, builder, split, before, decoders=decoders)
         except ValueError:
             raise ValueError(f"data set {name!r} has no split {split!r}, but {[*builder.info.splits]}") from None
         source = TfdsSource(f"{name} {split}", records, image_key, label_key, range(len(records)), numbers)
