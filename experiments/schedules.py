@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jaxsparse
-from experiments import plots
 
 STAGES = 50
 SCHEDULES = {
@@ -30,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(__doc__.strip())
     out = Path(argv[0] if argv else "results/sparsity_schedules.png")
     try:
-        plots.sparsities(SCHEDULES, STAGES).savefig(out)
+        jaxsparse.inspect.plot_schedules(SCHEDULES, STAGES).savefig(out)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(f"see {out}")

@@ -14,7 +14,7 @@ again, and ends with the same bits. WORKDIR, made if it is not there, holds
   tensorboard/    the same, for tensorboard --logdir=WORKDIR
   checkpoints/    the newest two
   *.png           learning curve, density of the layers, masks, weights, the first layer's masks as receptive fields
-  sparse.safetensors   of a run with masks: the params and masks at the end (jaxsparse.load_sparse reads it)
+  sparse.safetensors   of a sparse run: the params to evaluate, and its masks (jaxsparse.load_sparse reads it)
   result.json     test accuracy, density, time
 
 and with --seeds one such folder for each seed, and seeds.json. What is evaluated are the weights that the network
@@ -46,12 +46,12 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 import jaxsparse
-from experiments import command_line, data, plots, processes
+from experiments import command_line, data, processes
 from experiments.checkpoints import KEPT, Checkpoints
 from experiments.optimizers import is_gated
 from experiments.program import Program, TrainState, make_program, masks_of, open_dataset
 from experiments.workdir import Follower, Workdir, require_space, write_json, writing
-from jaxsparse import models
+from jaxsparse import inspect, models
 from jaxsparse.groups import group_sizes
 from jaxsparse.parallel import ElsewhereError, any_process, of_processes, together
 from jaxsparse.structures import by_path
@@ -319,22 +319,22 @@ def shrink(config: ConfigDict) -> ConfigDict:
 
 def draw(run: Workdir, state: TrainState, image_shape: Sequence[int]) -> None:
     """The pictures of a run, as far as it has come."""
-    lines = run.metrics()
-    plots.learning_curve(lines).savefig(run.path / "learning_curve.png")
+    history = inspect.History(tuple(run.metrics()))
+    inspect.plot_history(history).savefig(run.path / "learning_curve.png")
     if run.config.dense:
         return
     masks = masks_of(run.config, state)
-    plots.layer_densities(lines).savefig(run.path / "layer_densities.png")
-    jaxsparse.inspect.plot_masks(masks).savefig(run.path / "masks.png")
+    inspect.plot_layer_densities(history).savefig(run.path / "layer_densities.png")
+    inspect.plot_masks(masks).savefig(run.path / "masks.png")
     if not is_gated(run.config):
         params = jaxsparse.eval_params(state.opt_state, state.params)
-        plots.weight_distributions(params, masks).savefig(run.path / "weights.png")
+        inspect.plot_weights(params, masks).savefig(run.path / "weights.png")
     for mask in jax.tree.leaves(masks):
         if mask.shape == (np.prod(image_shape),):  # gates on the pixels
             mask = mask[:, None]
         of_pixels = mask.ndim == 2 and len(mask) == np.prod(image_shape)
         if of_pixels or (mask.ndim == 4 and mask.shape[2] == image_shape[2]):
-            plots.receptive_fields(mask, image_shape).savefig(run.path / "receptive_fields.png")
+            inspect.plot_receptive_fields(mask, image_shape).savefig(run.path / "receptive_fields.png")
             break
 
 
@@ -348,6 +348,7 @@ def finish(run: Workdir, state: TrainState, model: Any, image_shape: tuple[int, 
     result |= {name: value for name, value in lines[-1].items() if name.startswith(names)}
     result["seconds"] = sum(line["seconds"] for line in lines)
     masks, widths = masks_of(run.config, state), ""
+    places = models.positions(model, image_shape)
     if is_gated(run.config):
         params = jaxsparse.eval_params(state.opt_state, state.params)
         small, slim_params, _ = models.slim(model, params, state.model_state.get("batch_stats"))
@@ -355,10 +356,10 @@ def finish(run: Workdir, state: TrainState, model: Any, image_shape: tuple[int, 
         result["density"] = sizes[0] / sizes[1]
         result["widths"] = list(group_sizes(models.channel_groups(small), slim_params))
         widths = f" ({'-'.join(map(str, result['widths']))})"
-        places = models.positions(model, image_shape)
         print(jaxsparse.remaining(state.params, models.channel_groups(model), masks, places))
+        jaxsparse.save_sparse(run.path / "sparse.safetensors", params)
     else:
-        print(jaxsparse.summary(state.params, masks))
+        print(jaxsparse.summary(state.params, masks, positions=places))
         if not run.config.dense:
             params = jaxsparse.eval_params(state.opt_state, state.params)
             jaxsparse.save_sparse(run.path / "sparse.safetensors", params, masks)

@@ -18,6 +18,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from experiments.checkpoints import Checkpoints
+from jaxsparse.inspect import read_history
 
 # Where the data lie is not part of what is run.
 NOT_COMPARED = ("data_dir",)
@@ -176,14 +177,7 @@ def require_space(path: Path, needed: int) -> None:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """What is in the metrics.jsonl of a folder; a last line that was cut off is left out."""
-    lines = []
-    if (path / "metrics.jsonl").exists():
-        for line in (path / "metrics.jsonl").read_text().splitlines():
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return lines
+    return [dict(line) for line in read_history(path).lines] if (path / "metrics.jsonl").exists() else []
 
 
 def read_json(path: Path) -> Any | None:

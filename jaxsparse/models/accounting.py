@@ -8,15 +8,18 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxsparse.models import layers
+from jaxsparse.nn import SparseConv, SparseDense
 
 __all__ = ["positions"]
+
+_LAYERS = (layers.Conv, nn.Conv, nn.Dense, SparseConv, SparseDense)
 
 
 def positions(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
     """At how many places of an example each kernel is applied: its weights times this are its multiply-adds.
 
     Args:
-      model: a Flax model of ``nn.Dense``, ``nn.Conv`` and :class:`jaxsparse.models.layers.Conv` layers.
+      model: a Flax model, of which ``nn.Dense``, ``nn.Conv`` and the library's own such layers are counted.
       shape: of one example, such as (32, 32, 3).
 
     Returns:
@@ -31,7 +34,9 @@ def positions(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
 
     def look(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         y, module = call(*args, **kwargs), context.module
-        if context.method_name == "__call__" and isinstance(module, layers.Conv | nn.Conv | nn.Dense):
+        if context.method_name == "__call__" and isinstance(
+            module, layers.Conv | nn.Conv | nn.Dense | SparseConv | SparseDense
+        ):
             places = y.shape[1:-1]
             if isinstance(module, layers.Conv) and module.max_pool is not None:
                 places = layers.output_size(args[0].shape[1:3], module.kernel_size, module.strides, module.padding)

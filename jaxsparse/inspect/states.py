@@ -1,31 +1,17 @@
-"""Look inside an optimizer state: its masks, what to evaluate, whether all is well.
-
-The accessors walk any optimizer state, however deep, and merge what several sparse links hold.
-"""
+"""Accessors: they walk any optimizer state, however deep, and merge what several sparse links hold."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse.links import link_states
-from jaxsparse.masks import apply_masks, validate_masks
-from jaxsparse.structures import (
-    align,
-    by_path,
-    by_plain_path,
-    is_masked_node,
-    leaf_paths,
-    natural_order,
-    prunable_leaves,
-)
+from jaxsparse.masks import apply_masks
+from jaxsparse.structures import by_path, by_plain_path, is_masked_node, leaf_paths, prunable_leaves
 
-__all__ = [
-    "SparsityError", "Summary", "check", "closed_channels", "eval_params", "get_log_alpha", "get_masks", "plot_masks",
-    "sparsify", "summary",
-]  # fmt: skip
+__all__ = ["SparsityError", "check", "closed_channels", "eval_params", "get_log_alpha", "get_masks", "sparsify"]
 
 
 class SparsityError(ValueError):
@@ -163,138 +149,6 @@ def closed_channels(params: Any, *, prunable: Any = None) -> dict[str, np.ndarra
         for path, leaf in by_path(params).items()
         if chosen[path]
     }
-
-
-class LayerSummary(NamedTuple):
-    """One line of a summary: a leaf's path, shape, number of weights and how many are kept."""
-
-    path: str
-    shape: tuple[int, ...]
-    weights: int
-    kept: int
-    sparse: bool
-
-
-class Summary(NamedTuple):
-    """What :func:`summary` returns; printed, it is a table.
-
-    Attributes:
-      layers: one :class:`LayerSummary` a leaf, dense ones too.
-    """
-
-    layers: tuple[LayerSummary, ...]
-
-    def __str__(self) -> str:
-        header = ("layer", "shape", "weights", "kept", "density")
-        lines = [self._line(row.path, row.shape, row.weights, row.kept, row.sparse) for row in self.layers]
-        sparse = [row for row in self.layers if row.sparse]
-        for name, rows in (("sparse layers", sparse), ("all", self.layers)):
-            lines.append(self._line(name, None, sum(r.weights for r in rows), sum(r.kept for r in rows), bool(sparse)))
-        widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-        rule = "  ".join("-" * width for width in widths)
-        text = ["  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip() for line in [header, *lines]]  # fmt: skip
-        return "\n".join([text[0], rule, *text[1:-2], rule, *text[-2:]])
-
-    @staticmethod
-    def _line(name, shape, weights, kept, sparse):
-        size = "" if shape is None else "x".join(map(str, shape)) or "scalar"
-        share = f"{kept / weights:.2%}" if weights and sparse else "dense" if weights else "-"
-        return (name, size, f"{weights:,}", f"{kept:,}", share)
-
-
-def summary(params: Any, opt_state_or_masks: Any) -> Summary:
-    """Counts what every layer keeps. Print it for a table.
-
-    Args:
-      params: the params, or their shapes (``jax.eval_shape``).
-      opt_state_or_masks: an optimizer state, or masks like the params.
-
-    Returns:
-      A :class:`Summary`.
-
-    Raises:
-      ValueError: if masks do not fit the params.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
-      >>> print(summary(params, {"kernel": jnp.eye(2, 3, dtype=bool), "bias": jnp.array(True)}))
-      layer          shape  weights  kept  density
-      -------------  -----  -------  ----  -------
-      bias           3            3     3    dense
-      kernel         2x3          6     2   33.33%
-      -------------  -----  -------  ----  -------
-      sparse layers               6     2   33.33%
-      all                         9     5   55.56%
-    """
-    if link_states(opt_state_or_masks):
-        masks = get_masks(opt_state_or_masks, params)
-    else:
-        validate_masks(opt_state_or_masks, params)
-        masks = opt_state_or_masks
-    rows = []
-    for (path, leaf), mask in zip(by_path(params).items(), align(masks, params, "masks"), strict=True):
-        size, dense = int(np.prod(leaf.shape)), np.ndim(mask) == 0
-        rows.append(LayerSummary(path, tuple(leaf.shape), size, size if dense else int(mask.sum()), not dense))
-    return Summary(tuple(sorted(rows, key=lambda row: natural_order(row.path))))
-
-
-def plot_masks(masks: Any, *, max_side: int = 512):
-    """Draws the mask of every sparse leaf: kept weights dark, one panel a layer.
-
-    Leaves with more than two dimensions are drawn as matrices, outputs (the last axis) across. Layers larger than
-    ``max_side`` are averaged over tiles, so a pixel's shade is its tile's density.
-
-    Args:
-      masks: a pytree of bool arrays; scalars (dense leaves) are left out, and vectors are drawn as stripes.
-      max_side: the most pixels in each direction.
-
-    Returns:
-      A ``matplotlib.figure.Figure``; ``figure.savefig(path)`` writes it. (Needs matplotlib.)
-
-    Raises:
-      ValueError: if no leaf has a mask.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    sparse = [
-        (name, np.asarray(mask))
-        for name, mask in sorted(by_path(masks).items(), key=lambda item: natural_order(item[0]))
-        if np.ndim(mask) > 0
-    ]
-    if not sparse:
-        raise ValueError("plot_masks: no leaf has a mask, all are dense")
-    columns = min(len(sparse), 4)
-    rows = -(-len(sparse) // columns)
-    figure = Figure(figsize=(3.6 * columns, 3.6 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    for i, (name, mask) in enumerate(sparse):
-        axes = figure.add_subplot(rows, columns, i + 1)
-        image = _tiled(mask.reshape(-1, mask.shape[-1]).astype(np.float32), max_side)
-        extent = (0, mask.shape[-1], mask.size // mask.shape[-1], 0)
-        axes.imshow(image, cmap="Greys", aspect="auto", interpolation="antialiased", vmin=0, extent=extent)
-        axes.set_title(f"{name}\n{int(mask.sum()):,} of {mask.size:,} ({mask.mean():.1%})", fontsize=9)
-        axes.set_xlabel("output" if mask.ndim > 1 else "channel")
-        if mask.ndim > 1:
-            axes.set_ylabel("input")
-        else:
-            axes.set_yticks([])
-    return figure
-
-
-def _tiled(image: np.ndarray, max_side: int) -> np.ndarray:
-    for axis in (0, 1):
-        size = image.shape[axis]
-        if size > max_side:
-            edges = np.linspace(0, size, max_side + 1).astype(int)[:-1]
-            lengths = np.diff([*edges, size])
-            sums = np.add.reduceat(image, edges, axis=axis)
-            image = sums / (lengths[:, None] if axis == 0 else lengths[None, :])
-    return image
 
 
 def _links(opt_state: Any) -> list[Any]:

@@ -1,0 +1,46 @@
+"""Look inside: accessors of optimizer states, tables, and pictures.
+
+Everything takes plain pytrees. Tables print as text, in colour with ``rich.print``, and as HTML in a notebook. Pictures
+need matplotlib, which ``pip install "jaxsparse[inspect]"`` brings along, as it does rich and treescope.
+"""
+
+from jaxsparse.inspect.features import class_activity, class_specialization
+from jaxsparse.inspect.history import History, read_history
+from jaxsparse.inspect.plots import (
+    plot_accuracy_against_kept,
+    plot_class_specialization,
+    plot_densities,
+    plot_filters,
+    plot_history,
+    plot_layer_densities,
+    plot_masks,
+    plot_receptive_fields,
+    plot_schedules,
+    plot_weights,
+)
+from jaxsparse.inspect.states import (
+    SparsityError,
+    check,
+    closed_channels,
+    eval_params,
+    get_log_alpha,
+    get_masks,
+    sparsify,
+)
+from jaxsparse.inspect.tables import (
+    LayerComparison,
+    LayerSummary,
+    MaskComparison,
+    Summary,
+    compare_masks,
+    show,
+    summary,
+)
+
+__all__ = [
+    "History", "LayerComparison", "LayerSummary", "MaskComparison", "SparsityError", "Summary", "check",
+    "class_activity", "class_specialization", "closed_channels", "compare_masks", "eval_params", "get_log_alpha",
+    "get_masks", "plot_accuracy_against_kept", "plot_class_specialization", "plot_densities", "plot_filters",
+    "plot_history", "plot_layer_densities", "plot_masks", "plot_receptive_fields", "plot_schedules", "plot_weights",
+    "read_history", "show", "sparsify", "summary",
+]  # fmt: skip

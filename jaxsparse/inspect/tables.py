@@ -1,0 +1,414 @@
+"""Tables of masks: what each layer keeps, and what two masks have in common."""
+
+import dataclasses
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxsparse.inspect.states import get_masks
+from jaxsparse.links import link_states
+from jaxsparse.masks import validate_masks
+from jaxsparse.structures import align, by_path, natural_order, plain_path
+
+__all__ = [
+    "LayerComparison", "LayerSummary", "MaskComparison", "Summary", "Table", "Tabular", "compare_masks", "show",
+    "summary",
+]  # fmt: skip
+
+
+class Table(NamedTuple):
+    """Cells of a table, as text.
+
+    Attributes:
+      header: the name of each column.
+      rows: a tuple of cells each.
+      totals: rows below a rule.
+      left: how many of the columns, from the first, are set to the left; numbers go to the right.
+    """
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    totals: tuple[tuple[str, ...], ...] = ()
+    left: int = 1
+
+    def text(self) -> str:
+        """The table in plain text."""
+        lines = [self.header, *self.rows, *self.totals]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.header))]
+        rule = "  ".join("-" * width for width in widths)
+        text = ["  ".join(
+            cell.ljust(width) if i < self.left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip() for line in lines]  # fmt: skip
+        body, totals = text[1 : 1 + len(self.rows)], text[1 + len(self.rows) :]
+        return "\n".join([text[0], rule, *body, *([rule, *totals] if totals else [])])
+
+    def html(self) -> str:
+        """The table for a page, in the colours of its text, so for light and dark pages."""
+
+        def row(cells: Sequence[str], tag: str, style: str = "") -> str:
+            sides = ["left" if i < self.left else "right" for i in range(len(cells))]
+            return "<tr>" + "".join(
+                f'<{tag} style="text-align:{side};padding:0.15em 0.8em;{style}">{html.escape(cell)}</{tag}>'
+                for cell, side in zip(cells, sides, strict=True)
+            ) + "</tr>"  # fmt: skip
+
+        rule = "border-top:1px solid currentColor;"
+        totals = [row(cells, "td", rule if i == 0 else "") for i, cells in enumerate(self.totals)]
+        return "\n".join([
+            '<div style="overflow-x:auto"><table style="border-collapse:collapse;font-variant-numeric:tabular-nums">',
+            f"<thead>{row(self.header, 'th', 'border-bottom:1px solid currentColor;')}</thead>",
+            "<tbody>", *(row(cells, "td") for cells in self.rows), *totals, "</tbody></table></div>",
+        ])  # fmt: skip
+
+
+class Tabular:
+    """What has a table: printed it is text, with ``rich.print`` in colour, in a notebook HTML."""
+
+    def table(self) -> Table:
+        """The cells."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return self.table().text()
+
+    def __rich__(self) -> Any:
+        from rich.table import Table as RichTable
+
+        table = self.table()
+        shown = RichTable(header_style="bold", box=None, pad_edge=False)
+        for i, name in enumerate(table.header):
+            shown.add_column(name, justify="left" if i < table.left else "right", style="cyan" if i == 0 else None,
+                             overflow="fold")  # fmt: skip
+        for i, cells in enumerate(table.rows):
+            shown.add_row(*map(_unmarked, cells), end_section=i == len(table.rows) - 1)
+        if table.totals:
+            shown.add_row(*("" for _ in table.header))
+        for cells in table.totals:
+            shown.add_row(*map(_unmarked, cells), style="bold")
+        return shown
+
+    def _repr_html_(self) -> str:
+        return self.table().html()
+
+
+class LayerSummary(NamedTuple):
+    """One line of a summary.
+
+    Attributes:
+      path: of the leaf.
+      shape: of the leaf.
+      weights: how many it has.
+      kept: how many of them are kept, all of a dense leaf.
+      sparse: whether it has a mask.
+      mean_abs: mean absolute value of the kept weights; None if only shapes were given, or nothing is kept.
+      dead_inputs: how many inputs (entries of the last axis but one) keep no weight; None for dense leaves and vectors.
+      dead_outputs: how many outputs (entries of the last axis) keep no weight; None for dense leaves.
+      multiply_adds: of the kept weights, for one example; None where they are not known.
+      dense_multiply_adds: of all weights.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    weights: int
+    kept: int
+    sparse: bool
+    mean_abs: float | None = None
+    dead_inputs: int | None = None
+    dead_outputs: int | None = None
+    multiply_adds: int | None = None
+    dense_multiply_adds: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary(Tabular):
+    """What :func:`summary` returns. Printed, it is a table; with ``rich.print`` in colour, in a notebook HTML.
+
+    Attributes:
+      layers: one :class:`LayerSummary` a leaf, dense ones too.
+    """
+
+    layers: tuple[LayerSummary, ...]
+
+    @property
+    def kept(self) -> int:
+        """How many weights are kept, those of dense leaves too."""
+        return sum(row.kept for row in self.layers)
+
+    @property
+    def density(self) -> float:
+        """The share of all weights that is kept; NaN if there are none."""
+        weights = sum(row.weights for row in self.layers)
+        return self.kept / weights if weights else float("nan")
+
+    def table(self) -> Table:
+        """The cells of the table."""
+        header = ("layer", "shape", "weights", "kept", "density", "mean |w|", "dead in", "dead out", "multiply-adds")
+        sparse = [row for row in self.layers if row.sparse]
+        rows = [
+            (
+                row.path,
+                "x".join(map(str, row.shape)) or "scalar",
+                f"{row.weights:,}",
+                f"{row.kept:,}",
+                _density(row.kept, row.weights, row.sparse),
+                "" if row.mean_abs is None else f"{row.mean_abs:.3g}",
+                "" if row.dead_inputs is None else f"{row.dead_inputs:,}",
+                "" if row.dead_outputs is None else f"{row.dead_outputs:,}",
+                "" if row.multiply_adds is None else f"{row.multiply_adds:,}",
+            )
+            for row in self.layers
+        ]
+        totals = []
+        for name, layers in (("sparse layers", sparse), ("all", self.layers)):
+            weights, kept = sum(row.weights for row in layers), sum(row.kept for row in layers)
+            products = ""
+            if known := [row for row in layers if row.multiply_adds is not None]:
+                of_kept = sum(row.multiply_adds or 0 for row in known)
+                of_all = sum(row.dense_multiply_adds or 0 for row in known)
+                products = f"{of_kept:,}" + (f" ({of_kept / of_all:.1%})" if of_all else "")
+            density = _density(kept, weights, bool(sparse))
+            totals.append((name, "", f"{weights:,}", f"{kept:,}", density, "", "", "", products))
+        # A column that says nothing is left out, but for the first five.
+        shown = [i for i in range(len(header)) if i < 5 or any(cells[i] for cells in rows)]
+        cells = [tuple(line[i] for i in shown) for line in (header, *rows, *totals)]
+        return Table(cells[0], tuple(cells[1 : 1 + len(rows)]), tuple(cells[1 + len(rows) :]), left=2)
+
+
+def summary(params: Any, opt_state_or_masks: Any, *, positions: Mapping[str, int] | None = None) -> Summary:
+    """Counts what every layer keeps. Print it for a table.
+
+    Beside the counts it has the mean absolute value of the weights that are kept, how many inputs and outputs are dead,
+    that is, have no weight left, and the multiply-adds.
+
+    Args:
+      params: the params, or their shapes (``jax.eval_shape``), which have no mean.
+      opt_state_or_masks: an optimizer state, or masks like the params.
+      positions: for the path of a kernel, at how many places of an example it is applied: 1 for a dense layer, the
+        height times the width of a convolution's output. Weights times places are multiply-adds, one more column.
+        ``jaxsparse.models.positions(model, (28, 28, 1))`` makes them for a Flax model and the shape of its inputs.
+
+    Returns:
+      A :class:`Summary`.
+
+    Raises:
+      ValueError: if masks do not fit the params, or positions name leaves that the params lack.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
+      >>> masks = {"kernel": jnp.eye(2, 3, dtype=bool), "bias": jnp.array(True)}
+      >>> print(summary(params, masks, positions={"kernel": 1}))
+      layer          shape  weights  kept  density  mean |w|  dead in  dead out  multiply-adds
+      -------------  -----  -------  ----  -------  --------  -------  --------  -------------
+      bias           3            3     3    dense         0
+      kernel         2x3          6     2   33.33%         1        0         1              2
+      -------------  -----  -------  ----  -------  --------  -------  --------  -------------
+      sparse layers               6     2   33.33%                                   2 (33.3%)
+      all                         9     5   55.56%                                   2 (33.3%)
+    """
+    masks = _masks_of(params, opt_state_or_masks)
+    leaves = by_path(params)
+    places = {plain_path(path): int(number) for path, number in (positions or {}).items()}
+    if unknown := sorted(set(places) - set(map(plain_path, leaves))):
+        raise ValueError(
+            f"positions name leaves that the params lack: {', '.join(unknown)}; there are {', '.join(leaves)}"
+        )
+    rows = []
+    for (path, leaf), mask in zip(leaves.items(), align(masks, params, "masks"), strict=True):
+        rows.append(_layer(path, leaf, np.asarray(mask), places.get(plain_path(path))))
+    return Summary(tuple(sorted(rows, key=lambda row: natural_order(row.path))))
+
+
+def _layer(path: str, leaf: Any, mask: np.ndarray, places: int | None) -> LayerSummary:
+    weights, sparse = int(np.prod(leaf.shape)), mask.ndim > 0
+    kept = int(np.count_nonzero(mask)) if sparse else weights
+    mean_abs = None
+    if kept and not isinstance(leaf, jax.ShapeDtypeStruct):
+        sizes = np.abs(np.asarray(leaf).astype(np.float32, copy=False))
+        mean_abs = float(np.vdot(sizes, mask) if sparse else sizes.sum(dtype=np.float64)) / kept
+    dead_inputs = dead_outputs = None
+    if sparse:
+        dead_outputs = int(np.count_nonzero(~mask.any(axis=tuple(range(mask.ndim - 1)))))
+        if mask.ndim > 1:
+            dead_inputs = int(np.count_nonzero(~mask.any(axis=(*range(mask.ndim - 2), mask.ndim - 1))))
+    return LayerSummary(
+        path, tuple(leaf.shape), weights, kept, sparse, mean_abs, dead_inputs, dead_outputs,
+        None if places is None else kept * places, None if places is None else weights * places,
+    )  # fmt: skip
+
+
+class LayerComparison(NamedTuple):
+    """One line of a comparison of two masks.
+
+    Attributes:
+      path: of the leaf.
+      weights: how many it has.
+      first: how many the first mask keeps.
+      second: how many the second keeps.
+      both: how many both keep.
+    """
+
+    path: str
+    weights: int
+    first: int
+    second: int
+    both: int
+
+    @property
+    def flips(self) -> int:
+        """How many entries differ."""
+        return self.first + self.second - 2 * self.both
+
+    @property
+    def jaccard(self) -> float:
+        """What both keep as a share of what either keeps; 1 if neither keeps anything."""
+        either = self.first + self.second - self.both
+        return self.both / either if either else 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskComparison(Tabular):
+    """What :func:`compare_masks` returns. Printed, it is a table; with ``rich.print`` in colour, in a notebook HTML.
+
+    Attributes:
+      layers: one :class:`LayerComparison` for each leaf that is sparse in either.
+      names: of the two.
+    """
+
+    layers: tuple[LayerComparison, ...]
+    names: tuple[str, str] = ("first", "second")
+
+    @property
+    def total(self) -> LayerComparison:
+        """The sums over all layers."""
+        rows = self.layers
+        return LayerComparison(
+            "all", sum(row.weights for row in rows), sum(row.first for row in rows), sum(row.second for row in rows),
+            sum(row.both for row in rows),
+        )  # fmt: skip
+
+    def table(self) -> Table:
+        """The cells of the table."""
+        first, second = self.names
+        header = ("layer", "weights", f"kept, {first}", f"kept, {second}", "in both", "flips", "Jaccard")
+
+        def cells(row: LayerComparison) -> tuple[str, ...]:
+            return (row.path, *(f"{number:,}" for number in (*row[1:], row.flips)), f"{row.jaccard:.3f}")
+
+        return Table(header, tuple(map(cells, self.layers)), (cells(self.total),))
+
+
+def compare_masks(first: Any, second: Any, *, names: tuple[str, str] = ("first", "second")) -> MaskComparison:
+    """Counts what two masks of one network have in common, layer by layer.
+
+    Args:
+      first: masks: bool arrays, the scalar True for dense leaves.
+      second: masks of the same network. A leaf that is dense in one of them counts as kept wholly there.
+      names: what the two are called in the table.
+
+    Returns:
+      A :class:`MaskComparison`.
+
+    Raises:
+      ValueError: if the trees or shapes of the two differ, or they are not masks.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> before = {"kernel": jnp.array([[True, True, False, False]]), "bias": jnp.array(True)}
+      >>> after = {"kernel": jnp.array([[True, False, True, False]]), "bias": jnp.array(True)}
+      >>> print(compare_masks(before, after, names=("before", "after")))
+      layer   weights  kept, before  kept, after  in both  flips  Jaccard
+      ------  -------  ------------  -----------  -------  -----  -------
+      kernel        4             2            2        1      2    0.333
+      ------  -------  ------------  -----------  -------  -----  -------
+      all           4             2            2        1      2    0.333
+    """
+    of_first, of_second = by_path(first), by_path(second)
+    if odd := sorted(set(of_first) ^ set(of_second)):
+        raise ValueError(f"{names[0]} and {names[1]} are masks of different trees: only one has {', '.join(odd)}")
+    rows = []
+    for path, a in of_first.items():
+        a, b = np.asarray(a), np.asarray(of_second[path])
+        for name, mask in zip(names, (a, b), strict=True):
+            if mask.dtype != bool:
+                raise ValueError(f"the {name} masks, {path}: expected bool, got {mask.dtype}")
+        if a.ndim and b.ndim and a.shape != b.shape:
+            raise ValueError(f"masks of {path}: {names[0]} has shape {a.shape}, {names[1]} {b.shape}")
+        if a.ndim or b.ndim:
+            a, b = np.broadcast_arrays(a, b)
+            both = int(np.count_nonzero(a & b))
+            rows.append(LayerComparison(path, a.size, int(np.count_nonzero(a)), int(np.count_nonzero(b)), both))
+    return MaskComparison(tuple(sorted(rows, key=lambda row: natural_order(row.path))), names)
+
+
+def show(params: Any, opt_state_or_masks: Any = None) -> Any:
+    """The tree of the params with every array as a picture, pruned weights greyed out: treescope's, for notebooks.
+
+    Args:
+      params: the params.
+      opt_state_or_masks: an optimizer state, or masks like the params; None: the params alone.
+
+    Returns:
+      What a notebook shows if it is the last expression of a cell; ``treescope.render_to_html(_)`` writes a page.
+
+    Raises:
+      ImportError: if treescope is not installed.
+      ValueError: if masks do not fit the params.
+    """
+    try:
+        import treescope
+    except ImportError as error:
+        raise ImportError('show needs treescope: pip install "jaxsparse[inspect]", or pip install treescope') from error
+    masks = [None] * len(jax.tree.leaves(params))
+    if opt_state_or_masks is not None:
+        masks = align(_masks_of(params, opt_state_or_masks), params, "masks")
+
+    def picture(leaf: Any, mask: Any) -> Any:
+        if np.ndim(leaf) == 0:
+            return leaf
+        dense = mask is None or np.ndim(mask) == 0
+        return treescope.render_array(np.asarray(leaf), valid_mask=None if dense else np.asarray(mask))
+
+    leaves, treedef = jax.tree.flatten(params)
+    return _Shown(treedef.unflatten([picture(leaf, mask) for leaf, mask in zip(leaves, masks, strict=True)]))
+
+
+class _Shown:
+    """A tree that a notebook shows by treescope, whether or not treescope is its default renderer."""
+
+    def __init__(self, tree: Any):
+        self.tree = tree
+
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        return subtree_renderer(self.tree, path=path)
+
+    def __repr__(self) -> str:
+        import treescope
+
+        return treescope.render_to_text(self.tree)
+
+    def _repr_html_(self) -> str:
+        import treescope
+
+        return treescope.render_to_html(self.tree, compressed=True)
+
+
+def _masks_of(params: Any, opt_state_or_masks: Any) -> Any:
+    if link_states(opt_state_or_masks):
+        return get_masks(opt_state_or_masks, params)
+    validate_masks(opt_state_or_masks, params)
+    return opt_state_or_masks
+
+
+def _density(kept: int, weights: int, sparse: bool) -> str:
+    return f"{kept / weights:.2%}" if weights and sparse else "dense" if weights else "-"
+
+
+def _unmarked(cell: str) -> str:
+    from rich.markup import escape
+
+    return escape(cell)

@@ -1,0 +1,206 @@
+import html.parser
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import rich.console
+import treescope
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+
+import jaxsparse
+from jaxsparse import inspect, models
+from jaxsparse.inspect.tables import Table
+from tests.problems import make_params
+
+
+def sparse_state(params=None):
+    tx = jaxsparse.chain(optax.sgd(0.1, momentum=0.9), jaxsparse.sparse_momentum(0.75, 10))
+    return tx.init(make_params() if params is None else params)
+
+
+class Cells(html.parser.HTMLParser):
+    """The text of every cell; complains of tags that are not closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.rows, self.open = [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+
+
+def rich_text(shown, width=200):
+    console = rich.console.Console(file=io.StringIO(), width=width)
+    console.print(shown)
+    return console.file.getvalue()
+
+
+def test_summary_counts_and_prints():
+    params, state = make_params(), sparse_state()
+    table = jaxsparse.summary(params, state)
+    assert str(table) == str(jaxsparse.summary(params, jaxsparse.get_masks(state)))
+    assert {row.path: row.kept for row in table.layers if row.sparse} == {
+        "attention/kernel": 64, "conv/kernel": 36, "dense/kernel": 96,
+    }  # fmt: skip
+    lines = str(table).splitlines()
+    assert lines[0].split()[:5] == ["layer", "shape", "weights", "kept", "density"]
+    assert "dense/kernel 16x24 384 96 25.00%" in " ".join(str(table).split())
+    assert lines[-2].split()[-3:] == ["784", "196", "25.00%"]
+    assert (table.kept, table.density) == (sum(row.kept for row in table.layers), pytest.approx(table.kept / 833))
+
+
+def test_summary_of_shapes_counts_the_same_and_has_no_means():
+    state = sparse_state()
+    table, of_shapes = jaxsparse.summary(make_params(), state), jaxsparse.summary(jax.eval_shape(make_params), state)
+    assert of_shapes.layers == tuple(row._replace(mean_abs=None) for row in table.layers)
+    assert "mean |w|" in str(table)
+    assert "mean |w|" not in str(of_shapes)
+
+
+def test_means_and_dead_units():
+    kernel = jnp.array([[1.0, -3.0, 9.0], [9.0, 9.0, 9.0]])
+    mask = jnp.array([[True, True, False], [False, False, False]])
+    (row,) = jaxsparse.summary({"w": kernel}, {"w": mask}).layers
+    assert row == ("w", (2, 3), 6, 2, True, 2.0, 1, 1, None, None)
+    conv = jnp.zeros((3, 3, 4, 5), bool).at[1, 1, 2, :4].set(True)
+    (row,) = jaxsparse.summary({"w": jnp.ones(conv.shape, jnp.bfloat16)}, {"w": conv}).layers
+    assert (row.mean_abs, row.dead_inputs, row.dead_outputs) == (1.0, 3, 1)
+    (row,) = jaxsparse.summary({"gates": jnp.ones(3)}, {"gates": jnp.array([True, False, False])}).layers
+    assert (row.dead_inputs, row.dead_outputs) == (None, 2)
+    (row,) = jaxsparse.summary({"w": kernel}, {"w": jnp.zeros((2, 3), bool)}).layers
+    assert (row.kept, row.mean_abs, row.dead_inputs, row.dead_outputs) == (0, None, 2, 3)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([(5,), (4, 6), (3, 2, 5), (2, 2, 3, 4)]))
+def test_means_and_dead_units_by_loops(seed, shape):
+    rng = np.random.default_rng(seed)
+    weights, mask = rng.normal(size=shape).astype(np.float32), rng.random(shape) < 0.2
+    (row,) = jaxsparse.summary({"w": weights}, {"w": mask}).layers
+    outputs = mask.reshape(-1, shape[-1])
+    assert row.dead_outputs == sum(not any(outputs[:, i]) for i in range(shape[-1]))
+    if len(shape) > 1:
+        assert row.dead_inputs == sum(not mask[..., i, :].any() for i in range(shape[-2]))
+    kept = [abs(w) for w, m in zip(weights.ravel(), mask.ravel(), strict=True) if m]
+    assert row.mean_abs == (pytest.approx(sum(kept) / len(kept), rel=1e-5) if kept else None)
+
+
+def test_multiply_adds_of_a_model():
+    model = models.LeNet5Caffe()
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
+    masks = jax.tree.map(
+        lambda p: jnp.ones((), bool) if p.ndim == 1 else jnp.arange(p.size).reshape(p.shape) % 2 == 0, params
+    )
+    table = jaxsparse.summary(params, masks, positions=models.positions(model, (28, 28, 1)))
+    found = {row.path: (row.multiply_adds, row.dense_multiply_adds) for row in table.layers if row.multiply_adds}
+    assert found["conv1/kernel"] == (576 * 250, 576 * 500)
+    assert found["fc1/kernel"] == (200_000, 400_000)
+    assert str(table).splitlines()[-1].endswith("1,146,500 (50.0%)")
+    with pytest.raises(
+        ValueError, match="positions name leaves that the params lack: conv9/kernel; there are conv1/bias"
+    ):
+        jaxsparse.summary(params, masks, positions={"conv9/kernel": 3})
+
+
+def test_positions_name_the_leaves_of_nnx_without_their_wrapper():
+    params = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
+    table = jaxsparse.summary(params, jax.tree.map(lambda p: jnp.ones(p.shape, bool), params), positions={"kernel": 7})
+    assert [row.multiply_adds for row in table.layers] == [None, 42]
+
+
+def test_layers_are_listed_in_their_natural_order():
+    params = {f"conv{i}": {"kernel": jnp.ones((2, 2))} for i in (10, 2, 1)}
+    masks = jax.tree.map(lambda p: p > 0, params)
+    names = ["conv1/kernel", "conv2/kernel", "conv10/kernel"]
+    assert [row.path for row in jaxsparse.summary(params, masks).layers] == names
+    assert [row.path for row in inspect.compare_masks(masks, masks).layers] == names
+
+
+def test_summary_of_masks_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"masks of w: expected bool of shape \(2, 2\)"):
+        jaxsparse.summary({"w": jnp.ones((2, 2))}, {"w": jnp.ones((3, 2), bool)})
+
+
+def test_all_three_forms_of_a_table_say_the_same():
+    table = jaxsparse.summary({"[bold]<b>&": jnp.ones((2, 3))}, {"[bold]<b>&": jnp.eye(2, 3, dtype=bool)})
+    cells = table.table()
+    lines = [list(line) for line in (cells.header, *cells.rows, *cells.totals)]
+    assert Cells(table._repr_html_()).rows == lines
+    for text in (str(table), rich_text(table)):
+        found = [line.split() for line in text.splitlines() if line.strip(" -")]
+        assert found == [" ".join(line).split() for line in lines]
+
+
+def test_an_empty_table_is_a_header():
+    assert str(jaxsparse.summary({}, {})).splitlines()[-1].split() == ["all", "0", "0", "-"]
+    comparison = inspect.compare_masks({"b": jnp.array(True)}, {"b": jnp.array(True)})
+    assert comparison.layers == ()
+    assert (comparison.total.flips, comparison.total.jaccard) == (0, 1.0)
+    assert "Jaccard" in str(comparison)
+    assert Table(("a",), ()).text() == "a\n-"
+
+
+def test_compare_masks():
+    first = {"a": jnp.array([[True, True], [False, False]]), "b": jnp.array(True), "c": jnp.array(True)}
+    second = {"a": jnp.array([[True, False], [True, True]]), "b": jnp.array([True, False]), "c": jnp.array(True)}
+    a, b = inspect.compare_masks(first, second).layers
+    assert (*a, a.flips, a.jaccard) == ("a", 4, 2, 3, 1, 3, 0.25)
+    assert (*b, b.flips, b.jaccard) == ("b", 2, 2, 1, 1, 1, 0.5)
+    total = inspect.compare_masks(first, second).total
+    assert (*total, total.flips) == ("all", 6, 4, 4, 2, 4)
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.floats(0, 1))
+def test_comparison_is_of_sets(seed, p, q):
+    rng = np.random.default_rng(seed)
+    first, second = rng.random((7, 9)) < p, rng.random((7, 9)) < q
+    (row,) = inspect.compare_masks({"w": first}, {"w": second}).layers
+    a, b = (set(np.flatnonzero(mask)) for mask in (first, second))
+    assert (row.first, row.second, row.both, row.flips) == (len(a), len(b), len(a & b), len(a ^ b))
+    assert row.jaccard == (len(a & b) / len(a | b) if a | b else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (
+            {"w": jnp.ones((2, 2), bool), "v": jnp.array(True)},
+            "old and new are masks of different trees: only one has v",
+        ),
+        ({"w": jnp.ones((2, 3), bool)}, r"masks of w: old has shape \(2, 2\), new \(2, 3\)"),
+        ({"w": jnp.ones((2, 2))}, "the new masks, w: expected bool, got float32"),
+    ],
+)
+def test_masks_that_cannot_be_compared(second, message):
+    with pytest.raises(ValueError, match=message):
+        inspect.compare_masks({"w": jnp.ones((2, 2), bool)}, second, names=("old", "new"))
+
+
+def test_show_greys_out_what_is_pruned():
+    params, state = make_params(), sparse_state()
+    shown = inspect.show(params, state)
+    page, without = (treescope.render_to_html(tree, compressed=False) for tree in (shown, inspect.show(params)))
+    assert "attention" in page
+    assert page.count("arrayviz_container") == without.count("arrayviz_container") == len(jax.tree.leaves(params)) - 1
+    assert page != without
+    assert "<treescope-container" in shown._repr_html_()
+    assert "attention" in repr(shown)
+    with pytest.raises(ValueError, match="masks"):
+        inspect.show(params, {"w": jnp.ones(3, bool)})
