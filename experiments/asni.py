@@ -26,7 +26,8 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from experiments import command_line
-from experiments.train import FLAGS, Stopped, as_seeds, mean_and_error, shrink, train, with_seed
+from experiments.compare import mean_and_error
+from experiments.train import FLAGS, Stopped, as_seeds, shrink, train, with_seed
 
 flags.DEFINE_list("arms", None, "Train these only; by default all of them.")
 

@@ -6,6 +6,7 @@ The last column is the difference from the first run's test accuracy, in points.
 """
 
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,12 @@ def table(workdirs: Sequence[str]) -> str:
         points = 100 * (result["test_accuracy"] - results[0]["test_accuracy"])
         lines.append(f"{workdir:{width}}  {result['density']:7.2%}  {result['test_accuracy']:13.2%}  {points:+10.2f}")
     return "\n".join(lines)
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and standard error of the mean; of one value the error is not known."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return statistics.fmean(values), error
 
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ from ml_collections import ConfigDict
 
 from experiments import plots
 from experiments.asni import masks_of
+from experiments.compare import mean_and_error
 from experiments.tables import TABLES, Row, Table
-from experiments.train import Stopped, as_seeds, mean_and_error, shrink, train
+from experiments.train import Stopped, as_seeds, shrink, train
 from experiments.workdir import WorkdirInUseError, read_json, write_json
 
 

@@ -31,7 +31,6 @@ go on from the last checkpoint.
 """
 
 import signal
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,6 +47,7 @@ from ml_collections import ConfigDict, config_flags
 import jaxsparse
 from experiments import command_line, data, processes
 from experiments.checkpoints import KEPT, Checkpoints
+from experiments.compare import mean_and_error
 from experiments.optimizers import is_gated
 from experiments.program import Program, TrainState, make_program, masks_of, open_dataset
 from experiments.workdir import Follower, Workdir, require_space, write_json, writing
@@ -412,12 +412,6 @@ def one_a_run(tree: Any, seeds: Sequence[int] | None) -> list[Any]:
     if seeds is None:
         return [tree]
     return [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(len(seeds))]
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and standard error of the mean; of one value the error is not known."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-    return statistics.fmean(values), error
 
 
 def chunk_grid(total_steps: int, log_every: int, *also: int) -> list[int]:

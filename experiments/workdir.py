@@ -216,7 +216,7 @@ def _refuse_another(path: Path, config: ConfigDict) -> None:
     there = read_json(path / "config.json")
     if there is None:
         return
-    there, here = _flat(there), _flat(json.loads(config.to_json()))
+    there, here = flat(there), flat(json.loads(config.to_json()))
     differences = [
         f"  {key}: {json.dumps(there[key]) if key in there else 'not set'} there, "
         f"{json.dumps(here[key]) if key in here else 'not set'} now"
@@ -231,8 +231,9 @@ def _refuse_another(path: Path, config: ConfigDict) -> None:
         )
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping by dotted keys: {"a": {"b": 1}} is {"a.b": 1}."""
+    leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return leaves

@@ -236,11 +236,12 @@ def plot_history(history: History | Mapping[str, History]):
     """
     figure, (losses, errors) = _panels(2, "epoch")
     runs = history if isinstance(history, Mapping) else {"": history}
+    colours = COLOURS if len(runs) <= len(COLOURS) else _shades(len(runs))
     for i, (label, run) in enumerate(runs.items()):
         for j, split in enumerate(("train", "validation", "test")):
             if f"{split}_loss" not in run.names:
                 continue
-            style = {"label": f"{label}, {split}" if label else split, "color": COLOURS[(i if label else j) % 6]}
+            style = {"label": f"{label}, {split}" if label else split, "color": colours[i if label else j]}
             style["linestyle"] = {"train": ":", "validation": "--", "test": "-"}[split] if label else "-"
             for axes, name, form in ((losses, "loss", lambda x: x), (errors, "accuracy", lambda x: 100 * (1 - x))):
                 if f"{split}_{name}" in run.names:
@@ -251,6 +252,7 @@ def plot_history(history: History | Mapping[str, History]):
         losses.text(0.5, 0.5, "nothing logged yet", ha="center", transform=losses.transAxes)
     else:
         losses.set_yscale("log")
+        losses.yaxis.set_major_formatter("{x:g}")
         if len(runs) > 1:
             figure.legend(*losses.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
         else:
@@ -270,18 +272,17 @@ def plot_layer_densities(history: History):
     Returns:
       A ``matplotlib.figure.Figure``, empty if no densities were logged.
     """
-    import matplotlib
-
     figure, (densities, flips) = _panels(2, "epoch")
     epochs, of_layer = history.layers("layer_density") if "layer_density" in history.names else ([], {})
     updates, flipped = history.layers("flips") if "flips" in history.names else ([], {})
     figure.set_figheight(max(4, 0.18 * len(of_layer)))  # room for the legend
     deep = len(of_layer) > len(_STYLES) * len(COLOURS)  # more layers than styles: their order as shades
+    shades = _shades(len(of_layer))
     for i, (path, shares) in enumerate(of_layer.items()):
         style: dict[str, Any] = {"label": path, "color": COLOURS[i % len(COLOURS)]}
         style["linestyle"] = _STYLES[i // len(COLOURS) % len(_STYLES)]
         if deep:
-            style |= {"color": matplotlib.colormaps["viridis"](0.1 + 0.8 * i / len(of_layer)), "linestyle": "-"}
+            style |= {"color": shades[i], "linestyle": "-"}
         densities.plot(epochs, 100 * shares, **style)
         if path in flipped:
             flips.plot(updates, flipped[path], **style)
@@ -345,7 +346,8 @@ def plot_accuracy_against_kept(
         ]
         axes.set_xticks(ticks)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set(ylabel="accuracy (%)")
+    low, high = axes.get_ylim()
+    axes.set(ylabel="accuracy (%)", ylim=(max(low, 0), min(high, 100)))
     if runs or baselines:
         figure.legend(loc="outside right upper", fontsize=8)
     return figure
@@ -448,6 +450,13 @@ def _panels(count: int, xlabel: str) -> tuple[Any, Any]:
     return figure, panels
 
 
+def _shades(count: int) -> list[Any]:
+    """So many colours, from dark to light, that are seen on light and on dark pages."""
+    import matplotlib
+
+    return [matplotlib.colormaps["viridis"](0.1 + 0.8 * i / max(1, count - 1)) for i in range(count)]
+
+
 def _ink() -> Any:
     """The colour of text in matplotlib's style, which is seen on its background."""
     import matplotlib
@@ -458,9 +467,10 @@ def _ink() -> Any:
 def _inks() -> Any:
     """From the background of matplotlib's style to the colour of its text."""
     import matplotlib
-    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.colors import LinearSegmentedColormap, to_rgba
 
-    return LinearSegmentedColormap.from_list("ink", [matplotlib.rcParams["axes.facecolor"], _ink()])
+    ground, ink = to_rgba(matplotlib.rcParams["axes.facecolor"]), to_rgba(_ink())
+    return LinearSegmentedColormap.from_list("ink", [ground if ground[3] else (*ink[:3], 0.0), ink])
 
 
 def _sparse(masks: Any, function: str) -> dict[str, np.ndarray]:

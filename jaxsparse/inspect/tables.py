@@ -353,48 +353,47 @@ def show(params: Any, opt_state_or_masks: Any = None) -> Any:
       opt_state_or_masks: an optimizer state, or masks like the params; None: the params alone.
 
     Returns:
-      What a notebook shows if it is the last expression of a cell; ``treescope.render_to_html(_)`` writes a page.
+      What a notebook shows if it is the last expression of a cell. Its ``_repr_html_()`` is the HTML.
 
     Raises:
       ImportError: if treescope is not installed.
       ValueError: if masks do not fit the params.
     """
     try:
-        import treescope
+        import treescope  # noqa: F401
     except ImportError as error:
-        raise ImportError('show needs treescope: pip install "jaxsparse[inspect]", or pip install treescope') from error
-    masks = [None] * len(jax.tree.leaves(params))
-    if opt_state_or_masks is not None:
-        masks = align(_masks_of(params, opt_state_or_masks), params, "masks")
-
-    def picture(leaf: Any, mask: Any) -> Any:
-        if np.ndim(leaf) == 0:
-            return leaf
-        dense = mask is None or np.ndim(mask) == 0
-        return treescope.render_array(np.asarray(leaf), valid_mask=None if dense else np.asarray(mask))
-
-    leaves, treedef = jax.tree.flatten(params)
-    return _Shown(treedef.unflatten([picture(leaf, mask) for leaf, mask in zip(leaves, masks, strict=True)]))
+        raise ImportError('show needs treescope: pip install "jaxsparse[inspect]", or treescope') from error
+    if opt_state_or_masks is None:
+        return _Shown(params, {})
+    masks = align(_masks_of(params, opt_state_or_masks), params, "masks")
+    pairs = zip(jax.tree.leaves(params), masks, strict=True)
+    return _Shown(params, {id(leaf): np.asarray(mask) for leaf, mask in pairs if np.ndim(mask) > 0})
 
 
 class _Shown:
-    """A tree that a notebook shows by treescope, whether or not treescope is its default renderer."""
+    """A tree that treescope draws, whether or not it is the default renderer of the notebook."""
 
-    def __init__(self, tree: Any):
-        self.tree = tree
-
-    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
-        return subtree_renderer(self.tree, path=path)
+    def __init__(self, tree: Any, masks: Mapping[int, np.ndarray]):
+        self.tree, self.masks = tree, masks
 
     def __repr__(self) -> str:
         import treescope
 
         return treescope.render_to_text(self.tree)
 
-    def _repr_html_(self) -> str:
+    def _repr_html_(self, compressed: bool = True) -> str:
         import treescope
 
-        return treescope.render_to_html(self.tree, compressed=True)
+        with treescope.active_autovisualizer.set_scoped(self._picture):
+            return treescope.render_to_html(self.tree, compressed=compressed)
+
+    def _picture(self, value: Any, path: str | None) -> Any:
+        import treescope
+
+        if np.ndim(value) == 0 or not isinstance(value, jax.Array | np.ndarray):
+            return None
+        picture = treescope.render_array(np.asarray(value, np.float32), valid_mask=self.masks.get(id(value)))
+        return treescope.IPythonVisualization(picture, replace=False)
 
 
 def _masks_of(params: Any, opt_state_or_masks: Any) -> Any:

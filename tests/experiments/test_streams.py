@@ -272,11 +272,12 @@ def test_processes_give_the_same(imagenet):
 
 
 PROGRAM = """
-    import sys, time
+    import signal, sys, time
     from absl import app
     from experiments import pictures, streams
 
     def main(argv):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
         source = streams.open_set("imagenet2012", argv[1]).train
         stream = streams.train_stream(source, batch_size=8, image_size=32, seed=0, workers=2)
         next(stream)
@@ -300,13 +301,17 @@ def test_processes_end_with_the_program(imagenet_dir, tmp_path, number):
     program = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    with program:
+    try:
         assert program.stdout.readline() == b"running\n"
         if number == signal.SIGINT:
             os.killpg(program.pid, number)
         else:
             program.send_signal(number)
         program.wait(timeout=60)
+    finally:
+        program.kill()
+        program.wait()
+        program.stdout.close()
     for _ in range(100):
         if not (left := of_group(program.pid)):
             break

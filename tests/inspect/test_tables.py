@@ -7,7 +7,6 @@ import numpy as np
 import optax
 import pytest
 import rich.console
-import treescope
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
@@ -196,7 +195,7 @@ def test_masks_that_cannot_be_compared(second, message):
 def test_show_greys_out_what_is_pruned():
     params, state = make_params(), sparse_state()
     shown = inspect.show(params, state)
-    page, without = (treescope.render_to_html(tree, compressed=False) for tree in (shown, inspect.show(params)))
+    page, without = (tree._repr_html_(compressed=False) for tree in (shown, inspect.show(params)))
     assert "attention" in page
     assert page.count("arrayviz_container") == without.count("arrayviz_container") == len(jax.tree.leaves(params)) - 1
     assert page != without
