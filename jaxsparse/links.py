@@ -65,8 +65,9 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
     The momentum of a leaf is SGD's ``trace``, the ``mu`` of Adam and its relatives
     divided by ``sqrt(nu) + 1e-8`` (no bias correction), or ``ema``, looked up by these
     names in the states of the earlier members, nested ones too (``chain``,
-    ``partition``, ``masked``, ``inject_hyperparams``, ``MultiSteps``), the latest first.
-    What the caller or an outer chain passes under these names wins.
+    ``partition``, ``masked``, ``inject_hyperparams``, ``MultiSteps``), the latest first; of a
+    chain in a chain its own members', then those before it. What the caller passes under these
+    names wins.
 
     Args:
       *transforms: the members, in order; sparse links last.
@@ -103,8 +104,8 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
         for member in members:
             state = member.init(params)
             for link in link_states(state):
-                if link.wants_momentum():
-                    _require_momentum(link, states, params)
+                if link.wants_momentum():  # of a chain in the chain, it may have one before it in there
+                    _require_momentum(link, [*states, state], params)
             states.append(state)
         return tuple(states)
 
@@ -112,11 +113,14 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
         if len(state) != len(members):
             raise ValueError(f"the chain has {len(members)} members, but its state has {len(state)} parts")
         extra_args.setdefault("grad", updates)
+        given, outer = "momentum" in extra_args, ()
+        if given and isinstance(extra_args["momentum"], _StoredMomentum):  # of a chain around this one
+            given, outer = False, extra_args["momentum"].states
         states: list[Any] = []
         for member, member_state in zip(members, state, strict=True):
-            before = tuple(states)
-            signals = {"momentum": lambda before=before: stored_momentum(before, params), **extra_args}
-            updates, new_state = member.update(updates, member_state, params, **signals)
+            if not given:
+                extra_args["momentum"] = _StoredMomentum((*outer, *states), params)
+            updates, new_state = member.update(updates, member_state, params, **extra_args)
             states.append(new_state)
         return updates, tuple(states)
 
@@ -149,6 +153,16 @@ def stored_momentum(states: Any, params: Any) -> Any:
             found[name] = leaf
     treedef = jax.tree.structure(params)
     return treedef.unflatten([found.get(name, optax.MaskedNode()) for name in names])
+
+
+class _StoredMomentum:
+    """:func:`stored_momentum`, made when it is called."""
+
+    def __init__(self, states: Any, params: Any):
+        self.states, self.params = states, params
+
+    def __call__(self) -> Any:
+        return stored_momentum(self.states, self.params)
 
 
 def align_signal(signal: Any, params: Any, what: str) -> list[jax.Array | None]:
@@ -258,7 +272,7 @@ def check_budget(masks: Any, budget: jax.Array, who: str) -> list[str]:
 
 def check_zeros(masks: Any, params: Any, who: str) -> list[str]:
     """Says which pruned weights are not zero, leaf by leaf."""
-    problems = []
+    problems: list[str] = []
     weights = by_path(params)
     for name, mask in by_path(masks).items():
         if name not in weights:
@@ -266,9 +280,16 @@ def check_zeros(masks: Any, params: Any, who: str) -> list[str]:
         lost = int(jnp.sum(~mask & (weights[name] != 0)))
         if lost:
             problems.append(
-                f"{who}: {lost} pruned weights of {name} are not zero. Something moves the params after the link "
-                "(it must stand last, with no schedule_free, lookahead or averaging around it), or they were not "
-                "put on the masks before the first step (jaxsparse.sparsify)"
+                f"{who}: {lost} pruned weights of {name} are not zero"
+                + (
+                    ""
+                    if problems
+                    else (
+                        " (something moves the params after the link, which must stand last, with no schedule_free, "
+                        "lookahead or averaging around it, or they were not put on the masks before the first step: "
+                        "jaxsparse.sparsify)"
+                    )
+                )
             )
     return problems
 

@@ -7,6 +7,9 @@ its *structure*: :class:`weight`, :class:`block`, :class:`kernel`, :class:`chann
 A structure divides a leaf into *units* of one size, its :meth:`Structure.tile`. What is said of units is an
 array of the leaf's rank with one entry for each, so the mask of ``block(64, 64)`` on a matrix of (1024, 512)
 is (16, 8): what a block-sparse matrix product takes.
+
+Inputs are the last axis of a leaf but one and outputs the last, as Flax and Haiku have them. Equinox has the outputs
+first: there a "channel" is an input, and n of m are counted along the outputs.
 """
 
 import dataclasses

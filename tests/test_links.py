@@ -61,6 +61,26 @@ def test_an_inner_chain_sees_the_signals_of_the_outer():
         np.testing.assert_array_equal(m, g)
 
 
+def test_a_chain_in_a_chain_has_its_own_momentum_and_that_of_the_outer():
+    params = make_params()
+    whole = [optax.sgd(0.1, momentum=0.9), jaxsparse.sparse_momentum(0.5, 2)]
+    flat, nested = jaxsparse.chain(*whole), jaxsparse.chain(jaxsparse.chain(*whole), optax.identity())
+    state, nested_state = flat.init(params), nested.init(params)
+    p = q = jaxsparse.sparsify(params, state)
+    for count in range(4):
+        u, state = flat.update(gradients(params, count), state, p)
+        v, nested_state = nested.update(gradients(params, count), nested_state, q)
+        p, q = optax.apply_updates(p, u), optax.apply_updates(q, v)
+    for x, y in zip(jax.tree.leaves(p), jax.tree.leaves(q), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+    seen, link = recorder()
+    tx = jaxsparse.chain(optax.trace(0.9), jaxsparse.chain(optax.scale(2.0), optax.trace(0.5), link))
+    tx.update(gradients(params), tx.init(params), params)
+    for m, g in zip(jax.tree.leaves(seen["momentum"]()), jax.tree.leaves(gradients(params)), strict=True):
+        np.testing.assert_array_equal(m, 2 * g)
+
+
 def test_the_nearest_momentum_before_a_member_is_taken():
     params = {"w": jnp.ones((2, 2))}
     states = (optax.TraceState({"w": jnp.zeros((2, 2))}), optax.EmaState(jnp.int32(0), {"w": jnp.ones((2, 2))}))

@@ -25,7 +25,7 @@ _COLUMNS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class History(Tabular):
     """What :func:`read_history` returns. Printed, it is a table of at most twelve of its lines.
 

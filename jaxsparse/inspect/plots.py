@@ -48,13 +48,13 @@ def plot_densities(masks: Any):
     seen = [share for share in shares.values() if share > 0]
     least = 0.0
     if seen and max(seen) >= 10 * min(seen):
-        axes.set_xscale("log")
+        _logarithmic(axes, seen)
         least = min(seen) / 2
     axes.set_xlim(least, max(seen, default=100))
     for path, (kept, size) in layers.items():
         axes.annotate(
             f"{kept:,} of {size:,}", (max(shares[path], least), path), (4, 0), textcoords="offset points", va="center",
-            fontsize=8, annotation_clip=False,
+            fontsize=8, annotation_clip=False, bbox={"facecolor": axes.get_facecolor(), "edgecolor": "none", "pad": 1},
         )  # fmt: skip
     axes.axvline(overall, color=_ink(), linestyle="--", linewidth=1, label=f"all of them: {overall:.3g}%")
     axes.invert_yaxis()
@@ -65,7 +65,7 @@ def plot_densities(masks: Any):
     return figure
 
 
-def plot_masks(masks: Any, *, max_side: int = 512):
+def plot_masks(masks: Any, *, max_side: int = 256):
     """Draws the mask of every sparse leaf: kept weights as ink, one panel a layer.
 
     Leaves with more than two dimensions are drawn as matrices, outputs (the last axis) across. Layers larger than
@@ -73,7 +73,7 @@ def plot_masks(masks: Any, *, max_side: int = 512):
 
     Args:
       masks: a pytree of bool arrays; scalars (dense leaves) are left out, and vectors are drawn as stripes.
-      max_side: the most pixels in each direction.
+      max_side: the most pixels in each direction: about as many as a panel has, unless it is saved with a higher dpi.
 
     Returns:
       A ``matplotlib.figure.Figure``.
@@ -89,7 +89,7 @@ def plot_masks(masks: Any, *, max_side: int = 512):
         axes = figure.add_subplot(rows, columns, i + 1)
         image = _tiled(mask.reshape(-1, mask.shape[-1]).astype(np.float32), max_side)
         extent = (0, mask.shape[-1], mask.size // max(mask.shape[-1], 1), 0)
-        axes.imshow(image, cmap=_inks(), aspect="auto", interpolation="antialiased", vmin=0, vmax=1, extent=extent)
+        axes.imshow(image, cmap=_inks(), aspect="auto", interpolation="nearest", vmin=0, vmax=1, extent=extent)
         axes.set_title(f"{name}\n{int(mask.sum()):,} of {mask.size:,} ({_share(mask):.1%})", fontsize=9)
         axes.set_xlabel("output" if mask.ndim > 1 else "channel")
         if mask.ndim > 1:
@@ -100,7 +100,7 @@ def plot_masks(masks: Any, *, max_side: int = 512):
     return figure
 
 
-def plot_filters(mask: Any, *, max_side: int = 512):
+def plot_filters(mask: Any, *, max_side: int = 256):
     """Draws the mask of a convolution: how many weights each of its kernels keeps, and how many are kept at each place.
 
     Args:
@@ -122,7 +122,7 @@ def plot_filters(mask: Any, *, max_side: int = 512):
     kernels, places = figure.subplots(1, 2)
     image = kernels.imshow(
         _tiled(mask.sum((0, 1)).astype(np.float32), max_side), cmap=_inks(), aspect="auto", vmin=0, vmax=height * width,
-        interpolation="antialiased", extent=(0, outputs, inputs, 0),
+        interpolation="nearest", extent=(0, outputs, inputs, 0),
     )  # fmt: skip
     kernels.set(xlabel="output channel", ylabel="input channel", title=f"weights kept of a kernel's {height * width}")
     figure.colorbar(image, ax=kernels, shrink=0.8)
@@ -339,12 +339,7 @@ def plot_accuracy_against_kept(
         axes.axhline(100 * accuracy, label=label, color=_ink(), linestyle=("--", ":", "-.")[i % 3], linewidth=1)
     seen = [kept for kept in every if kept > 0]
     if len(seen) == len(every) and max(seen, default=1) >= 5 * min(seen, default=1):
-        axes.set_xscale("log")
-        axes.xaxis.set_minor_formatter("")
-        ticks = [
-            t for t in (f * 10.0**e for e in range(-4, 3) for f in (1, 2, 5)) if min(seen) / 1.5 < t < max(seen) * 1.5
-        ]
-        axes.set_xticks(ticks)
+        _logarithmic(axes, seen)
     axes.xaxis.set_major_formatter("{x:g}")
     low, high = axes.get_ylim()
     axes.set(ylabel="accuracy (%)", ylim=(max(low, 0), min(high, 100)))
@@ -479,6 +474,14 @@ def _sparse(masks: Any, function: str) -> dict[str, np.ndarray]:
     if not found:
         raise ValueError(f"{function}: no leaf has a mask, all are dense")
     return {path: found[path] for path in sorted(found, key=natural_order)}
+
+
+def _logarithmic(axes: Any, shares: Sequence[float]) -> None:
+    """A logarithmic x axis, marked at 1, 2, 5, 10, ... in the range of the shares."""
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter("")
+    ticks = [digit * 10.0**power for power in range(-4, 3) for digit in (1, 2, 5)]
+    axes.set_xticks([tick for tick in ticks if min(shares) / 1.5 < tick < max(shares) * 1.5])
 
 
 def _share(mask: np.ndarray) -> float:

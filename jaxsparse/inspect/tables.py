@@ -75,6 +75,8 @@ class Tabular:
     def __str__(self) -> str:
         return self.table().text()
 
+    __repr__ = __str__
+
     def __rich__(self) -> Any:
         from rich.table import Table as RichTable
 
@@ -123,7 +125,7 @@ class LayerSummary(NamedTuple):
     dense_multiply_adds: int | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Summary(Tabular):
     """What :func:`summary` returns. Printed, it is a table; with ``rich.print`` in colour, in a notebook HTML.
 
@@ -270,7 +272,7 @@ class LayerComparison(NamedTuple):
         return self.both / either if either else 1.0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class MaskComparison(Tabular):
     """What :func:`compare_masks` returns. Printed, it is a table; with ``rich.print`` in colour, in a notebook HTML.
 

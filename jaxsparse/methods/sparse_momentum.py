@@ -143,7 +143,7 @@ def sparse_momentum(
 
     Args:
       sparsity: the fraction of zeros among the prunable weights, in [0, 1), possibly traced; or one for
-        each leaf: a mapping from path ("fc1/kernel") to sparsity, or a function of path and leaf.
+        each prunable leaf: a mapping from path ("fc1/kernel") to sparsity, or a function of path and leaf.
       update_every: steps between mask updates, int >= 1. With the step counted from 0, masks change on the
         steps that are positive multiples of it: the first step of every epoch but the first, if it is
         the length of an epoch. (``MultiSteps`` inside the chain: counted in mini-steps.)
