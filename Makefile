@@ -4,13 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG := configs/digits_sparse_momentum.py
 
-.PHONY: help train test lint clean
+.PHONY: help train test notebooks docs lint clean
 
 help:
-	@echo "make train   train sparse momentum at 90% sparsity on digits, and a dense baseline, and compare"
-	@echo "make test    run the test suite"
-	@echo "make lint    ruff, mypy, and a wheel that installs and imports"
-	@echo "make clean   remove the virtual environment and build leftovers (not runs/)"
+	@echo "make train      train sparse momentum at 90% sparsity on digits, and a dense baseline, and compare"
+	@echo "make test       run the test suite"
+	@echo "make notebooks  execute the notebooks and write their outputs back"
+	@echo "make docs       build the documentation, into build/docs/index.html"
+	@echo "make lint       ruff, mypy, and a wheel that installs and imports"
+	@echo "make clean      remove the virtual environment and build leftovers (not runs/)"
 
 train: $(VENV)/train.installed
 	$(BIN)/python -m experiments.train --config=$(CONFIG) --workdir=runs/digits_dense --config.dense
@@ -19,6 +21,12 @@ train: $(VENV)/train.installed
 
 test: $(VENV)/test.installed $(VENV)/tpu.compiler
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+notebooks: $(VENV)/notebooks.installed
+	$(BIN)/python -m notebooks.run
+
+docs: $(VENV)/docs.installed
+	$(BIN)/python -m sphinx -W --keep-going -n -j auto -b html docs build/docs
 
 lint: $(VENV)/dev.installed
 	$(BIN)/ruff check .

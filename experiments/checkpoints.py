@@ -144,10 +144,13 @@ class Checkpoints:
 
 @contextmanager
 def _as_os_error() -> Iterator[None]:
-    """What TensorStore raises when the disk is full is a ValueError with the number of the system's error in it."""
+    """What TensorStore raises when the disk is full is a ValueError with the number of the system's error in it.
+
+    Another process that is gone is no matter of the disk.
+    """
     try:
         yield
-    except OSError:
+    except (OSError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
         found = re.search(r"os_error_code='(\d+)'", str(error))

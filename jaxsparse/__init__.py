@@ -1,5 +1,7 @@
 """Sparse training as Optax transformations: one more link in the chain, and the network that comes out is sparse."""
 
+import importlib
+
 from jaxsparse import allocation, artifacts, groups, inspect, kernels, masks, parallel, schedules, selection, structures
 from jaxsparse._version import __version__
 from jaxsparse.allocation import erdos_renyi
@@ -48,3 +50,12 @@ __all__ = [
     "reweighted_l1", "save_sparse", "schedules", "selection", "sigmoid_sparsity", "sparse_momentum", "sparsify",
     "structures", "summary", "top_k_mask", "two_phase_sparsity", "velocity",
 ]  # fmt: skip
+
+
+def __getattr__(name: str):
+    if name in ("models", "nn"):  # they need Flax, which ``import jaxsparse`` does without
+        try:
+            return importlib.import_module(f"jaxsparse.{name}")
+        except ImportError as error:
+            raise AttributeError(f'jaxsparse.{name} needs Flax: pip install "jaxsparse[train]", or flax') from error
+    raise AttributeError(f"module 'jaxsparse' has no attribute {name!r}")

@@ -226,7 +226,7 @@ class Layout:
         """Compiles a step.
 
         Args:
-          function: (state, batch, *others) -> (state or None, results). The batch comes from :meth:`place_batch` or
+          function: ``(state, batch, *others) -> (state or None, results)``. The batch comes from :meth:`place_batch` or
             :meth:`replicate`, or is itself a state; others are scalars, or what is static.
           static_argnums: which arguments are part of the program, as for ``jax.jit``.
           donate: whether the state that comes in is given up for that which goes out.

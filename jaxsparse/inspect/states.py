@@ -78,7 +78,7 @@ def eval_params(opt_state: Any, params: Any) -> Any:
       ValueError: if there is no sparse link in the state.
     """
     better: dict[str, Any] = {}
-    for link in _links(opt_state):
+    for link in _links(opt_state, params):
         if hasattr(link, "eval_weights"):
             better |= by_plain_path(link.eval_weights())
     params = sparsify(params, opt_state)
@@ -120,7 +120,7 @@ def check(opt_state: Any, params: Any = None) -> None:
       SparsityError: naming every broken invariant.
       ValueError: if there is no sparse link in the state.
     """
-    problems = [problem for link in _links(opt_state) for problem in link.problems(params)]
+    problems = [problem for link in _links(opt_state, params) for problem in link.problems(params)]
     if problems:
         raise SparsityError("; ".join(problems))
 
@@ -151,8 +151,10 @@ def closed_channels(params: Any, *, prunable: Any = None) -> dict[str, np.ndarra
     }
 
 
-def _links(opt_state: Any) -> list[Any]:
+def _links(opt_state: Any, params: Any = None) -> list[Any]:
     links = link_states(opt_state)
+    if not links and link_states(params):
+        raise ValueError("the params and the optimizer state have changed places: there are sparse links in the params")
     if not links:
         raise ValueError(
             "there is no sparse link in this optimizer state: put one, such as jaxsparse.sparse_momentum, last in "
@@ -164,7 +166,7 @@ def _links(opt_state: Any) -> list[Any]:
 def _masks_of_leaves(opt_state: Any, params: Any) -> list[jax.Array]:
     """For every leaf of the params its mask, the scalar True for dense leaves, matched by path."""
     found: dict[str, Any] = {}
-    for link in _links(opt_state):
+    for link in _links(opt_state, params):
         masks = by_path(link.sparse_masks())
         if twice := sorted(set(found) & set(masks)):
             raise ValueError(f"two sparse links mask the same leaf: {', '.join(twice)}")

@@ -399,7 +399,7 @@ class _Shown:
 
 
 def _masks_of(params: Any, opt_state_or_masks: Any) -> Any:
-    if link_states(opt_state_or_masks):
+    if link_states(opt_state_or_masks) or link_states(params):
         return get_masks(opt_state_or_masks, params)
     validate_masks(opt_state_or_masks, params)
     return opt_state_or_masks

@@ -45,7 +45,7 @@ class ReweightedL1State(NamedTuple):
     magnitude: Any
 
     def sparse_masks(self) -> Any:
-        """|y| > l1 * b: the masks are no part of the state, they follow from it."""
+        """``|y| > l1 * b``: the masks are no part of the state, they follow from it."""
         return jax.tree.map(lambda y, t: jnp.abs(y) > t, self.pre_prox, self.threshold)
 
     def wants_momentum(self) -> bool:

@@ -130,8 +130,8 @@ class SparseConv(nn.Module):
         """The layer's output.
 
         Args:
-          x: (batch, *window axes, inputs).
-          mask: (*kernel_size, inputs, features), bool; None: that of the collection "masks".
+          x: ``(batch, *window axes, inputs)``.
+          mask: ``(*kernel_size, inputs, features)``, bool; None: that of the collection "masks".
           dense_weight_grad: instead of the attribute; also a bool scalar array, for steps that differ.
         """
         size, inputs = tuple(self.kernel_size), x.shape[-1]

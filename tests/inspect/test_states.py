@@ -39,6 +39,21 @@ def test_a_state_without_a_sparse_link_is_refused(access):
         access(optax.sgd(0.1).init(make_params()))
 
 
+@pytest.mark.parametrize(
+    "access",
+    [
+        lambda params, state: jaxsparse.sparsify(state, params),
+        lambda params, state: jaxsparse.eval_params(params, state),
+        lambda params, state: jaxsparse.get_masks(params, state),
+        lambda params, state: jaxsparse.check(params, state),
+        lambda params, state: jaxsparse.summary(state, params),
+    ],
+)
+def test_arguments_that_changed_places(access):
+    with pytest.raises(ValueError, match="the params and the optimizer state have changed places"):
+        access(make_params(), sparse_state())
+
+
 def test_two_links_on_one_leaf_are_refused():
     params = make_params()
     with pytest.raises(ValueError, match="two sparse links mask the same leaf: attention/kernel"):

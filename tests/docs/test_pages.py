@@ -1,0 +1,77 @@
+"""The pages of docs/: their Python runs, and their links lead somewhere."""
+
+import contextlib
+import io
+import logging
+import re
+import warnings
+from pathlib import Path
+
+import jax
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(path for folder in (".", "*") for path in DOCS.glob(f"{folder}/*.md") if path.parent.name != "notebooks")
+FENCE = re.compile(r"^(`{3,})([^\n`]*)\n(.*?)^\1`*\s*$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def name(page: Path) -> str:
+    return page.relative_to(DOCS).as_posix()
+
+
+def blocks(page: Path, language: str) -> list[tuple[int, str]]:
+    """(line, code) of the fenced blocks of a language."""
+    text = page.read_text()
+    found = FENCE.finditer(text)
+    return [(text.count("\n", 0, m.start(3)) + 1, m[3]) for m in found if m[2].strip() == language]
+
+
+WITH_CODE = [page for page in PAGES if blocks(page, "python")]
+
+
+def test_pages_are_found():
+    assert len(PAGES) > 30
+    assert len(WITH_CODE) > 15
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=name)
+def test_code_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    logger = logging.getLogger("jaxsparse")
+    monkeypatch.setattr(logger, "level", logger.level)  # one page sets it
+    source = ""
+    for line, code in blocks(page, "python"):  # at the lines that they have on the page
+        source += "\n" * (line - 1 - source.count("\n")) + code
+    users_add_biases = jax.numpy_rank_promotion("allow")
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), users_add_biases:
+        warnings.simplefilter("error", DeprecationWarning)
+        exec(compile(source, page, "exec"), {"__name__": page.stem})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_code_says_what_it_is(page):
+    languages = {m[2].strip() for m in FENCE.finditer(page.read_text())}
+    assert "" not in languages, "a block without a language"
+    assert not languages & {"py3", "Python", "sh", "shell"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page):
+    text = FENCE.sub("", page.read_text())
+    for target in LINK.findall(text):
+        if target.startswith(("http://", "https://", "#")):
+            continue
+        path = (page.parent / target.partition("#")[0]).resolve()
+        assert path.exists(), f"{name(page)} links to {target}"
+    for target in re.findall(r"^:?(?:file|image|figure)?[`~]{3,}\{(?:image|figure)\} (\S+)", page.read_text(), re.M):
+        assert (page.parent / target).resolve().exists(), f"{name(page)} shows {target}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "toctree" in page.read_text()], ids=name)
+def test_contents_exist(page):
+    for _, block in [(0, m[3]) for m in FENCE.finditer(page.read_text()) if m[2].strip() == "{toctree}"]:
+        for entry in block.split("\n"):
+            if entry and not entry.startswith(":") and "*" not in entry:
+                assert (page.parent / f"{entry}.md").exists(), f"{name(page)} lists {entry}"
