@@ -44,6 +44,16 @@ def join(distributed: bool, coordinator: str | None, processes: int | None, proc
         ) from error
 
 
+def lost(error: BaseException) -> str | None:
+    """What to say of an error that the end of another process has caused here; None of other errors."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, jax.errors.JaxRuntimeError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None or jax.process_count() == 1:
+        return None
+    return f"lost another process, or the network to it ({str(cause).strip().splitlines()[0]}); {LOST}"
+
+
 def leave(message: str) -> None:
     """Ends the program with an error, and the other processes with it."""
     if jax.process_count() == 1:

@@ -510,14 +510,11 @@ def main(argv: Sequence[str]) -> None:
             print(f"stopped by {signal.Signals(stopped.signal).name} {stopped}; the same command goes on from there")
         processes.part()
         sys.exit(128 + stopped.signal)
-    except (ValueError, OSError, FloatingPointError, ElsewhereError) as error:
-        logging.debug("where it came from (shown with --verbosity=1)", exc_info=True)
-        processes.leave(f"error: {error}")
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+    except (ValueError, OSError, FloatingPointError, ElsewhereError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() == 1:
             raise
-        first = str(error).strip().splitlines()[0]
-        processes.leave(f"error: lost another process, or the network to it ({first}); {processes.LOST}")
+        logging.debug("where it came from (shown with --verbosity=1)", exc_info=True)
+        processes.leave(f"error: {processes.lost(error) or error}")
     processes.part()
 
 

@@ -37,18 +37,18 @@ from jaxsparse.schedules import (
     two_phase_sparsity,
 )
 from jaxsparse.selection import global_top_k_masks, top_k_mask
-from jaxsparse.structures import Prunable, block, n_of_m
+from jaxsparse.structures import Prunable, all_but, block, n_of_m
 
 __all__ = [
-    "ArtifactError", "Group", "Penalty", "Prunable", "SparsityError", "__version__", "allocation", "amenable_init",
-    "apply_masks", "artifacts", "asni", "asni_counts", "block", "centroids", "chain", "check", "closed_channels",
-    "constant_sparsity", "cosine_prune_rate", "count", "cubic_sparsity", "density", "dep_l0", "dependent_logits",
-    "erdos_renyi", "eval_params", "formats", "get_log_alpha", "get_masks", "global_top_k_masks", "groups",
-    "hard_concrete", "hard_concrete_mean", "inspect", "kernels", "l0", "linear_prune_rate", "linear_sparsity",
-    "load_sparse", "magnitude_masks", "mask_updates", "masks", "momentum_regrowth", "n_of_m", "nonzero_masks",
-    "parallel", "prob_open", "random_masks", "rda", "rda_cosine", "rda_halving", "rda_log_cosine", "remaining",
-    "reweighted_l1", "save_sparse", "schedules", "selection", "sigmoid_sparsity", "sparse_momentum", "sparsify",
-    "structures", "summary", "top_k_mask", "two_phase_sparsity", "velocity",
+    "ArtifactError", "Group", "Penalty", "Prunable", "SparsityError", "__version__", "all_but", "allocation",
+    "amenable_init", "apply_masks", "artifacts", "asni", "asni_counts", "block", "centroids", "chain", "check",
+    "closed_channels", "constant_sparsity", "cosine_prune_rate", "count", "cubic_sparsity", "density", "dep_l0",
+    "dependent_logits", "erdos_renyi", "eval_params", "formats", "get_log_alpha", "get_masks", "global_top_k_masks",
+    "groups", "hard_concrete", "hard_concrete_mean", "inspect", "kernels", "l0", "linear_prune_rate",
+    "linear_sparsity", "load_sparse", "magnitude_masks", "mask_updates", "masks", "momentum_regrowth", "n_of_m",
+    "nonzero_masks", "parallel", "prob_open", "random_masks", "rda", "rda_cosine", "rda_halving", "rda_log_cosine",
+    "remaining", "reweighted_l1", "save_sparse", "schedules", "selection", "sigmoid_sparsity", "sparse_momentum",
+    "sparsify", "structures", "summary", "top_k_mask", "two_phase_sparsity", "velocity",
 ]  # fmt: skip
 
 

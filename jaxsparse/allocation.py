@@ -245,8 +245,15 @@ def check_allocation(allocation: str) -> None:
 
 def check_sparsity(sparsity: Any, path: str | None = None) -> None:
     """Raises a ValueError if a concrete sparsity is not in [0, 1); traced ones pass."""
-    if not isinstance(sparsity, jax.core.Tracer) and not 0 <= float(sparsity) < 1:
-        of_leaf = f" of {path}" if path else ""
+    if isinstance(sparsity, jax.core.Tracer):
+        return
+    of_leaf = f" of {path}" if path else ""
+    if isinstance(sparsity, str | Mapping | Sequence) or sparsity is None:
+        raise ValueError(
+            f"sparsity{of_leaf} must be a number in [0, 1), or a mapping from the paths of leaves, such as "
+            f"'fc1/kernel', to such numbers, got {sparsity!r}"
+        )
+    if not 0 <= float(sparsity) < 1:
         raise ValueError(f"sparsity{of_leaf} is the fraction of zeros and must be in [0, 1), got {sparsity}")
 
 

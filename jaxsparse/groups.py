@@ -83,6 +83,8 @@ def group_sizes(groups: Sequence[Group], params: Any) -> tuple[int, ...]:
         agree, a leaf that is multiplied by two groups, two groups of the same name, and a filter that is multiplied
         although a batch normalisation goes away with it.
     """
+    if isinstance(groups, Group):
+        raise ValueError(f"groups must be a sequence of jaxsparse.Group, got a single one, {groups.name!r}: [group]")
     groups = tuple(groups)
     if not groups or not all(isinstance(group, Group) for group in groups):
         raise ValueError(f"groups must be one or more jaxsparse.Group, got {groups!r}")

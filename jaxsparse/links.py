@@ -100,14 +100,12 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
     members = [optax.with_extra_args_support(t) for t in transforms]
 
     def init_fn(params):
-        states: list[Any] = []
-        for member in members:
-            state = member.init(params)
+        states = tuple(member.init(params) for member in members)
+        for i, state in enumerate(states, 1):
             for link in link_states(state):
                 if link.wants_momentum():  # of a chain in the chain, it may have one before it in there
-                    _require_momentum(link, [*states, state], params)
-            states.append(state)
-        return tuple(states)
+                    _require_momentum(link, states[:i], states[i:], params)
+        return states
 
     def update_fn(updates, state, params=None, **extra_args):
         if len(state) != len(members):
@@ -238,6 +236,13 @@ def check_range(name: str, value: Any, low: float, high: float | None = None, op
         raise ValueError(f"{name} must be at least {low}{upper}, got {value}")
 
 
+def check_steps(name: str, value: Any, low: int) -> None:
+    """Raises a ValueError for a concrete number of steps that is not whole, or too small; None and traced ones pass."""
+    check_range(name, value, low)
+    if value is not None and not isinstance(value, jax.core.Tracer) and int(value) != value:
+        raise ValueError(f"{name} must be a whole number of steps, got {value}")
+
+
 def require_params(params: Any, who: str) -> None:
     """Raises a ValueError if ``update`` was called without params."""
     if params is None:
@@ -303,9 +308,11 @@ def _momentum_field(node: Any) -> str | None:
     return next((name for name in ("trace", "mu", "ema") if name in fields), None)
 
 
-def _require_momentum(link: Any, states: list[Any], params: Any) -> None:
+def _require_momentum(link: Any, states: Any, behind: Any, params: Any) -> None:
     found = by_path(jax.eval_shape(lambda: stored_momentum(states, params)))
     missing = [name for name in leaf_paths(link.sparse_masks()) if name not in found]
+    if missing and missing[0] in by_path(jax.eval_shape(lambda: stored_momentum(behind, params))):
+        raise ValueError("the sparse link stands before the optimizer in the chain: put it last")
     if missing:
         raise ValueError(
             f"no optimizer before the link in the chain stores a momentum (trace, mu or ema) of {missing[0]}"

@@ -142,16 +142,23 @@ def apply_masks(tree: Any, masks: Any) -> Any:
       masks: a pytree like ``tree``: bool arrays, and the scalar True or
         ``MaskedNode`` for dense leaves, which pass unchanged.
 
+    Raises:
+      ValueError: if a mask is not of the shape of its array.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> apply_masks({"w": jnp.array([1.0, jnp.nan])}, {"w": jnp.array([True, False])})["w"].tolist()
       [1.0, 0.0]
     """
 
-    def apply(mask, x):
-        return x if is_masked_node(mask) or jnp.ndim(mask) < jnp.ndim(x) else jnp.where(mask, x, jnp.zeros_like(x))
+    def apply(path, mask, x):
+        if is_masked_node(mask) or jnp.ndim(mask) < jnp.ndim(x):
+            return x
+        if jnp.shape(mask) != jnp.shape(x):
+            raise ValueError(f"mask of {path_name(path)}: expected shape {jnp.shape(x)}, got {jnp.shape(mask)}")
+        return jnp.where(mask, x, jnp.zeros_like(x))
 
-    return jax.tree.map(apply, masks, tree, is_leaf=is_masked_node)
+    return jax.tree_util.tree_map_with_path(apply, masks, tree, is_leaf=is_masked_node)
 
 
 def count(masks: Any) -> jax.Array:

@@ -30,7 +30,7 @@ from jaxsparse.allocation import exact_sum
 from jaxsparse.selection import count_true, top_k_mask
 
 __all__ = [
-    "Prunable", "Structure", "StructureLike", "align", "block", "by_path", "by_plain_path", "channel",
+    "Prunable", "Structure", "StructureLike", "align", "all_but", "block", "by_path", "by_plain_path", "channel",
     "check_structure", "check_units", "is_function", "is_masked_node", "kernel", "leaf_paths", "leaf_structures",
     "mask_structures", "n_of_m", "natural_order", "path_name", "plain_path", "prunable_by_default", "prunable_leaves",
     "unit_scores", "weight",
@@ -61,6 +61,32 @@ class Prunable:
     """
 
     predicate: Callable[[str, Any], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class _AllBut(Prunable):
+    paths: tuple[str, ...] = ()
+
+
+def all_but(*paths: str) -> Prunable:
+    """Chooses what is chosen by default, see :func:`prunable_leaves`, without some leaves, for ``prunable=``.
+
+    Args:
+      *paths: of leaves, or of what leaves lie in: "conv1" stands for "conv1/kernel" too. One that is not there is an
+        error.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> params = {"fc1": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}, "fc2": {"kernel": jnp.ones((3, 2))}}
+      >>> prunable_leaves(params, all_but("fc2"))
+      {'fc1': {'bias': False, 'kernel': True}, 'fc2': {'kernel': False}}
+    """
+    wanted = tuple(plain_path(path).strip("/") for path in paths)
+    return _AllBut(lambda path, leaf: not any(_within(path, out) for out in wanted) and _by_default(path, leaf), wanted)
+
+
+def _within(path: str, outer: str) -> bool:
+    return f"{plain_path(path)}/".startswith(f"{outer}/")
 
 
 def is_masked_node(node: Any) -> bool:
@@ -154,7 +180,7 @@ def prunable_leaves(params: Any, prunable: Any = None) -> Any:
       prunable: ``None`` for every floating-point leaf with two or more dimensions
         whose name does not end in "bias", "scale" or "offset" (so the two-dimensional
         biases of attention layers, and of Haiku's normalisations, stay dense too); a pytree of bools like the params;
-        or a :class:`Prunable`.
+        or a :class:`Prunable`, such as :func:`all_but`.
 
     Returns:
       A pytree of Python bools like ``params``.
@@ -167,6 +193,10 @@ def prunable_leaves(params: Any, prunable: Any = None) -> Any:
     if prunable is None:
         chosen = [prunable_by_default(path, leaf) for path, leaf in leaves]
     elif isinstance(prunable, Prunable):
+        names = [path_name(path) for path, _ in leaves]
+        lost = [out for out in getattr(prunable, "paths", ()) if not any(_within(name, out) for name in names)]
+        if leaves and lost:
+            raise ValueError(f"all_but: there is no {', '.join(lost)} in the params, which are {_listed(names)}")
         chosen = [bool(prunable.predicate(path_name(path), leaf)) for path, leaf in leaves]
     elif is_function(prunable):
         raise ValueError("wrap the predicate of prunable=: jaxsparse.Prunable(lambda path, leaf: ...)")
@@ -589,10 +619,11 @@ def _merged(x: jax.Array, like: Any) -> jax.Array:
 
 def prunable_by_default(path: tuple, leaf: Any) -> bool:
     """Whether :func:`prunable_leaves` chooses a leaf if not told otherwise; ``path`` as jax.tree_util has it."""
-    names = [jax.tree_util.keystr((key,), simple=True).lower() for key in path]
-    while names and names[-1] in _WRAPPER_NAMES:
-        names.pop()
-    name = names[-1] if names else ""
+    return _by_default(path_name(path), leaf)
+
+
+def _by_default(path: str, leaf: Any) -> bool:
+    name = plain_path(path).split("/")[-1].lower()
     return (
         leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating) and not name.endswith(("bias", "scale", "offset"))
     )

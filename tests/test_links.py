@@ -1,3 +1,5 @@
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,6 +81,34 @@ def test_a_chain_in_a_chain_has_its_own_momentum_and_that_of_the_outer():
     tx.update(gradients(params), tx.init(params), params)
     for m, g in zip(jax.tree.leaves(seen["momentum"]()), jax.tree.leaves(gradients(params)), strict=True):
         np.testing.assert_array_equal(m, 2 * g)
+
+
+def test_a_link_before_the_optimizer_is_told_to_stand_behind_it():
+    tx = jaxsparse.chain(jaxsparse.sparse_momentum(0.5, 2), optax.sgd(0.1, momentum=0.9))
+    with pytest.raises(ValueError, match="the sparse link stands before the optimizer in the chain: put it last"):
+        tx.init(make_params())
+
+
+def test_in_a_plain_chain_sparse_momentum_says_what_it_lacks():
+    params, link = make_params(), jaxsparse.sparse_momentum(0.5, 2)
+    plain, ours = (chain(optax.sgd(0.1, momentum=0.9), link) for chain in (optax.chain, jaxsparse.chain))
+    with pytest.warns(UserWarning, match="handed no momentum and takes the proposed update .* use jaxsparse.chain"):
+        plain.update(gradients(params), plain.init(params), params)
+    with warnings.catch_warnings(action="error"):
+        ours.update(gradients(params), ours.init(params), params)
+        plain.update(gradients(params), plain.init(params), params, momentum=params)
+
+
+@pytest.mark.parametrize("make", [
+    lambda steps: jaxsparse.sparse_momentum(0.5, steps),
+    lambda steps: jaxsparse.sparse_momentum(0.5, 2, stop_at=steps),
+    lambda steps: jaxsparse.asni(0.5, steps),
+])  # fmt: skip
+def test_steps_are_whole(make):
+    with pytest.raises(ValueError, match="must be a whole number of steps, got 44.9"):
+        make(44.9)
+    make(44.0)
+    make(np.int64(44))
 
 
 def test_the_nearest_momentum_before_a_member_is_taken():

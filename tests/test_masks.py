@@ -165,3 +165,16 @@ def test_unpacking_into_the_wrong_shape_is_named():
 def test_unknown_allocation():
     with pytest.raises(ValueError, match=r"allocation must be one of \['uniform', .*\], got 'best'"):
         jaxsparse.random_masks(make_params(), 0.5, allocation="best")
+
+
+def test_masks_of_another_shape_are_named():
+    with pytest.raises(ValueError, match=r"mask of fc/w: expected shape \(2, 3\), got \(3, 2\)"):
+        jaxsparse.apply_masks({"fc": {"w": jnp.ones((2, 3))}}, {"fc": {"w": jnp.ones((3, 2), bool)}})
+
+
+@pytest.mark.parametrize("sparsity", ["0.9", {"fc": {"w": 0.5}}, None])
+def test_sparsities_that_are_no_numbers(sparsity):
+    params = {"fc": {"w": jnp.ones((2, 3))}}
+    for use in (jaxsparse.random_masks, lambda params, sparsity: jaxsparse.sparse_momentum(sparsity, 10).init(params)):
+        with pytest.raises(ValueError, match="sparsity"):
+            use(params, sparsity)

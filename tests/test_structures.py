@@ -52,6 +52,16 @@ def test_a_predicate_and_a_tree():
     assert names(prunable_leaves(params, tree)) == {"conv/kernel"}
 
 
+def test_all_but_some_keeps_the_default_for_the_rest():
+    params = make_params()
+    assert names(prunable_leaves(params, jaxsparse.all_but("conv", "attention/kernel"))) == {"dense/kernel"}
+    assert names(prunable_leaves(params, jaxsparse.all_but())) == set(SPARSE)
+    with pytest.raises(ValueError, match="all_but: there is no den, conv/kernel/x in the params, which are att"):
+        prunable_leaves(params, jaxsparse.all_but("den", "conv/kernel/x"))
+    with pytest.raises(ValueError, match="matches none of the params"):
+        prunable_leaves(params, jaxsparse.all_but("conv", "attention", "dense"))
+
+
 @pytest.mark.parametrize(
     ("prunable", "message"),
     [

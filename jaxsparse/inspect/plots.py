@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from jaxsparse.inspect.history import History
+from jaxsparse.inspect.states import get_masks
+from jaxsparse.links import link_states
 from jaxsparse.masks import validate_masks
 from jaxsparse.structures import by_path, natural_order
 
@@ -31,13 +33,13 @@ def plot_densities(masks: Any):
     """Draws the density of every sparse layer as a bar, with how many weights it keeps, and that of all of them.
 
     Args:
-      masks: a pytree of bool arrays; scalars (dense leaves) are left out.
+      masks: a pytree of bool arrays, or an optimizer state; scalars (dense leaves) are left out.
 
     Returns:
       A ``matplotlib.figure.Figure``. The axis is logarithmic if densities differ by a factor of ten or more.
 
     Raises:
-      ValueError: if no leaf has a mask.
+      ValueError: if no leaf has a mask, or these are no masks.
     """
     layers = {path: (int(mask.sum()), mask.size) for path, mask in _sparse(masks, "plot_densities").items()}
     shares = {path: 100 * kept / max(size, 1) for path, (kept, size) in layers.items()}
@@ -72,14 +74,15 @@ def plot_masks(masks: Any, *, max_side: int = 256):
     ``max_side`` are averaged over tiles, so a pixel's shade is its tile's density.
 
     Args:
-      masks: a pytree of bool arrays; scalars (dense leaves) are left out, and vectors are drawn as stripes.
+      masks: a pytree of bool arrays, or an optimizer state; scalars (dense leaves) are left out, and vectors are drawn
+        as stripes.
       max_side: the most pixels in each direction: about as many as a panel has, unless it is saved with a higher dpi.
 
     Returns:
       A ``matplotlib.figure.Figure``.
 
     Raises:
-      ValueError: if no leaf has a mask.
+      ValueError: if no leaf has a mask, or these are no masks.
     """
     sparse = _sparse(masks, "plot_masks")
     columns = min(len(sparse), 4)
@@ -469,8 +472,13 @@ def _inks() -> Any:
 
 
 def _sparse(masks: Any, function: str) -> dict[str, np.ndarray]:
-    """The masks that are no scalars, by path, in natural order."""
+    """The masks that are no scalars, by path, in natural order; of an optimizer state those that it holds."""
+    if link_states(masks):
+        masks = get_masks(masks)
     found = {path: np.asarray(mask) for path, mask in by_path(masks).items() if np.ndim(mask) > 0}
+    for path, mask in found.items():
+        if mask.dtype != bool:
+            raise ValueError(f"{function}: expected masks, or an optimizer state, got {mask.dtype} for {path}")
     if not found:
         raise ValueError(f"{function}: no leaf has a mask, all are dense")
     return {path: found[path] for path in sorted(found, key=natural_order)}

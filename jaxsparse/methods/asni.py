@@ -19,6 +19,7 @@ from jaxsparse.allocation import check_total
 from jaxsparse.links import (
     check_budget,
     check_range,
+    check_steps,
     check_zeros,
     land_on_masks,
     on_update_steps,
@@ -148,7 +149,7 @@ def asni(
       In ``optax.inject_hyperparams`` name the schedule as static (``static_args="schedule"``): it counts stages, and
       would be called with steps.
     """
-    check_range("update_every", update_every, 1)
+    check_steps("update_every", update_every, 1)
     if not callable(schedule):
         check_range("schedule", schedule, 0, 1)
     check_structure(structure)

@@ -315,6 +315,8 @@ def rda(
       Siegel, Chen, Zhang and Xu, `Training Sparse Neural Networks using Compressed Sensing
       <https://arxiv.org/abs/2008.09661>`_, 2020.
     """
+    if isinstance(step_size, tuple):
+        raise ValueError("step_size got a pair of schedules: step_size, averaging = jaxsparse.rda_cosine(...), for one")
     check_range("weight_decay", weight_decay, 0)
     no_decay = not isinstance(weight_decay, jax.core.Tracer) and weight_decay == 0
     return chain(

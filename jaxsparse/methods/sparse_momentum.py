@@ -10,6 +10,7 @@ their scores take the place of the weights, and those of the momentum the place 
 """
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from jaxsparse.links import (
     align_signal,
     check_budget,
     check_range,
+    check_steps,
     check_zeros,
     land_on_masks,
     on_update_steps,
@@ -143,7 +145,8 @@ def sparse_momentum(
 
     Args:
       sparsity: the fraction of zeros among the prunable weights, in [0, 1), possibly traced; or one for
-        each prunable leaf: a mapping from path ("fc1/kernel") to sparsity, or a function of path and leaf.
+        each prunable leaf: a mapping from path ("fc1/kernel") to sparsity, or a function of path and leaf. These are
+        of the start: then layers exchange weights as ``redistribution`` says; "nonzeros" about keeps their shares.
       update_every: steps between mask updates, int >= 1. With the step counted from 0, masks change on the
         steps that are positive multiples of it: the first step of every epoch but the first, if it is
         the length of an epoch. (``MultiSteps`` inside the chain: counted in mini-steps.)
@@ -212,9 +215,9 @@ def sparse_momentum(
     if masks is None and not callable(sparsity):
         for value in sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]:
             check_sparsity(value)
-    check_range("update_every", update_every, 1)
-    check_range("start_at", start_at, 0)
-    check_range("stop_at", stop_at, 0)
+    check_steps("update_every", update_every, 1)
+    check_steps("start_at", start_at, 0)
+    check_steps("stop_at", stop_at, 0)
     check_range("decay", decay, 0, 1, open_end=True)
     if not callable(prune_rate):
         check_range("prune_rate", prune_rate, 0, 1)
@@ -250,6 +253,12 @@ def sparse_momentum(
             gradients = align_signal(updates if grad is None else grad, params, "grad")
             own = _averaged(own, gradients, decay, jax.tree.structure(params))
         signal = own if decay is not None else updates if momentum is None else momentum
+        if signal is updates and (redistribution == "momentum" or growth.startswith("momentum")):
+            warnings.warn(
+                "sparse_momentum is handed no momentum and takes the proposed update for it, which makes every step "
+                "dearer: use jaxsparse.chain in place of optax.chain, or pass momentum= to update",
+                stacklevel=2,
+            )
 
         def changed(old):
             masks, nan_scores, rng_key = old

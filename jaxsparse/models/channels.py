@@ -83,7 +83,8 @@ def channel_groups(model: nn.Module) -> tuple[Group, ...]:
         )
     raise ValueError(
         f"there are groups for LeNet300100, LeNet5Caffe, VGG, ResNetCIFAR and ResNet50, got {type(model).__name__}: "
-        "write them down with jaxsparse.Group"
+        "write them down with jaxsparse.Group. (jaxsparse.remaining then counts what is left; slim makes these models "
+        "smaller and no others.)"
     )
 
 
@@ -141,7 +142,12 @@ def slim(model: nn.Module, params: Any, batch_stats: Any = None) -> tuple[nn.Mod
 
 
 def reestimate_batch_stats(
-    model: nn.Module, params: Any, batch_stats: Any, batches: Iterable[jax.Array], momentum: float = 0.9
+    model: nn.Module,
+    params: Any,
+    batch_stats: Any,
+    batches: Iterable[jax.Array],
+    momentum: float = 0.9,
+    **kwargs: Any,
 ) -> Any:
     """The running means and variances made anew, as the plain mean over batches.
 
@@ -154,12 +160,13 @@ def reestimate_batch_stats(
       batch_stats: its batch statistics, of which the structure is taken.
       batches: inputs of the model, a few hundred examples each, such as twenty batches of the train images.
       momentum: of the model's batch normalisation.
+      **kwargs: what else the model is called with to gather statistics, such as ``train=True``.
 
     Returns:
       Batch statistics like ``batch_stats``.
 
     Raises:
-      ValueError: if there are no batches.
+      ValueError: if there are no batches, or the model gathers no statistics when it is called so.
     """
     # The batches are whole: no axis of devices is bound here.
     local = model.clone(axis_name=None) if getattr(model, "axis_name", None) else model
@@ -167,7 +174,7 @@ def reestimate_batch_stats(
     @jax.jit
     def of_batch(images):
         start = jax.tree.map(jnp.zeros_like, batch_stats)  # of which (1 - momentum) times the batch's remains
-        _, new = local.apply({"params": params, "batch_stats": start}, images, mutable=["batch_stats"])
+        _, new = local.apply({"params": params, "batch_stats": start}, images, mutable=["batch_stats"], **kwargs)
         return jax.tree.map(lambda x: x / (1 - momentum), new["batch_stats"])
 
     total, number = None, 0
@@ -177,6 +184,11 @@ def reestimate_batch_stats(
         number += 1
     if total is None:
         raise ValueError("reestimate_batch_stats needs one batch at least")
+    if not any(jnp.any(leaf != 0) for leaf in jax.tree.leaves(total)):
+        raise ValueError(
+            "the model gathered no statistics: call it as in training, reestimate_batch_stats(..., train=True) or what "
+            "its argument is"
+        )
     return jax.tree.map(lambda x: x / number, total)
 
 

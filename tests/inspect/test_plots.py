@@ -80,6 +80,14 @@ def test_a_network_without_masks(plot):
         plot({"b": jnp.array(True)})
 
 
+@pytest.mark.parametrize("plot", [inspect.plot_masks, inspect.plot_densities])
+def test_masks_are_taken_from_an_optimizer_state_and_numbers_are_none(plot):
+    tx = jaxsparse.chain(optax.sgd(0.1, momentum=0.9), jaxsparse.sparse_momentum(0.75, 10))
+    np.testing.assert_array_equal(drawn(plot(tx.init(make_params()))), drawn(plot(masks_of_a_network())))
+    with pytest.raises(ValueError, match="expected masks, or an optimizer state, got float32 for attention/bias"):
+        plot(make_params())
+
+
 def test_densities():
     masks = {"a": jnp.arange(100).reshape(10, 10) < 30, "b": jnp.arange(10) < 4, "bias": jnp.array(True)}
     figure = inspect.plot_densities(masks)

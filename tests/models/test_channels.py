@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 import jaxsparse
 from jaxsparse import models
@@ -134,6 +135,35 @@ def test_positions_times_weights_are_the_multiply_adds():
         places = models.positions(model, shape)
         assert sum(places[path] * params[path].size for path in places) == expected
         assert {path for path in params if path.endswith("kernel")} == set(places)
+
+
+class Attends(nn.Module):
+    """A model of layers that the library's own have not, with an argument that has no default."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Conv(8, (3, 3), strides=2)(x)
+        x = nn.BatchNorm(use_running_average=not train)(nn.ConvTranspose(6, (2, 2), strides=(2, 2))(x))
+        x = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=4)(x.reshape(x.shape[0], -1, 6))
+        return nn.Dense(3)(x.mean(1))
+
+
+def test_positions_of_other_layers_of_flax():
+    places = models.positions(Attends(), (8, 8, 1), train=False)
+    attention = {path.split("/")[-2]: number for path, number in places.items() if "Attention" in path}
+    assert attention == dict.fromkeys(("query", "key", "value", "out"), 64)
+    assert {path: number for path, number in places.items() if "Attention" not in path} == {
+        "Conv_0/kernel": 16, "ConvTranspose_0/kernel": 16, "Dense_0/kernel": 1,
+    }  # fmt: skip
+
+
+def test_statistics_are_not_gathered_in_evaluation():
+    variables = Attends().init(jax.random.key(0), jnp.ones((1, 8, 8, 1)), train=True)
+    arguments = (Attends(), variables["params"], variables["batch_stats"], [jnp.ones((4, 8, 8, 1))])
+    found = models.reestimate_batch_stats(*arguments, momentum=0.99, train=True)
+    assert float(jnp.abs(found["BatchNorm_0"]["mean"]).max()) > 0
+    with pytest.raises(ValueError, match=r"gathered no statistics: call it as in training, .*train=True"):
+        models.reestimate_batch_stats(*arguments, train=False)
 
 
 def test_batch_statistics_are_the_mean_over_batches():
