@@ -191,13 +191,14 @@ def runs_table(runs: Sequence[Run]) -> Table:
 
 def seeds_table(runs: Sequence[Run]) -> Table:
     """A line for all finished runs that differ by their seed alone, where there are several."""
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, dict[Any, Run]] = {}
     for run in runs:
         if run.result is not None:
             same = {key: value for key, value in run.config.items() if key not in (*NOT_COMPARED, "side_by_side")}
-            groups.setdefault(json.dumps(same, sort_keys=True), []).append(run)
+            groups.setdefault(json.dumps(same, sort_keys=True), {}).setdefault(run.config.get("seed"), run)
     rows = []
-    for of_group in groups.values():
+    for by_seed in groups.values():
+        of_group = list(by_seed.values())
         if len(of_group) > 1:
             values = [[100 * (run.last(name) or 0.0) for run in of_group] for name in ("density", "test_accuracy")]
             cells = ["{:.2f} ± {:.3f}%".format(*mean_and_error(of_runs)) for of_runs in values]

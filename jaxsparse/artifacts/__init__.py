@@ -303,7 +303,7 @@ def _kept(tree: Any, masks: Any) -> list[np.ndarray | None]:
         if mask is not None and (outside := np.count_nonzero(leaf[~mask])):
             raise ValueError(
                 f"{printable(path_name(path))} has {outside} weights that are not 0 where its mask is False: save "
-                "jaxsparse.apply_masks(params, masks)"
+                "jaxsparse.apply_masks(params, masks). (Masks of gates change with every step: save eval_params alone.)"
             )
     return found
 

@@ -29,7 +29,9 @@ def get_masks(opt_state: Any, params: Any = None) -> Any:
         ``flax.nnx.Optimizer`` come wrapped in its own variables.
 
     Returns:
-      A pytree like the params: bool arrays of the leaves' shapes, the scalar True for dense leaves.
+      A pytree like the params: bool arrays of the leaves' shapes, the scalar True for dense leaves. Of gates
+      (:func:`jaxsparse.l0`) they say which are open in the last step, at random while they are sampled: count those
+      to evaluate with by :func:`jaxsparse.remaining`, or ``nonzero_masks(eval_params(opt_state, params))``.
 
     Raises:
       ValueError: if there is no sparse link in the state, or two of them mask the same leaf.
