@@ -459,8 +459,7 @@ def make_augmentation(config: ConfigDict) -> Callable[[jax.Array, jax.Array, jax
 def masks_of(config: ConfigDict, state: TrainState) -> Any:
     """The masks, like the params; the scalar True for dense leaves. Of gates: which channels of each group are open."""
     if is_gated(config):
-        logits = jaxsparse.get_log_alpha(state.opt_state)
-        return {name: jaxsparse.hard_concrete_mean(log_alpha) > 0 for name, log_alpha in logits.items()}
+        return jaxsparse.open_channels(state.opt_state)
     if config.dense:
         return jax.tree.map(lambda _: jnp.ones((), bool), state.params)
     return jaxsparse.get_masks(state.opt_state, state.params)

@@ -14,6 +14,7 @@ from jaxsparse.inspect import (
     eval_params,
     get_log_alpha,
     get_masks,
+    open_channels,
     sparsify,
     summary,
 )
@@ -46,9 +47,9 @@ __all__ = [
     "dependent_logits", "erdos_renyi", "eval_params", "formats", "get_log_alpha", "get_masks", "global_top_k_masks",
     "groups", "hard_concrete", "hard_concrete_mean", "inspect", "kernels", "l0", "linear_prune_rate",
     "linear_sparsity", "load_sparse", "magnitude_masks", "mask_updates", "masks", "momentum_regrowth", "n_of_m",
-    "nonzero_masks", "parallel", "prob_open", "random_masks", "rda", "rda_cosine", "rda_halving", "rda_log_cosine",
-    "remaining", "reweighted_l1", "save_sparse", "schedules", "selection", "sigmoid_sparsity", "sparse_momentum",
-    "sparsify", "structures", "summary", "top_k_mask", "two_phase_sparsity", "velocity",
+    "nonzero_masks", "open_channels", "parallel", "prob_open", "random_masks", "rda", "rda_cosine", "rda_halving",
+    "rda_log_cosine", "remaining", "reweighted_l1", "save_sparse", "schedules", "selection", "sigmoid_sparsity",
+    "sparse_momentum", "sparsify", "structures", "summary", "top_k_mask", "two_phase_sparsity", "velocity",
 ]  # fmt: skip
 
 

@@ -30,7 +30,7 @@ class LinkState(Protocol):
     """What the accessors ask of a link's state, wherever it lies in an optimizer state.
 
     That of a wrapper may also have an ``inner_state``, with further links in it; ``eval_weights()``, the leaves to
-    evaluate with where they are not the params on their masks; and ``log_alpha``, of its gates.
+    evaluate with where they are not the params on their masks; and ``log_alpha`` and ``open_channels()``, of its gates.
     """
 
     def sparse_masks(self) -> Any:

@@ -25,6 +25,7 @@ from jaxsparse.inspect.states import (
     eval_params,
     get_log_alpha,
     get_masks,
+    open_channels,
     sparsify,
 )
 from jaxsparse.inspect.tables import (
@@ -40,7 +41,7 @@ from jaxsparse.inspect.tables import (
 __all__ = [
     "History", "LayerComparison", "LayerSummary", "MaskComparison", "SparsityError", "Summary", "check",
     "class_activity", "class_specialization", "closed_channels", "compare_masks", "eval_params", "get_log_alpha",
-    "get_masks", "plot_accuracy_against_kept", "plot_class_specialization", "plot_densities", "plot_filters",
-    "plot_history", "plot_layer_densities", "plot_masks", "plot_receptive_fields", "plot_schedules", "plot_weights",
-    "read_history", "show", "sparsify", "summary",
+    "get_masks", "open_channels", "plot_accuracy_against_kept", "plot_class_specialization", "plot_densities",
+    "plot_filters", "plot_history", "plot_layer_densities", "plot_masks", "plot_receptive_fields", "plot_schedules",
+    "plot_weights", "read_history", "show", "sparsify", "summary",
 ]  # fmt: skip

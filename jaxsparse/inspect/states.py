@@ -11,7 +11,19 @@ from jaxsparse.links import link_states
 from jaxsparse.masks import apply_masks
 from jaxsparse.structures import by_path, by_plain_path, is_masked_node, leaf_paths, prunable_leaves
 
-__all__ = ["SparsityError", "check", "closed_channels", "eval_params", "get_log_alpha", "get_masks", "sparsify"]
+__all__ = [
+    "SparsityError",
+    "check",
+    "closed_channels",
+    "eval_params",
+    "get_log_alpha",
+    "get_masks",
+    "open_channels",
+    "sparsify",
+]
+
+
+_NO_GATES = "there are no gates in this optimizer state: wrap the optimizer in jaxsparse.l0 or dep_l0"
 
 
 class SparsityError(ValueError):
@@ -31,7 +43,7 @@ def get_masks(opt_state: Any, params: Any = None) -> Any:
     Returns:
       A pytree like the params: bool arrays of the leaves' shapes, the scalar True for dense leaves. Of gates
       (:func:`jaxsparse.l0`) they say which are open in the last step, at random while they are sampled: count those
-      to evaluate with by :func:`jaxsparse.remaining`, or ``nonzero_masks(eval_params(opt_state, params))``.
+      to evaluate with by :func:`open_channels` and :func:`jaxsparse.remaining`.
 
     Raises:
       ValueError: if there is no sparse link in the state, or two of them mask the same leaf.
@@ -104,8 +116,28 @@ def get_log_alpha(opt_state: Any) -> dict[str, jax.Array]:
     """
     gated = [link.log_alpha for link in link_states(opt_state) if hasattr(link, "log_alpha")]
     if not gated:
-        raise ValueError("there are no gates in this optimizer state: wrap the optimizer in jaxsparse.l0 or dep_l0")
+        raise ValueError(_NO_GATES)
     return {name: log_alpha for each in gated for name, log_alpha in each.items()}
+
+
+def open_channels(opt_state: Any) -> dict[str, jax.Array]:
+    """Which channels the gates in an optimizer state leave open in evaluation, by the name of their group.
+
+    What :func:`jaxsparse.remaining` takes, to count what is left of a network without its closed channels.
+
+    Args:
+      opt_state: the optimizer state.
+
+    Returns:
+      name of the group -> (size,), bool.
+
+    Raises:
+      ValueError: if there are no gates in the state.
+    """
+    gated = [link.open_channels() for link in link_states(opt_state) if hasattr(link, "open_channels")]
+    if not gated:
+        raise ValueError(_NO_GATES)
+    return {name: which for each in gated for name, which in each.items()}
 
 
 def check(opt_state: Any, params: Any = None) -> None:

@@ -66,6 +66,10 @@ class L0State(NamedTuple):
         """The weights times the test-time gates; ``optax.MaskedNode()`` for leaves without gates."""
         return self._gated(lambda w, path: (w * _leaf(self.test_gates[path])).astype(w.dtype))
 
+    def open_channels(self) -> dict[str, jax.Array]:
+        """Which channels of each group are open in evaluation."""
+        return {name: hard_concrete_mean(log_alpha) > 0 for name, log_alpha in self.log_alpha.items()}
+
     def wants_momentum(self) -> bool:
         """The gates learn from the gradients."""
         return False

@@ -273,6 +273,11 @@ def test_eval_params_are_the_weights_times_the_test_gates(problem):
     weights, gates = opt_state.weights["conv2"]["kernel"], jaxsparse.hard_concrete_mean(log_alpha["conv2"])
     np.testing.assert_allclose(evaluated["conv2"]["kernel"], np.asarray(weights) * np.asarray(gates), atol=1e-7)
     np.testing.assert_array_equal(evaluated["conv1"]["kernel"], params["conv1"]["kernel"])
+    assert not any(which.any() for which in jaxsparse.open_channels(opt_state).values())
+    half = opt_state._replace(log_alpha={**log_alpha, "conv2": log_alpha["conv2"].at[0].set(0.0)})
+    assert {name: int(which.sum()) for name, which in jaxsparse.open_channels(half).items()} == {
+        name: int(name == "conv2") for name in log_alpha
+    }
     assert int((evaluated["conv2"]["bias"] == 0).sum()) > 0  # the penalty closes some
 
 
@@ -369,6 +374,7 @@ def test_check_finds_params_that_moved(problem):
             r"layer 1 of the generator has a kernel of shape \(2, 3\).*with 3 inputs",
         ),
         (lambda: jaxsparse.get_log_alpha(optax.sgd(0.1).init({})), "no gates in this optimizer state"),
+        (lambda: jaxsparse.open_channels(optax.sgd(0.1).init({})), "no gates in this optimizer state"),
     ],
 )
 def test_bad_options_are_refused(make, message):

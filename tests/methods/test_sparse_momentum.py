@@ -616,7 +616,7 @@ def test_an_optimizer_without_momentum_is_named_by_init(inner):
         tx.init(make_params())
     # One that comes after the link does not count.
     tx = jaxsparse.chain(inner, jaxsparse.sparse_momentum(0.9, 10), optax.trace(0.9))
-    with pytest.raises(ValueError, match="stores a momentum"):
+    with pytest.raises(ValueError, match="the sparse link stands before the optimizer"):
         tx.init(make_params())
 
 
