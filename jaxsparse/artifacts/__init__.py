@@ -358,7 +358,8 @@ def _read(path: str | os.PathLike) -> tuple[Any, list[_Leaf], dict[str, np.ndarr
     for name, tensor in found.items():
         dtype, shape = tensor["dtype"], list(tensor["shape"])
         intact = model["tensors"][name] == [dtype, shape, _sha256(tensor["data"])]
-        require(intact, f"the tensor {name!r} is damaged: its checksum is wrong")
+        of = printable(leaves[int(name.partition("/")[0])].name)
+        require(intact, f"the tensor {name!r}, of {of}, is damaged: its checksum is wrong")
         require(dtype in DTYPES and len(shape) == 1, f"the tensor {name!r} is no vector of a known dtype")
         tensors[name] = np.frombuffer(tensor["data"], DTYPES[dtype])
     for i, leaf in enumerate(leaves):

@@ -638,7 +638,7 @@ def test_wrong_checksums_alone_are_refused(valid, model):
             model["tensors"]["0/values"][field] = value
 
         path.write_bytes(forge(data, change, stamp=False))
-        with pytest.raises(ArtifactError, match="the tensor '0/values' is damaged"):
+        with pytest.raises(ArtifactError, match="the tensor '0/values', of .+, is damaged"):
             load_sparse(path)
 
 
