@@ -8,8 +8,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; without their yellow, too light for lines.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+from jaxsparse.inspect import plots
+
+COLOURS = (*plots.COLOURS, "#000000")  # these pictures have a white ground
 
 
 def errors_against(
@@ -38,7 +39,7 @@ def errors_against(
     for i, (label, points) in enumerate(series.items()):
         xs = list(points) if named else sorted(points)
         means, errors = zip(*(points[x] for x in xs), strict=True)
-        style = {"label": label, "marker": "os^vDPX"[i % 7], "color": COLOURS[i % len(COLOURS)], "capsize": 3}
+        style = {"label": label, "marker": plots.MARKERS[i % 7], "color": COLOURS[i % len(COLOURS)], "capsize": 3}
         places = [position[x] + (0.06 * i if named else 0) for x in xs]
         axes.errorbar(places, means, [error or 0 for error in errors], linestyle="" if named else "-", **style)
     for i, (label, error) in enumerate(baselines.items()):

@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 import jaxsparse
 from experiments.compare import mean_and_error
-from experiments.workdir import flat, read_json, writing
+from experiments.workdir import flat, read_json
 from jaxsparse import inspect
-from jaxsparse.inspect.tables import Table
 from jaxsparse.structures import by_path, natural_order
+from jaxsparse.tables import Table
 
 # In place of this colour lines and letters take that of the page's text; images keep it, and it is seen on either.
 INK = "#0b73b3"
@@ -186,7 +186,7 @@ def runs_table(runs: Sequence[Run]) -> Table:
             "" if difference is None else f"{difference:+.2f} points", _share(run.last("validation_accuracy")),
             "" if speed is None else f"{speed:,.0f}", _seconds(run),
         ))  # fmt: skip
-    return _without_empty_columns(Table(header, tuple(rows), left=3))
+    return _without_empty_columns(Table(header, tuple(rows), left=(0, 1, 2)))
 
 
 def seeds_table(runs: Sequence[Run]) -> Table:
@@ -254,12 +254,12 @@ def _configurations(runs: Sequence[Run]) -> str:
     parts = []
     if differing:
         cells = [(key, *(_value(run.config, key) for run in runs)) for key in differing]
-        parts.append(Table(("key", *(run.name for run in runs)), tuple(cells), left=len(runs) + 1).html())
+        parts.append(Table(("key", *(run.name for run in runs)), tuple(cells), left=tuple(range(len(runs) + 1))).html())
     elif len(runs) > 1:
         parts.append("<p>They are the same, but for the seed.</p>")
     rows = tuple((key, _value(runs[0].config, key)) for key in same)
     name = "What all of them share" if len(runs) > 1 else "All keys"
-    parts.append(f"<details><summary>{name}</summary>{Table(('key', 'value'), rows, left=2).html()}</details>")
+    parts.append(f"<details><summary>{name}</summary>{Table(('key', 'value'), rows, left=(0, 1)).html()}</details>")
     return "\n".join(parts)
 
 
@@ -279,7 +279,7 @@ def _details(run: Run, opened: bool) -> str:
         if largest:
             which = "" if len(largest) == len(sparse) else f" of the {MOST_MASKS} largest layers"
             shown = {path: mask for path, mask in sparse.items() if path in largest}
-            parts.append(_figure(inspect.plot_masks(shown, max_side=256), f"Masks{which} at the end."))
+            parts.append(_figure(inspect.plot_masks(shown), f"Masks{which} at the end."))
     elif not run.config.get("dense"):
         parts.append("<p>No masks to show: a run leaves them, as sparse.safetensors, when it is finished.</p>")
     attribute = " open" if opened else ""
@@ -316,7 +316,7 @@ def _shapes(masks: Any) -> dict[str, tuple[int, ...]]:
 def _without_empty_columns(table: Table) -> Table:
     shown = [i for i in range(len(table.header)) if any(row[i] for row in table.rows)]
     header, *rows = (tuple(cells[i] for i in shown) for cells in (table.header, *table.rows))
-    return Table(tuple(header), tuple(rows), left=sum(i < table.left for i in shown))
+    return Table(tuple(header), tuple(rows), left=tuple(shown.index(i) for i in table.left if i in shown))
 
 
 def _figure(figure: Any, caption: str) -> str:
@@ -352,9 +352,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         named = list(zip(paths, _names(paths), strict=True))
         runs = [read_run(path, name) for path, name in tqdm(named, "reading", **bar)]
         page = report(runs, args.title, lambda runs: tqdm(runs, "drawing", **bar))
-        with writing(args.out):
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(page, encoding="utf-8")
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(page, encoding="utf-8")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"{len(runs)} run{'s' * (len(runs) != 1)}; see {args.out}")

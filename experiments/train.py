@@ -319,7 +319,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
 
 def draw(run: Workdir, state: TrainState, image_shape: Sequence[int]) -> None:
     """The pictures of a run, as far as it has come."""
-    history = inspect.History(tuple(run.metrics()))
+    history = inspect.read_history(run.path)
     inspect.plot_history(history).savefig(run.path / "learning_curve.png")
     if run.config.dense:
         return

@@ -15,6 +15,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxsparse.structures import by_plain_path, is_masked_node, natural_order, plain_path
+from jaxsparse.tables import Table, Tabular
 
 __all__ = ["Group", "Remaining", "entries", "expected_counts", "group_sizes", "remaining"]
 
@@ -187,8 +188,9 @@ class LayerRemaining(NamedTuple):
     kept_multiply_adds: float
 
 
-class Remaining(NamedTuple):
-    """What is left of a network whose closed channels are removed; printed, it is a table.
+@dataclasses.dataclass(frozen=True, repr=False)
+class Remaining(Tabular):
+    """What is left of a network whose closed channels are removed; printed, it is a table, in a notebook HTML.
 
     Attributes:
       layers: one :class:`LayerRemaining` a leaf.
@@ -206,7 +208,8 @@ class Remaining(NamedTuple):
         """Share of the multiply-adds that stays; NaN if none were counted."""
         return _share(self.layers, "kept_multiply_adds", "multiply_adds")
 
-    def __str__(self) -> str:
+    def table(self) -> Table:
+        """The cells of the table."""
         columns = [[getattr(row, name) for row in self.layers] for name in LayerRemaining._fields[1:]]
         lines = [["layer", "params", "kept", "", "multiply-adds", "kept", ""]]
         total = LayerRemaining("all", *(sum(column) for column in columns))
@@ -216,16 +219,8 @@ class Remaining(NamedTuple):
             lines.append([path, *numbers])
         if not total.multiply_adds:
             lines = [line[:4] for line in lines]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = [
-            "  ".join(
-                cell.rjust(width) if i else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        ]
-        rule = "  ".join("-" * width for width in widths)
-        return "\n".join([text[0], rule, *text[1:-1], rule, text[-1]])
+        header, *rows, last = map(tuple, lines)
+        return Table(header, tuple(rows), (last,))
 
 
 def remaining(

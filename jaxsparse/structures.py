@@ -82,7 +82,11 @@ def all_but(*paths: str) -> Prunable:
       {'fc1': {'bias': False, 'kernel': True}, 'fc2': {'kernel': False}}
     """
     wanted = tuple(plain_path(path).strip("/") for path in paths)
-    return _AllBut(lambda path, leaf: not any(_within(path, out) for out in wanted) and _by_default(path, leaf), wanted)
+
+    def chosen(path: str, leaf: Any) -> bool:
+        return prunable_by_default(path, leaf) and not any(_within(path, outer) for outer in wanted)
+
+    return _AllBut(chosen, wanted)
 
 
 def _within(path: str, outer: str) -> bool:
@@ -191,10 +195,11 @@ def prunable_leaves(params: Any, prunable: Any = None) -> Any:
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     if prunable is None:
-        chosen = [prunable_by_default(path, leaf) for path, leaf in leaves]
+        chosen = [prunable_by_default(path_name(path), leaf) for path, leaf in leaves]
     elif isinstance(prunable, Prunable):
         names = [path_name(path) for path, _ in leaves]
-        lost = [out for out in getattr(prunable, "paths", ()) if not any(_within(name, out) for name in names)]
+        wanted = prunable.paths if isinstance(prunable, _AllBut) else ()
+        lost = [out for out in wanted if not any(_within(name, out) for name in names)]
         if leaves and lost:
             raise ValueError(f"all_but: there is no {', '.join(lost)} in the params, which are {_listed(names)}")
         chosen = [bool(prunable.predicate(path_name(path), leaf)) for path, leaf in leaves]
@@ -617,12 +622,8 @@ def _merged(x: jax.Array, like: Any) -> jax.Array:
     return jax.lax.reshape(x, like.shape, out_sharding=sharding)
 
 
-def prunable_by_default(path: tuple, leaf: Any) -> bool:
-    """Whether :func:`prunable_leaves` chooses a leaf if not told otherwise; ``path`` as jax.tree_util has it."""
-    return _by_default(path_name(path), leaf)
-
-
-def _by_default(path: str, leaf: Any) -> bool:
+def prunable_by_default(path: str, leaf: Any) -> bool:
+    """Whether :func:`prunable_leaves` chooses a leaf if not told otherwise; ``path`` such as "fc1/kernel"."""
     name = plain_path(path).split("/")[-1].lower()
     return (
         leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating) and not name.endswith(("bias", "scale", "offset"))

@@ -91,6 +91,7 @@ from jaxsparse.artifacts.files import (
 )
 from jaxsparse.masks import validate_masks
 from jaxsparse.structures import is_masked_node, leaf_paths, natural_order, path_name, prunable_by_default
+from jaxsparse.tables import Table
 
 __all__ = ["ArtifactError", "describe", "load_sparse", "save_sparse"]
 
@@ -278,24 +279,20 @@ def describe(path: str | os.PathLike) -> str:
     rows.sort(key=lambda row: natural_order(row[0]))
     size, kept = sum(leaf.size for leaf in leaves), sum(leaf.kept for leaf in leaves)
     dense = sum(leaf.nbytes for leaf in leaves)
-    lines = [("leaf", "shape", "density", "encoding", "bytes"), *rows]
-    lines += [("header", "", "", "", f"{file_size - stored:,}")]
-    lines += [("all", f"{size:,}", f"{kept / size:.2%}" if size else "-", "", f"{file_size:,}")]
-    widths = [max(len(line[i]) for line in lines) for i in range(5)]
-    text = ["  ".join(
-        cell.rjust(width) if i in (2, 4) else cell.ljust(width)
-        for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-    ) for line in lines]  # fmt: skip
-    rule = "  ".join("-" * width for width in widths)
+    totals = (
+        ("header", "", "", "", f"{file_size - stored:,}"),
+        ("all", f"{size:,}", f"{kept / size:.2%}" if size else "-", "", f"{file_size:,}"),
+    )
+    table = Table(("leaf", "shape", "density", "encoding", "bytes"), tuple(rows), totals, left=(0, 1, 3))
     share = f", {file_size / dense:.2%} of it" if dense else ""
-    return "\n".join([text[0], rule, *text[1:-2], rule, *text[-2:], f"dense: {dense:,} bytes{share}"])
+    return f"{table.text()}\ndense: {dense:,} bytes{share}"
 
 
 def _kept(tree: Any, masks: Any) -> list[np.ndarray | None]:
     """The mask of every leaf, None for dense ones."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     if masks is None:
-        found = [bit_view(leaf) != 0 if prunable_by_default(path, leaf) else None for path, leaf in leaves]
+        found = [bit_view(leaf) != 0 if prunable_by_default(path_name(path), leaf) else None for path, leaf in leaves]
         return [None if mask is None or mask.all() else mask for mask in found]
     checked = jax.tree.leaves(validate_masks(masks, tree), is_leaf=is_masked_node)
     found = [None if is_masked_node(mask) else np.asarray(mask) for mask in checked]

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxsparse.inspect.tables import Table, Tabular
 from jaxsparse.structures import natural_order
+from jaxsparse.tables import Table, Tabular
 
 __all__ = ["History", "read_history"]
 
@@ -35,9 +35,6 @@ class History(Tabular):
     """
 
     lines: tuple[Mapping[str, Any], ...]
-
-    def __post_init__(self):
-        object.__setattr__(self, "lines", tuple(self.lines))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -88,7 +85,7 @@ class History(Tabular):
              *(form.format(line[name]) if line.get(name) is not None else "" for name, _, form in columns))
             for line in (evaluated[i] for i in chosen)
         ]  # fmt: skip
-        return Table(("epoch", "step", *(heading for _, heading, _ in columns)), tuple(rows), left=0)
+        return Table(("epoch", "step", *(heading for _, heading, _ in columns)), tuple(rows), left=())
 
     def _having(self, name: str) -> list[Mapping[str, Any]]:
         lines = [line for line in self.lines if name in line]

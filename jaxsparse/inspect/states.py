@@ -23,9 +23,6 @@ __all__ = [
 ]
 
 
-_NO_GATES = "there are no gates in this optimizer state: wrap the optimizer in jaxsparse.l0 or dep_l0"
-
-
 class SparsityError(ValueError):
     """A broken invariant of a sparse optimizer state, found by :func:`check`."""
 
@@ -114,10 +111,7 @@ def get_log_alpha(opt_state: Any) -> dict[str, jax.Array]:
     Raises:
       ValueError: if there are no gates in the state.
     """
-    gated = [link.log_alpha for link in link_states(opt_state) if hasattr(link, "log_alpha")]
-    if not gated:
-        raise ValueError(_NO_GATES)
-    return {name: log_alpha for each in gated for name, log_alpha in each.items()}
+    return {name: log_alpha for link in _gated_links(opt_state) for name, log_alpha in link.log_alpha.items()}
 
 
 def open_channels(opt_state: Any) -> dict[str, jax.Array]:
@@ -134,10 +128,7 @@ def open_channels(opt_state: Any) -> dict[str, jax.Array]:
     Raises:
       ValueError: if there are no gates in the state.
     """
-    gated = [link.open_channels() for link in link_states(opt_state) if hasattr(link, "open_channels")]
-    if not gated:
-        raise ValueError(_NO_GATES)
-    return {name: which for each in gated for name, which in each.items()}
+    return {name: which for link in _gated_links(opt_state) for name, which in link.open_channels().items()}
 
 
 def check(opt_state: Any, params: Any = None) -> None:
@@ -194,6 +185,13 @@ def _links(opt_state: Any, params: Any = None) -> list[Any]:
             "there is no sparse link in this optimizer state: put one, such as jaxsparse.sparse_momentum, last in "
             f"the chain. Got {type(opt_state).__name__}"
         )
+    return links
+
+
+def _gated_links(opt_state: Any) -> list[Any]:
+    links = [link for link in link_states(opt_state) if hasattr(link, "log_alpha")]
+    if not links:
+        raise ValueError("there are no gates in this optimizer state: wrap the optimizer in jaxsparse.l0 or dep_l0")
     return links
 
 

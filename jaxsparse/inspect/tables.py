@@ -1,8 +1,7 @@
 """Tables of masks: what each layer keeps, and what two masks have in common."""
 
 import dataclasses
-import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,89 +11,9 @@ from jaxsparse.inspect.states import get_masks
 from jaxsparse.links import link_states
 from jaxsparse.masks import validate_masks
 from jaxsparse.structures import align, by_path, natural_order, plain_path
+from jaxsparse.tables import Table, Tabular
 
-__all__ = [
-    "LayerComparison", "LayerSummary", "MaskComparison", "Summary", "Table", "Tabular", "compare_masks", "show",
-    "summary",
-]  # fmt: skip
-
-
-class Table(NamedTuple):
-    """Cells of a table, as text.
-
-    Attributes:
-      header: the name of each column.
-      rows: a tuple of cells each.
-      totals: rows below a rule.
-      left: how many of the columns, from the first, are set to the left; numbers go to the right.
-    """
-
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    totals: tuple[tuple[str, ...], ...] = ()
-    left: int = 1
-
-    def text(self) -> str:
-        """The table in plain text."""
-        lines = [self.header, *self.rows, *self.totals]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(self.header))]
-        rule = "  ".join("-" * width for width in widths)
-        text = ["  ".join(
-            cell.ljust(width) if i < self.left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip() for line in lines]  # fmt: skip
-        body, totals = text[1 : 1 + len(self.rows)], text[1 + len(self.rows) :]
-        return "\n".join([text[0], rule, *body, *([rule, *totals] if totals else [])])
-
-    def html(self) -> str:
-        """The table for a page, in the colours of its text, so for light and dark pages."""
-
-        def row(cells: Sequence[str], tag: str, style: str = "") -> str:
-            sides = ["left" if i < self.left else "right" for i in range(len(cells))]
-            return "<tr>" + "".join(
-                f'<{tag} style="text-align:{side};padding:0.15em 0.8em;{style}">{html.escape(cell)}</{tag}>'
-                for cell, side in zip(cells, sides, strict=True)
-            ) + "</tr>"  # fmt: skip
-
-        rule = "border-top:1px solid currentColor;"
-        totals = [row(cells, "td", rule if i == 0 else "") for i, cells in enumerate(self.totals)]
-        return "\n".join([
-            '<div style="overflow-x:auto"><table style="border-collapse:collapse;font-variant-numeric:tabular-nums">',
-            f"<thead>{row(self.header, 'th', 'border-bottom:1px solid currentColor;')}</thead>",
-            "<tbody>", *(row(cells, "td") for cells in self.rows), *totals, "</tbody></table></div>",
-        ])  # fmt: skip
-
-
-class Tabular:
-    """What has a table: printed it is text, with ``rich.print`` in colour, in a notebook HTML."""
-
-    def table(self) -> Table:
-        """The cells."""
-        raise NotImplementedError
-
-    def __str__(self) -> str:
-        return self.table().text()
-
-    __repr__ = __str__
-
-    def __rich__(self) -> Any:
-        from rich.table import Table as RichTable
-
-        table = self.table()
-        shown = RichTable(header_style="bold", box=None, pad_edge=False)
-        for i, name in enumerate(table.header):
-            shown.add_column(name, justify="left" if i < table.left else "right", style="cyan" if i == 0 else None,
-                             overflow="fold")  # fmt: skip
-        for i, cells in enumerate(table.rows):
-            shown.add_row(*map(_unmarked, cells), end_section=i == len(table.rows) - 1)
-        if table.totals:
-            shown.add_row(*("" for _ in table.header))
-        for cells in table.totals:
-            shown.add_row(*map(_unmarked, cells), style="bold")
-        return shown
-
-    def _repr_html_(self) -> str:
-        return self.table().html()
+__all__ = ["LayerComparison", "LayerSummary", "MaskComparison", "Summary", "compare_masks", "show", "summary"]
 
 
 class LayerSummary(NamedTuple):
@@ -109,8 +28,7 @@ class LayerSummary(NamedTuple):
       mean_abs: mean absolute value of the kept weights; None if only shapes were given, or nothing is kept.
       dead_inputs: how many inputs (entries of the last axis but one) keep no weight; None for dense leaves and vectors.
       dead_outputs: how many outputs (entries of the last axis) keep no weight; None for dense leaves.
-      multiply_adds: of the kept weights, for one example; None where they are not known.
-      dense_multiply_adds: of all weights.
+      positions: at how many places of an example the leaf is applied; None where that is not known.
     """
 
     path: str
@@ -121,8 +39,12 @@ class LayerSummary(NamedTuple):
     mean_abs: float | None = None
     dead_inputs: int | None = None
     dead_outputs: int | None = None
-    multiply_adds: int | None = None
-    dense_multiply_adds: int | None = None
+    positions: int | None = None
+
+    @property
+    def multiply_adds(self) -> int | None:
+        """Those of the kept weights, for one example; None where they are not known."""
+        return None if self.positions is None else self.kept * self.positions
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -134,17 +56,6 @@ class Summary(Tabular):
     """
 
     layers: tuple[LayerSummary, ...]
-
-    @property
-    def kept(self) -> int:
-        """How many weights are kept, those of dense leaves too."""
-        return sum(row.kept for row in self.layers)
-
-    @property
-    def density(self) -> float:
-        """The share of all weights that is kept; NaN if there are none."""
-        weights = sum(row.weights for row in self.layers)
-        return self.kept / weights if weights else float("nan")
 
     def table(self) -> Table:
         """The cells of the table."""
@@ -167,17 +78,15 @@ class Summary(Tabular):
         totals = []
         for name, layers in (("sparse layers", sparse), ("all", self.layers)):
             weights, kept = sum(row.weights for row in layers), sum(row.kept for row in layers)
-            products = ""
-            if known := [row for row in layers if row.multiply_adds is not None]:
-                of_kept = sum(row.multiply_adds or 0 for row in known)
-                of_all = sum(row.dense_multiply_adds or 0 for row in known)
-                products = f"{of_kept:,}" + (f" ({of_kept / of_all:.1%})" if of_all else "")
+            of_kept = sum(row.multiply_adds or 0 for row in layers)
+            of_all = sum(row.weights * (row.positions or 0) for row in layers)
+            products = f"{of_kept:,} ({of_kept / of_all:.1%})" if of_all else ""
             density = _density(kept, weights, bool(sparse))
             totals.append((name, "", f"{weights:,}", f"{kept:,}", density, "", "", "", products))
         # A column that says nothing is left out, but for the first five.
         shown = [i for i in range(len(header)) if i < 5 or any(cells[i] for cells in rows)]
         cells = [tuple(line[i] for i in shown) for line in (header, *rows, *totals)]
-        return Table(cells[0], tuple(cells[1 : 1 + len(rows)]), tuple(cells[1 + len(rows) :]), left=2)
+        return Table(cells[0], tuple(cells[1 : 1 + len(rows)]), tuple(cells[1 + len(rows) :]), left=(0, 1))
 
 
 def summary(params: Any, opt_state_or_masks: Any, *, positions: Mapping[str, int] | None = None) -> Summary:
@@ -237,10 +146,7 @@ def _layer(path: str, leaf: Any, mask: np.ndarray, places: int | None) -> LayerS
         dead_outputs = int(np.count_nonzero(~mask.any(axis=tuple(range(mask.ndim - 1)))))
         if mask.ndim > 1:
             dead_inputs = int(np.count_nonzero(~mask.any(axis=(*range(mask.ndim - 2), mask.ndim - 1))))
-    return LayerSummary(
-        path, tuple(leaf.shape), weights, kept, sparse, mean_abs, dead_inputs, dead_outputs,
-        None if places is None else kept * places, None if places is None else weights * places,
-    )  # fmt: skip
+    return LayerSummary(path, tuple(leaf.shape), weights, kept, sparse, mean_abs, dead_inputs, dead_outputs, places)
 
 
 class LayerComparison(NamedTuple):
@@ -407,9 +313,3 @@ def _masks_of(params: Any, opt_state_or_masks: Any) -> Any:
 
 def _density(kept: int, weights: int, sparse: bool) -> str:
     return f"{kept / weights:.2%}" if weights and sparse else "dense" if weights else "-"
-
-
-def _unmarked(cell: str) -> str:
-    from rich.markup import escape
-
-    return escape(cell)

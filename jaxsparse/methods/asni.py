@@ -320,7 +320,7 @@ def _leaves(params: Any, masks: Any) -> list[_Leaf]:
     normalised = {layer for (layer, _, _), is_scale in zip(parts, scales, strict=True) if is_scale}
     leaves = []
     for (path, value), mask, (layer, _, name), is_scale in zip(flat, checked, parts, scales, strict=True):
-        if not is_masked_node(mask) or prunable_by_default(path, value):
+        if not is_masked_node(mask) or prunable_by_default(path_name(path), value):
             role = "kernel"
         elif is_scale:
             role = "scale"
