@@ -26,6 +26,12 @@ if TPU_COMPILER.exists():
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it is for one process at a time that has a TPU
 
 import jax  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+# The same examples every time, or others. No deadline: the first call of what is jitted compiles.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.register_profile("random", deadline=None)
+settings.load_profile("repeatable")
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

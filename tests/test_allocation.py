@@ -30,7 +30,7 @@ def test_the_kernel_variant_counts_spatial_sizes():
     assert without[0] == without[1] == pytest.approx(0.1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     shapes=st.lists(st.lists(st.integers(1, 40), min_size=2, max_size=4), min_size=1, max_size=6),
     density=st.floats(0.001, 1.0),
@@ -44,7 +44,7 @@ def test_erdos_renyi_has_the_density_asked_for(shapes, density):
     np.testing.assert_allclose(traced, densities, rtol=1e-4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     layers=st.lists(st.tuples(st.floats(0, 1e6), st.integers(0, 10**6)), min_size=4, max_size=4),
     share=st.floats(0, 1.2),
@@ -63,7 +63,7 @@ def test_apportion_adds_up_and_overfills_nothing(layers, share, round_up):
     assert extra.size == 0 or extra.max() - extra.min() <= 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(quotas=st.lists(st.integers(0, 10**5).map(lambda n: np.float32(n / 1000)), min_size=2, max_size=6))
 def test_rounded_up_no_layer_goes_short_but_the_largest(quotas):
     total = int(np.round(sum(map(float, quotas))))
@@ -85,7 +85,7 @@ def test_layer_counts_of_a_network():
     assert layer_counts(params, 0.9, unit_sizes=[10, 3, 10]).tolist() == [1, 1, 2]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 100), exponent=st.integers(-30, 30))
 def test_exact_sum_is_near_the_sum_and_free_of_order(seed, exponent):
     values = np.random.default_rng(seed).normal(size=(50, 40)).astype(np.float32) * np.float32(2.0**exponent)

@@ -20,7 +20,7 @@ def kept(masks):
     }
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(sparsity=st.floats(0, 0.999), allocation=st.sampled_from(["uniform", "erdos_renyi", "erdos_renyi_kernel"]))
 def test_random_masks_have_exact_counts(sparsity, allocation):
     masks = jaxsparse.random_masks(make_params(), sparsity, allocation=allocation)
@@ -146,7 +146,7 @@ def test_count_and_density():
     assert float(jaxsparse.density({"b": jnp.array(True)})) == 1.0
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(mask=hnp.arrays(bool, hnp.array_shapes(min_dims=0, max_dims=3, max_side=9)))
 def test_packing_and_back(mask):
     packed = module.pack_masks({"w": mask})

@@ -28,12 +28,13 @@ def expected(scores, k, where=None):
 
 
 floats = st.one_of(
-    st.floats(width=16),  # includes NaN, infinities, both zeros; many equal values after rounding
+    # Many equal values after rounding. With its bounds: without them hypothesis rejects all it draws beyond them.
+    st.floats(-65504, 65504, width=16),
     st.sampled_from([0.0, -0.0, 1.0, -1.0, float("inf"), float("-inf"), float("nan")]),
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), dtype=st.sampled_from(DTYPES))
 def test_top_k_mask_is_the_sorted_choice(data, dtype):
     # Few shapes, so that few programs are compiled.
@@ -48,7 +49,7 @@ def test_top_k_mask_is_the_sorted_choice(data, dtype):
 jitted_top_k = jax.jit(lambda scores, k, where: top_k_mask(scores, k, where=where))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_global_top_k_ranks_all_leaves_together(data):
     arrays = [
@@ -61,7 +62,7 @@ def test_global_top_k_ranks_all_leaves_together(data):
     np.testing.assert_array_equal(np.concatenate([np.asarray(m).ravel() for m in masks]), expected(flat, k))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_top_k_along_an_axis_is_top_k_of_every_slice(data):
     scores = jnp.asarray(data.draw(hnp.arrays(np.float64, (3, 2, 4), elements=floats)), jnp.float32)
@@ -87,7 +88,7 @@ def expected_of_units(arrays, sizes, k, wheres, absolute):
     return np.concatenate(masks)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data(), sizes=st.sampled_from([(1, 1, 1), (3, 7, 4), (100, 1, 13), (5, 5, 5)]), absolute=st.booleans())
 def test_entries_that_count_for_several_stay_as_long_as_they_fit(data, sizes, absolute):
     # Few values, so that many are equal: within a leaf and across.

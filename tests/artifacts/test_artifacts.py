@@ -17,7 +17,7 @@ import optax
 import pytest
 import safetensors.numpy
 from flax import nnx
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -95,7 +95,7 @@ def leaves(draw):
     return array, mask if shape and draw(st.booleans()) else None
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(leaves(), max_size=4))
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path_factory, pairs):
     path = tmp_path_factory.mktemp("models") / "model"
@@ -108,7 +108,7 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path_factory, pairs):
     assert f"{path.stat().st_size:,}" in describe(path)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(leaves())
 def test_without_masks_every_weight_but_plus_zero_survives(tmp_path_factory, pair):
     path = tmp_path_factory.mktemp("models") / "model"
@@ -122,7 +122,7 @@ def test_without_masks_every_weight_but_plus_zero_survives(tmp_path_factory, pai
         same_bits(masks, {"w": bits != 0})
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(leaves(), st.sampled_from(["float32", "bfloat16", "float16"]))
 def test_values_are_rounded_once(tmp_path_factory, pair, dtype):
     path = tmp_path_factory.mktemp("models") / "model"
@@ -139,15 +139,20 @@ def test_values_are_rounded_once(tmp_path_factory, pair, dtype):
         same_bits(load_sparse(path)[0], {"w": expected})
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.sampled_from(FLOATS), st.integers(0, 2**32), st.floats(-44, 37))
-def test_int8_is_within_half_a_step(tmp_path_factory, dtype, seed, exponent):
+@settings(max_examples=50)
+@given(
+    st.one_of(
+        st.tuples(st.just("float16"), st.floats(-8, 4)),
+        st.tuples(st.sampled_from(["bfloat16", "float32", "float64"]), st.floats(-44, 37)),
+    ),
+    st.integers(0, 2**32),
+)
+def test_int8_is_within_half_a_step(tmp_path_factory, dtype_and_exponent, seed):
     path = tmp_path_factory.mktemp("models") / "model"
-    with np.errstate(all="ignore"):
-        array = (np.random.default_rng(seed).standard_normal((6, 5)) * 10.0**exponent).astype(dtype)
+    dtype, exponent = dtype_and_exponent
+    array = (np.random.default_rng(seed).standard_normal((6, 5)) * 10.0**exponent).astype(dtype)
     bias = np.arange(5, dtype=np.float32) / 7
     masks = {"w": np.ones((6, 5), bool), "b": np.array(True)}
-    assume(np.isfinite(array).all())
     save_sparse(path, {"w": array, "b": bias}, masks, dtype="int8")
     loaded = load_sparse(path)[0]
     same_bits(loaded["b"], bias)

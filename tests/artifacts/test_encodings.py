@@ -32,7 +32,7 @@ def test_every_mask_of_ten_weights():
         np.testing.assert_array_equal(decoded, mask)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 3000), st.floats(0, 1), st.integers(0, 1000))
 def test_the_number_of_low_bits_is_the_best(size, density, seed):
     mask = np.random.default_rng(seed).random(size) < density

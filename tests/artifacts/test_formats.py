@@ -31,7 +31,7 @@ def same(tree, other):
         np.testing.assert_array_equal(x, y)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.sampled_from(sorted(CONVERSIONS)),
     st.lists(st.integers(0, 5), min_size=1, max_size=4).map(tuple),

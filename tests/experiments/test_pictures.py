@@ -20,7 +20,7 @@ def by_us(file, box, size, mirrored=False):
     return out
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     kind=st.sampled_from(sorted(set(jpeg_sets.KINDS))),
     height=st.integers(17, 140),
@@ -65,7 +65,7 @@ def test_large_parts_are_decoded_at_a_fraction_of_the_size(by, size, monkeypatch
     assert difference.mean() < 4  # so the part is where it should be
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(height=st.integers(1, 500), width=st.integers(1, 500), seed=st.integers(0, 1000))
 def test_boxes_lie_inside(height, width, seed):
     for box in (

@@ -180,7 +180,7 @@ def test_seeds_differ(small):
             assert (ours != other).mean() > 0.8
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     count=st.sampled_from([1, 2, 4]),
     batch=st.integers(1, 3),
@@ -201,7 +201,7 @@ def test_shards_together_give_the_batches_of_one(small, count, batch, examples, 
         assert len(set(numbers)) == len(numbers) == steps * batch * count
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(count=st.sampled_from([1, 2, 4]), batch=st.integers(1, 5), examples=st.integers(1, 40))
 def test_evaluation_covers_every_example_once_over_the_shards(small, count, batch, examples):
     source = Files(small.files[:examples])

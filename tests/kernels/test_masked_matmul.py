@@ -99,7 +99,7 @@ def test_masks_of_weights(implementation, dtype):
     compare(spec, [a_mask(kind, (spec.inputs, spec.outputs)) for kind in MASKS], dtype, implementation)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     rows=st.integers(1, 70),
     inputs=st.integers(1, 300),
@@ -118,7 +118,7 @@ def test_any_blocks(rows, inputs, outputs, block, density, dtype, implementation
     compare(spec, [live], dtype, implementation)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     rows=st.integers(1, 40),
     inputs=st.integers(1, 700),

@@ -54,7 +54,7 @@ def test_the_probability_to_be_open_is_that_of_the_samples():
         assert abs(share - float(jaxsparse.prob_open(log_alpha))) < 4 * (0.25 / uniform.size) ** 0.5
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.floats(-8, 8), st.floats(-8, 8), st.floats(1e-5, 1 - 1e-5))
 def test_gates_grow_with_log_alpha_and_stay_between_0_and_1(a, b, uniform):
     low, high = sorted((a, b))

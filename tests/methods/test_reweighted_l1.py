@@ -211,7 +211,7 @@ def test_a_layer_of_zeros_is_left_alone_and_comes_back():
 
 
 @given(st.integers(0, 10**6), st.floats(0, 1), st.floats(1e-5, 0.1), st.floats(1, 1000))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_masks_are_where_the_weights_are_not_zero(seed, averaging, l1, factor):
     keys = jax.random.split(jax.random.key(seed), 6)
     params = {"conv": jax.random.normal(keys[0], (3, 3, 2, 4)), "fc": jax.random.normal(keys[1], (7, 5))}
