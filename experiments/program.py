@@ -2,7 +2,6 @@
 
 import math
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,30 +13,13 @@ from ml_collections import ConfigDict
 
 import jaxsparse
 from experiments import data
+from experiments.networks import INITS, STARTS, check_fits, make_model
 from experiments.optimizers import choose, is_gated, load_start, make_optimizer
 from jaxsparse import groups, models
 from jaxsparse.parallel import Layout
-from jaxsparse.structures import by_path, path_name
+from jaxsparse.structures import by_path
 
-MODELS = {
-    "alexnet": models.AlexNet,
-    "conv_2": models.Conv2,
-    "conv_4": models.Conv4,
-    "conv_6": models.Conv6,
-    "densenet_40": models.DenseNet40,
-    "lenet_300_100": models.LeNet300100,
-    "lenet5_caffe": models.LeNet5Caffe,
-    "mlp": models.MLP,
-    "resnet_18": models.ResNet18,
-    "resnet_20": models.ResNet20,
-    "resnet_34": models.ResNet34,
-    "resnet_50": models.ResNet50,
-    "resnet_56": models.ResNet56,
-    "vgg": models.VGG,
-    "wide_resnet": models.WideResNet,
-}
 PADDINGS = {"zeros": "constant", "reflect": "reflect"}
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 NO_EPOCH = 2**31  # what is drawn besides the orders of the epochs is drawn with a key that belongs to none of them
 EVAL_BATCH = 500  # examples; more is no faster, and takes memory in convolutional networks
 
@@ -58,147 +40,157 @@ class TrainState(NamedTuple):
     order_key: jax.Array
 
 
-class Program(NamedTuple):
+def make_program(
+    config: ConfigDict,
+    dataset: data.Dataset,
+    side_by_side: bool = False,
+    devices: Sequence[jax.Device] | None = None,
+) -> "Program":
+    """The computations of a run, or with ``side_by_side`` those of several seeds in one; on all or on these devices."""
+    kind = StreamedProgram if config.data.streamed else ResidentProgram
+    return kind(config, dataset, side_by_side, devices)
+
+
+class Program:
     """The compiled parts of a run. Side by side, every state, seed and result has a leading axis for the seeds.
 
     Attributes:
       model: the model.
       layout: how devices share the steps; ``train_chunk`` and ``evaluate`` take states that it has placed.
       image_shape: (height, width, channels) of the images that the model sees.
-      init: seed -> TrainState, on one device.
-      train_step: of streamed images, (state, (images, labels, numbers), step) -> the state after the step, and loss and
-        accuracy; else None. Donates the state.
-      train_chunk: (state, source, start, length) -> the state after the steps start, ..., start + length - 1, and
-        what :func:`make_program` says. The source is the dataset, on the devices, or for streamed images the stream.
-        Donates the state.
-      evaluate: (state, split) -> mean loss and accuracy on a split, on the devices, or for streamed images its source.
     """
 
-    model: Any
-    layout: Layout
-    image_shape: tuple[int, ...]
-    init: Callable[[Any], TrainState]
-    train_step: Callable[..., tuple[TrainState, tuple[jax.Array, jax.Array]]] | None
-    train_chunk: Callable[..., tuple[TrainState, dict[str, Any]]]
-    evaluate: Callable[..., tuple[jax.Array, jax.Array]]
+    def __init__(
+        self, config: ConfigDict, dataset: data.Dataset, side_by_side: bool, devices: Sequence[jax.Device] | None
+    ):
+        self.layout = make_layout(config, devices)
+        if side_by_side and self.layout.name != "one_device":
+            raise ValueError(f"--vmap_seeds is for config.parallel.layout='one_device', got {self.layout.name!r}")
+        num_examples, batch_size = data.count(dataset.train), config.data.batch_size
+        if batch_size % (self.layout.size * config.parallel.accumulate):
+            raise ValueError(
+                f"config.data.batch_size={batch_size} cannot be split among {self.layout.size} devices, "
+                f"{config.parallel.accumulate} parts each (config.parallel)"
+            )
+        self.model = make_model(config, dataset.num_classes, self.layout)
+        self.image_shape = data.image_shape(dataset, config.data.image_size)
+        self._config, self._dataset, self._side_by_side = config, dataset, side_by_side
+        self._steps_per_epoch = num_examples // batch_size  # the rest of an epoch is dropped
+        self._augmented = make_augmentation(config)
+        self._tx = make_optimizer(config, self._steps_per_epoch, model=self.model)
+        self._positions = models.positions(self.model, self.image_shape) if is_gated(config) else {}
+        # Layers that skip dead blocks take the masks; to others pruned weights are zeros among the rest.
+        self._takes_masks = not config.dense and bool(config.model.get("blocks"))
+        self._dense_gradient_steps = None if config.dense else config.sparsity.get("dense_gradient_steps")
+        if self._dense_gradient_steps is not None and not (self._takes_masks and self._dense_gradient_steps >= 0):
+            raise ValueError(
+                "config.sparsity.dense_gradient_steps is at least 0, and for models with config.model.blocks, got "
+                f"{self._dense_gradient_steps} for {config.model.name!r} with blocks {config.model.get('blocks')}"
+            )
+        self._fresh = choose(INITS, config.init, "config.init")
+        masks_given = not config.dense and config.sparsity.method == "mask_updates"
+        self._start = load_start(config) if masks_given else None
+        self._compiled_init = jax.jit(self._for_seeds(self._init))
 
+    def init(self, seed: Any) -> TrainState:
+        """The state that a seed starts with, on one device."""
+        return self._compiled_init(seed, self._start)
 
-def make_program(
-    config: ConfigDict,
-    dataset: data.Dataset,
-    side_by_side: bool = False,
-    devices: Sequence[jax.Device] | None = None,
-) -> Program:
-    """The computations of a run, or with ``side_by_side`` those of several seeds in one; on all devices, or on these.
+    def train_chunk(self, state: TrainState, source: Any, start: int, length: int) -> tuple[TrainState, dict[str, Any]]:
+        """The state after the steps start, ..., start + length - 1, and measurements. Donates the state.
 
-    What ``train_chunk`` measures: "losses" and "accuracies" of the batches, (length,); "density" of all sparse leaves
-    together; "layer_density" and "flips" by the path of every sparse leaf, the flips being the entries of its mask that
-    the chunk has changed; "finite" by the path of every leaf, whether all of its weights are. Of gates, "density" is
-    the share of the params that stay when closed channels are removed, "layer_density" and "flips" are of the channels
-    by the name of their group, and "remaining" has the shares of the multiply-adds, and what is expected of both. Of
-    streamed images also "input_wait", the seconds that were spent waiting for them, and "replaced", the numbers of
-    those that could not be read.
-    """
-    layout = make_layout(config, devices)
-    if side_by_side and layout.name != "one_device":
-        raise ValueError(f"--vmap_seeds is for config.parallel.layout='one_device', got {layout.name!r}")
-    num_examples, batch_size = data.count(dataset.train), config.data.batch_size
-    if batch_size % (layout.size * config.parallel.accumulate):
-        raise ValueError(
-            f"config.data.batch_size={batch_size} cannot be split among {layout.size} devices, "
-            f"{config.parallel.accumulate} parts each (config.parallel)"
-        )
-    steps_per_epoch = num_examples // batch_size  # the rest of an epoch is dropped
-    model = make_model(config, dataset.num_classes, layout)
-    augmented = make_augmentation(config)
-    image_shape = data.image_shape(dataset, config.data.image_size)
-    tx = make_optimizer(config, steps_per_epoch, model=model)
-    if is_gated(config):
-        places = models.positions(model, image_shape)
+        Measured are "losses" and "accuracies" of the batches, (length,); "density" of all sparse leaves together;
+        "layer_density" and "flips" by the path of every sparse leaf, the flips being the entries of its mask that the
+        chunk has changed; "finite" by the path of every leaf, whether all of its weights are. Of gates, "density" is
+        the share of the params that stay when closed channels are removed, "layer_density" and "flips" are of the
+        channels by the name of their group, and "remaining" has the shares of the multiply-adds, and what is expected
+        of both. Of streamed images also "input_wait", the seconds that were spent waiting for them, and "replaced",
+        the numbers of those that could not be read.
+        """
+        raise NotImplementedError
 
-    start = None if config.dense or config.sparsity.method != "mask_updates" else load_start(config)
-    fresh = choose(INITS, config.init, "config.init")
+    def evaluate(self, state: TrainState, source: Any) -> tuple[Any, Any]:
+        """Mean loss and accuracy on a split."""
+        raise NotImplementedError
 
-    def init(seed, start):
+    # --- What is compiled ---------------------------------------------------------------------------------------------
+
+    def _for_seeds(self, function: Callable) -> Callable:
+        if not self._side_by_side:
+            return function
+        return lambda each, *common: jax.vmap(lambda one: function(one, *common))(each)
+
+    def _init(self, seed, start):
+        config = self._config
         init_key, order_key, mask_key = jax.random.split(jax.random.key(seed), 3)
-        first_image = jnp.zeros((1, *image_shape), jnp.float32)
-        variables = dict(model.init(init_key, first_image))
-        params = fresh(variables.pop("params"), init_key)
+        first_image = jnp.zeros((1, *self.image_shape), jnp.float32)
+        variables = dict(self.model.init(init_key, first_image))
+        params = self._fresh(variables.pop("params"), init_key)
         if start is not None:
             check_fits(start[0], params, config.sparsity.masks_from)
             params = choose(STARTS, config.sparsity.start, "config.sparsity.start")(params, *start)
-        opt_state = make_optimizer(config, steps_per_epoch, mask_key, model).init(params)
+        opt_state = make_optimizer(config, self._steps_per_epoch, mask_key, self.model).init(params)
         if not config.dense:
             params = jaxsparse.sparsify(params, opt_state)
         return TrainState(params, opt_state, variables, order_key)
 
-    # Layers that skip dead blocks take the masks; to others pruned weights are zeros among the rest.
-    takes_masks = not config.dense and bool(config.model.get("blocks"))
-    dense_gradient_steps = None if config.dense else config.sparsity.get("dense_gradient_steps")
-    if dense_gradient_steps is not None and not (takes_masks and dense_gradient_steps >= 0):
-        raise ValueError(
-            "config.sparsity.dense_gradient_steps is at least 0, and for models with config.model.blocks, "
-            f"got {dense_gradient_steps} for {config.model.name!r} with blocks {config.model.get('blocks')}"
-        )
+    def _constants(self, state):
+        """The collections of the model's variables that are not trained."""
+        return {"masks": jaxsparse.get_masks(state.opt_state, state.params)} if self._takes_masks else {}
 
-    def constants(state):
-        return {"masks": jaxsparse.get_masks(state.opt_state, state.params)} if takes_masks else {}
-
-    def loss_fn(params, model_state, batch, common):
+    def _loss(self, params, model_state, batch, common):
         # Layers with batch statistics use those of the batch, and update them, where the collection is mutable; there
         # is dropout where there is a key for it.
         images, labels, numbers = batch
         step, collections, augment_key, dropout_key = common
         # An image is augmented by its number and that of the epoch, in whatever batch and on whatever device it comes.
-        images = augmented(images, jax.random.fold_in(augment_key, step // steps_per_epoch), numbers)
+        images = self._augmented(images, jax.random.fold_in(augment_key, step // self._steps_per_epoch), numbers)
         how = {}
-        if dense_gradient_steps is not None:  # all weights before masks change, for momentum to tell which to grow
-            update_every = config.sparsity.update_every_epochs * steps_per_epoch
-            how = {"dense_weight_grad": -step % update_every < dense_gradient_steps}
+        if self._dense_gradient_steps is not None:  # all weights before masks change: momentum tells which to grow
+            update_every = self._config.sparsity.update_every_epochs * self._steps_per_epoch
+            how = {"dense_weight_grad": -step % update_every < self._dense_gradient_steps}
         dropout_key = jax.random.fold_in(jax.random.fold_in(dropout_key, step), numbers[0])  # each device its own
-        logits, model_state = model.apply(
+        logits, model_state = self.model.apply(
             {"params": params, **model_state, **collections},
-            data.normalise(images, dataset),
+            data.normalise(images, self._dataset),
             mutable=list(model_state),
             rngs={"dropout": dropout_key},
             **how,
         )
-        loss = jnp.mean(cross_entropy(logits, labels, config.label_smoothing))
+        loss = jnp.mean(cross_entropy(logits, labels, self._config.label_smoothing))
         return loss, ((loss, jnp.mean(logits.argmax(-1) == labels)), dict(model_state))
 
-    def make_step(look_up):
+    def _step(self, look_up: Callable) -> Callable:
         """A step; ``look_up`` finds images, labels and numbers of a batch among the examples."""
 
         def loss_of_batch(params, model_state, batch, common):
             shared, examples = common
-            return loss_fn(params, model_state, look_up(batch, examples), shared)
+            return self._loss(params, model_state, look_up(batch, examples), shared)
 
-        gradients = layout.gradients(loss_of_batch, config.parallel.accumulate)
+        gradients = self.layout.gradients(loss_of_batch, self._config.parallel.accumulate)
 
         def train_step(state, batch, step, examples=None):
             augment_key, dropout_key = jax.random.split(jax.random.fold_in(state.order_key, NO_EPOCH))
-            shared = (step, constants(state), augment_key, dropout_key)
+            shared = (step, self._constants(state), augment_key, dropout_key)
             grads, model_state, measured = gradients(state.params, state.model_state, batch, (shared, examples))
-            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            updates, opt_state = self._tx.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             return TrainState(params, opt_state, model_state, state.order_key), measured
 
         return train_step
 
-    def measured(old, state, losses, accuracies):
-        old = by_path(old)
-        new = {path: mask for path, mask in by_path(masks_of(config, state)).items() if mask.ndim}
+    def _measured(self, old_masks, state, losses, accuracies):
+        old = by_path(old_masks)
+        new = {path: mask for path, mask in by_path(masks_of(self._config, state)).items() if mask.ndim}
         density, remaining = jaxsparse.density(new), {}
-        if is_gated(config):
+        if is_gated(self._config):
             logits = jaxsparse.get_log_alpha(state.opt_state)
-            density, adds = shares(state, new)
-            expected_params, expected_adds = shares(
-                state, {name: jaxsparse.prob_open(la) for name, la in logits.items()}
-            )
+            density, adds = self._shares(state, new)
+            expected = self._shares(state, {name: jaxsparse.prob_open(la) for name, la in logits.items()})
             remaining = {
                 "multiply_adds": adds,
-                "expected_params": expected_params,
-                "expected_multiply_adds": expected_adds,
+                "expected_params": expected[0],
+                "expected_multiply_adds": expected[1],
             }
         return {
             "losses": losses,
@@ -210,70 +202,67 @@ def make_program(
             "finite": {path: jnp.all(jnp.isfinite(leaf)) for path, leaf in by_path(state.params).items()},
         }
 
-    def shares(state, open_channels):
+    def _shares(self, state, open_channels):
         """Of the params and of the multiply-adds, how much stays."""
         shapes = {path: leaf.shape for path, leaf in by_path(state.params).items()}
-        kept = groups.expected_counts(models.channel_groups(model), shapes, open_channels)
+        kept = groups.expected_counts(models.channel_groups(self.model), shapes, open_channels)
         sizes = {path: math.prod(shape) for path, shape in shapes.items()}
-        adds = sum(places[path] * kept[path] for path in places) / sum(places[path] * sizes[path] for path in places)
-        return sum(kept.values()) / sum(sizes.values()), adds
+        adds, all_adds = (sum(n * of[path] for path, n in self._positions.items()) for of in (kept, sizes))
+        return sum(kept.values()) / sum(sizes.values()), adds / all_adds
 
-    # All steps of a chunk in one scan, so that none of them waits for Python. That holds for convolutions too, because
-    # jaxsparse.models takes the form of them that is fast inside a loop on the device at hand.
-    def resident_chunk(state, examples, start, length, epochs):
-        train_step = make_step(lambda rows, examples: (examples.images[rows], examples.labels[rows], rows))
-
-        def scanned(state, step_and_rows):
-            step, rows = step_and_rows
-            return train_step(state, layout.share(rows), step, examples)
-
-        old = masks_of(config, state)
-        rows = batches(state.order_key, start, length, batch_size, num_examples, epochs)
-        state, (losses, accuracies) = jax.lax.scan(scanned, state, (start + jnp.arange(length), rows))
-        return state, measured(old, state, losses, accuracies)
-
-    def sums_of(state):
-        """Sums of losses and of hits over a batch of (images, labels, which are real)."""
-        params = state.params if config.dense else jaxsparse.eval_params(state.opt_state, state.params)
-        variables = {"params": params, **layout.synchronised(state.model_state), **constants(state)}
+    def _sums(self, state):
+        """A function of (images, labels, which are real): the sums of losses and of hits."""
+        params = state.params if self._config.dense else jaxsparse.eval_params(state.opt_state, state.params)
+        variables = {"params": params, **self.layout.synchronised(state.model_state), **self._constants(state)}
 
         def measure(batch, variables):
             images, labels, real = batch
-            logits = model.apply(variables, data.normalise(images, dataset))
+            logits = self.model.apply(variables, data.normalise(images, self._dataset))
             losses = cross_entropy(logits, labels)
             return jnp.sum(losses, where=real), jnp.sum(logits.argmax(-1) == labels, where=real)
 
-        return lambda batch: layout.sums(measure)(batch, variables)
+        return lambda batch: self.layout.sums(measure)(batch, variables)
 
-    def evaluate_resident(state, split):
-        sums = sums_of(state)
-        at_once = layout.size * max(1, EVAL_BATCH // layout.size)
-        losses, hits = jax.lax.map(lambda batch: sums(layout.share(batch)), in_batches(split, at_once))
+
+class ResidentProgram(Program):
+    """Of images that are on the devices, whole: all steps of a chunk in one scan, so that none waits for Python.
+
+    That is fast for convolutions too, because jaxsparse.models takes the form of them that is fast inside a loop on the
+    device at hand.
+    """
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self._compiled_chunk = self.layout.compile(self._for_seeds(self._chunk), static_argnums=(3, 4))
+        self._compiled_evaluation = self.layout.compile(self._for_seeds(self._evaluation), donate=False)
+
+    def train_chunk(self, state, source, start, length):
+        """See :class:`Program`; the source is the dataset, on the devices."""
+        first, last = start // self._steps_per_epoch, (start + length - 1) // self._steps_per_epoch
+        return self._compiled_chunk(state, source.train, start, length, last - first + 1)
+
+    def evaluate(self, state, source):
+        """See :class:`Program`; the source is a split, on the devices."""
+        return self._compiled_evaluation(state, source)[1]
+
+    def _chunk(self, state, examples, start, length, epochs):
+        train_step = self._step(lambda rows, examples: (examples.images[rows], examples.labels[rows], rows))
+
+        def scanned(state, step_and_rows):
+            step, rows = step_and_rows
+            return train_step(state, self.layout.share(rows), step, examples)
+
+        old = masks_of(self._config, state)
+        batch_size = self._config.data.batch_size
+        rows = batches(state.order_key, start, length, batch_size, data.count(self._dataset.train), epochs)
+        state, (losses, accuracies) = jax.lax.scan(scanned, state, (start + jnp.arange(length), rows))
+        return state, self._measured(old, state, losses, accuracies)
+
+    def _evaluation(self, state, split):
+        sums, size = self._sums(state), self.layout.size
+        in_parts = in_batches(split, size * max(1, EVAL_BATCH // size))
+        losses, hits = jax.lax.map(lambda batch: sums(self.layout.share(batch)), in_parts)
         return None, (losses.sum() / len(split.labels), hits.sum() / len(split.labels))
-
-    def for_seeds(function):
-        if not side_by_side:
-            return function
-        return lambda each, *common: jax.vmap(lambda one: function(one, *common))(each)
-
-    if config.data.streamed:
-        compiled_step = layout.compile(make_step(lambda batch, _: batch))
-        chunk = streamed_chunk(config, layout, compiled_step, measured)
-        evaluate = streamed_evaluation(config, layout, sums_of)
-    else:
-        compiled_step = None
-        compiled_chunk = layout.compile(for_seeds(resident_chunk), static_argnums=(3, 4))
-        compiled_evaluation = layout.compile(for_seeds(evaluate_resident), donate=False)
-
-        def chunk(state, dataset, start, length):
-            epochs = (start + length - 1) // steps_per_epoch - start // steps_per_epoch + 1
-            return compiled_chunk(state, dataset.train, start, length, epochs)
-
-        def evaluate(state, split):
-            return compiled_evaluation(state, split)[1]
-
-    compiled_init = jax.jit(for_seeds(init))
-    return Program(model, layout, image_shape, lambda seed: compiled_init(seed, start), compiled_step, chunk, evaluate)
 
 
 class _Masks(NamedTuple):
@@ -283,59 +272,62 @@ class _Masks(NamedTuple):
     model_state: Any = ()
 
 
-def streamed_chunk(config: ConfigDict, layout: Layout, compiled_step: Callable, measured: Callable) -> Callable:
-    """The ``train_chunk`` of images that come while training: a program a step, called from Python."""
-    # Of a copy: the state itself is given up by the first step.
-    copy_masks = layout.compile(
-        lambda state: (_Masks(jax.tree.map(jnp.copy, masks_of(config, state))), None), donate=False
-    )
-    compiled_measure = layout.compile(
-        lambda state, old, *of_batches: (None, measured(old.masks, state, *of_batches)), donate=False
-    )
+class StreamedProgram(Program):
+    """Of images that are read while training: a program a step, called from Python.
 
-    def chunk(state, stream, start, length):
-        old, _ = copy_masks(state)
+    Attributes:
+      train_step: (state, (images, labels, numbers), step) -> the state after the step, and loss and accuracy. Donates
+        the state.
+    """
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        config, compile_ = self._config, self.layout.compile
+        self.train_step = compile_(self._step(lambda batch, _: batch))
+        # Of a copy: the state itself is given up by the first step.
+        self._copied_masks = compile_(
+            lambda state: (_Masks(jax.tree.map(jnp.copy, masks_of(config, state))), None), donate=False
+        )
+        self._compiled_measured = compile_(
+            lambda state, old, *of_batches: (None, self._measured(old.masks, state, *of_batches)), donate=False
+        )
+        self._compiled_sums = compile_(lambda state, batch: (None, self._sums(state)(batch)), donate=False)
+
+    def train_chunk(self, state, source, start, length):
+        """See :class:`Program`; the source is the stream."""
+        old, _ = self._copied_masks(state)
         waited, replaced, losses, accuracies = 0.0, [], [], []
         for step in range(start, start + length):
             before = time.perf_counter()
-            batch = next(stream)
+            batch = next(source)
             waited += time.perf_counter() - before
             replaced += [int(number) for number in batch.replaced if number >= 0]
-            placed = layout.place_batch((batch.images, batch.labels, batch.numbers))
+            placed = self.layout.place_batch((batch.images, batch.labels, batch.numbers))
             if step > start + 1:  # one step runs and one waits, so that the devices have something to do, and no more
                 jax.block_until_ready(losses[-2])
-            state, (loss, accuracy) = compiled_step(state, placed, step)
+            state, (loss, accuracy) = self.train_step(state, placed, step)
             losses.append(loss)
             accuracies.append(accuracy)
         losses, accuracies = jax.device_get((losses, accuracies))
-        _, results = compiled_measure(state, old, np.stack(losses), np.stack(accuracies))
+        _, results = self._compiled_measured(state, old, np.stack(losses), np.stack(accuracies))
         return state, results | {"input_wait": waited, "replaced": np.asarray(replaced, np.int64)}
 
-    return chunk
+    def evaluate(self, state, source):
+        """See :class:`Program`; the source is what the stream's images are read from, of a split."""
+        from experiments import streams  # takes a while, and small sets do without
 
-
-def streamed_evaluation(config: ConfigDict, layout: Layout, sums_of: Callable) -> Callable:
-    """The ``evaluate`` of images that are read anew for it."""
-    from experiments import streams
-
-    compiled = layout.compile(lambda state, batch: (None, sums_of(state)(batch)), donate=False)
-
-    def evaluate(state, source):
-        loss, hits = 0.0, 0
-        at_once = layout.local_size * max(1, max(EVAL_BATCH, config.data.batch_size) // layout.size)
+        loss, hits, layout, config = 0.0, 0, self.layout, self._config.data
         for batch in streams.eval_batches(
             source,
-            batch_size=at_once,
-            image_size=config.data.image_size,
+            batch_size=layout.local_size * max(1, max(EVAL_BATCH, config.batch_size) // layout.size),
+            image_size=config.image_size,
             shard=(jax.process_index(), jax.process_count()),
-            workers=config.data.workers,
+            workers=config.workers,
         ):
             placed = layout.place_batch((batch.images, batch.labels, batch.real))
-            sums = jax.device_get(compiled(state, placed)[1])
+            sums = jax.device_get(self._compiled_sums(state, placed)[1])
             loss, hits = loss + float(sums[0]), hits + int(sums[1])
         return np.float64(loss / len(source)), np.float64(hits / len(source))
-
-    return evaluate
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
@@ -384,60 +376,6 @@ def open_dataset(config: ConfigDict) -> data.Dataset:
     )
     mean, std = (np.broadcast_to(255 * np.asarray(x, np.float32), (3,)) for x in (config.data.mean, config.data.std))
     return data.Dataset(images.train, images.validation, images.test, images.num_classes, mean, std)
-
-
-def he_normal(params: Any, key: jax.Array) -> Any:
-    """Kernels from N(0, sqrt(2 / fan_in)), whatever the model has them start from, and biases of 0."""
-    draw = jax.nn.initializers.variance_scaling(2.0, "fan_in", "normal")
-
-    def fresh(path, leaf):
-        if leaf.ndim > 1:
-            return draw(jax.random.fold_in(key, zlib.crc32(path.encode())), leaf.shape, leaf.dtype)
-        return jnp.zeros_like(leaf) if path.endswith("bias") else leaf
-
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: fresh(path_name(path), leaf), params)
-
-
-def two_numbers_a_layer(trained: Any, masks: Any, biases: bool = False) -> Any:
-    """The initialisation of ASNI-II."""
-    return jaxsparse.amenable_init(trained, masks, jaxsparse.centroids(trained, masks, biases=biases))
-
-
-INITS = {"model": lambda params, key: params, "he_normal": he_normal}
-# Of fresh params, the params of another run, and its masks: what a run on these masks starts with.
-STARTS = {
-    "centroids": lambda fresh, trained, masks: two_numbers_a_layer(trained, masks),
-    "centroids_and_biases": lambda fresh, trained, masks: two_numbers_a_layer(trained, masks, biases=True),
-    "original": lambda fresh, trained, masks: fresh,
-    "weights": lambda fresh, trained, masks: trained,
-}
-
-
-def check_fits(trained: Any, params: Any, file: str) -> None:
-    """Raises a ValueError if a model that was read from a file is not the one of the run."""
-    there, here = ({path: leaf.shape for path, leaf in by_path(tree).items()} for tree in (trained, params))
-    for path in sorted(there | here):
-        if there.get(path) != here.get(path):
-            raise ValueError(
-                f"config.sparsity.masks_from={file!r} does not fit config.model: {path} is "
-                f"{there.get(path, 'not there')} in the file and {here.get(path, 'not there')} in the model"
-            )
-
-
-def make_model(config: ConfigDict, num_classes: int, layout: Layout | None = None) -> Any:
-    """The model ``config.model.name``, with the other keys of ``config.model`` that are not None as its attributes."""
-    options = {name: value for name, value in config.model.items() if name != "name" and value is not None}
-    if config.parallel.sync_batch_norm and layout is not None and layout.axis_name is not None:
-        options["axis_name"] = layout.axis_name
-    if "dtype" in options:
-        options["dtype"] = choose(DTYPES, options["dtype"], "config.model.dtype")
-    try:
-        model = choose(MODELS, config.model.name, "config.model.name")(**{"num_classes": num_classes, **options})
-    except TypeError as error:
-        raise ValueError(f"config.model does not fit {config.model.name!r}: {error}") from None
-    if model.num_classes < num_classes:
-        raise ValueError(f"config.model.num_classes is {model.num_classes}, but the data have {num_classes} classes")
-    return model
 
 
 def make_augmentation(config: ConfigDict) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:

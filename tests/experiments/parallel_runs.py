@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 import jaxsparse
 from configs import common
-from experiments import optimizers, program
+from experiments import networks, optimizers, program
 from experiments.program import open_dataset
 from jaxsparse import Group
 from jaxsparse.models.blocks import BatchNorm, dense
@@ -94,7 +94,7 @@ def make_config(method, masks_file):
 def patched(layout_name, devices=None):
     """The trainer knows the network above, and weights as few as its are sharded."""
     stack = ExitStack()
-    stack.enter_context(mock.patch.dict(program.MODELS, {"net": Net}))
+    stack.enter_context(mock.patch.dict(networks.MODELS, {"net": Net}))
     for module in (program, optimizers):
         stack.enter_context(mock.patch.object(module.models, "channel_groups", return_value=GROUPS))
     stack.enter_context(mock.patch.object(program, "make_layout", return_value=Layout(layout_name, devices, 64)))

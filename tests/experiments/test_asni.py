@@ -7,7 +7,8 @@ import pytest
 
 import jaxsparse
 from experiments import asni, train
-from experiments.program import he_normal, make_program
+from experiments.networks import he_normal
+from experiments.program import make_program
 from experiments.workdir import read_json
 from jaxsparse.structures import by_path
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxsparse
-from experiments import data, program, train
+from experiments import data, networks, program, train
 from experiments.optimizers import is_gated
 from experiments.workdir import read_metrics
 from jaxsparse import models
@@ -62,14 +62,14 @@ def test_every_config_makes_a_network_and_its_masks(name, argument):
     sparse = [mask for mask in jax.tree.leaves(masks) if mask.ndim]
     kernels = [leaf for leaf in jax.tree.leaves(state.params) if leaf.ndim > 1]
     if is_gated(config):
-        groups = models.channel_groups(program.make_model(config, dataset.num_classes))
+        groups = models.channel_groups(networks.make_model(config, dataset.num_classes))
         assert sorted(masks) == sorted(group.name for group in groups)
         assert sorted(mask.size for mask in sparse) == sorted(group_sizes(groups, state.params))
     else:
         assert [mask.shape for mask in sparse] == [kernel.shape for kernel in kernels]
     classes = config.model.get("num_classes", dataset.num_classes)
     assert kernels[-1].shape[-1] == classes or kernels[-1].ndim == 4
-    small = program.make_model(train.shrink(config), 10)
+    small = networks.make_model(train.shrink(config), 10)
     variables = jax.eval_shape(small.init, jax.random.key(0), dataset.train.images[:1].astype(np.float32))
     if config.model.name not in ("lenet_300_100", "lenet5_caffe", "mlp"):
         size = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))

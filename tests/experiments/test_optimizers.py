@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import optimizers, program
+from experiments import networks, optimizers, program
 from jaxsparse import models
 from jaxsparse.allocation import layer_counts
 from jaxsparse.structures import by_path
@@ -117,7 +117,7 @@ def test_learning_rates_that_mean_nothing(experiment, changes, message):
 @pytest.mark.parametrize("experiment", IMAGENET)
 def test_every_experiment_on_imagenet_makes_resnet_50_and_its_optimizer(experiment):
     config, steps_per_epoch = imagenet(experiment)
-    model = program.make_model(config, 1000, program.make_layout(config))
+    model = networks.make_model(config, 1000, program.make_layout(config))
     size = config.data.image_size
     variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
     leaves = by_path(variables["params"])

@@ -14,7 +14,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import jaxsparse
-from experiments import program, train
+from experiments import networks, program, train
 from experiments.workdir import WorkdirError, read_metrics
 from tests.experiments import jpeg_sets
 
@@ -174,7 +174,7 @@ class WithBatchNorm(nn.Module):
 
 
 def test_batch_statistics_are_trained_used_and_saved(tmp_path, monkeypatch):
-    monkeypatch.setitem(program.MODELS, "with_batch_norm", WithBatchNorm)
+    monkeypatch.setitem(networks.MODELS, "with_batch_norm", WithBatchNorm)
     config = smoke_config(**{"model.name": "with_batch_norm"})
     state, [result] = train.train(config, tmp_path)
     assert result["test_accuracy"] > 0.85
@@ -309,20 +309,15 @@ def test_loss_that_is_not_finite_ends_the_program_and_keeps_the_last_checkpoint(
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
-    real = program.make_program
+    real = program.ResidentProgram.train_chunk
 
-    def breaking(*args, **kwargs):
-        compiled = real(*args, **kwargs)
+    def breaking(self, state, source, start, length):
+        state, measured = real(self, state, source, start, length)
+        if start:  # the loss of a chunk does not show what its last step did
+            measured["finite"]["fc2/kernel"] = jnp.array(False)
+        return state, measured
 
-        def train_chunk(state, dataset, start, length):
-            state, measured = compiled.train_chunk(state, dataset, start, length)
-            if start:  # the loss of a chunk does not show what its last step did
-                measured["finite"]["fc2/kernel"] = jnp.array(False)
-            return state, measured
-
-        return compiled._replace(train_chunk=train_chunk)
-
-    monkeypatch.setattr(train, "make_program", breaking)
+    monkeypatch.setattr(program.ResidentProgram, "train_chunk", breaking)
     with pytest.raises(FloatingPointError, match="fc2/kernel is nan at step 88;"):
         train.train(smoke_config(checkpoint_every_epochs=1), tmp_path)
     assert {path.name for path in (tmp_path / "checkpoints").glob("[0-9]*")} == {"44"}

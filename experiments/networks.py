@@ -1,0 +1,87 @@
+"""The networks of a run, and the weights that they start with."""
+
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+import jaxsparse
+from experiments.optimizers import choose
+from jaxsparse import models
+from jaxsparse.parallel import Layout
+from jaxsparse.structures import by_path, path_name
+
+MODELS = {
+    "alexnet": models.AlexNet,
+    "conv_2": models.Conv2,
+    "conv_4": models.Conv4,
+    "conv_6": models.Conv6,
+    "densenet_40": models.DenseNet40,
+    "lenet_300_100": models.LeNet300100,
+    "lenet5_caffe": models.LeNet5Caffe,
+    "mlp": models.MLP,
+    "resnet_18": models.ResNet18,
+    "resnet_20": models.ResNet20,
+    "resnet_34": models.ResNet34,
+    "resnet_50": models.ResNet50,
+    "resnet_56": models.ResNet56,
+    "vgg": models.VGG,
+    "wide_resnet": models.WideResNet,
+}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def make_model(config: ConfigDict, num_classes: int, layout: Layout | None = None) -> Any:
+    """The model ``config.model.name``, with the other keys of ``config.model`` that are not None as its attributes."""
+    options = {name: value for name, value in config.model.items() if name != "name" and value is not None}
+    if config.parallel.sync_batch_norm and layout is not None and layout.axis_name is not None:
+        options["axis_name"] = layout.axis_name
+    if "dtype" in options:
+        options["dtype"] = choose(DTYPES, options["dtype"], "config.model.dtype")
+    try:
+        model = choose(MODELS, config.model.name, "config.model.name")(**{"num_classes": num_classes, **options})
+    except TypeError as error:
+        raise ValueError(f"config.model does not fit {config.model.name!r}: {error}") from None
+    if model.num_classes < num_classes:
+        raise ValueError(f"config.model.num_classes is {model.num_classes}, but the data have {num_classes} classes")
+    return model
+
+
+def he_normal(params: Any, key: jax.Array) -> Any:
+    """Kernels from N(0, sqrt(2 / fan_in)), whatever the model has them start from, and biases of 0."""
+    draw = jax.nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+
+    def fresh(path, leaf):
+        if leaf.ndim > 1:
+            return draw(jax.random.fold_in(key, zlib.crc32(path.encode())), leaf.shape, leaf.dtype)
+        return jnp.zeros_like(leaf) if path.endswith("bias") else leaf
+
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: fresh(path_name(path), leaf), params)
+
+
+def two_numbers_a_layer(trained: Any, masks: Any, biases: bool = False) -> Any:
+    """The initialisation of ASNI-II."""
+    return jaxsparse.amenable_init(trained, masks, jaxsparse.centroids(trained, masks, biases=biases))
+
+
+INITS = {"model": lambda params, key: params, "he_normal": he_normal}
+# Of fresh params, the params of another run, and its masks: what a run on these masks starts with.
+STARTS = {
+    "centroids": lambda fresh, trained, masks: two_numbers_a_layer(trained, masks),
+    "centroids_and_biases": lambda fresh, trained, masks: two_numbers_a_layer(trained, masks, biases=True),
+    "original": lambda fresh, trained, masks: fresh,
+    "weights": lambda fresh, trained, masks: trained,
+}
+
+
+def check_fits(trained: Any, params: Any, file: str) -> None:
+    """Raises a ValueError if a model that was read from a file is not the one of the run."""
+    there, here = ({path: leaf.shape for path, leaf in by_path(tree).items()} for tree in (trained, params))
+    for path in sorted(there | here):
+        if there.get(path) != here.get(path):
+            raise ValueError(
+                f"config.sparsity.masks_from={file!r} does not fit config.model: {path} is "
+                f"{there.get(path, 'not there')} in the file and {here.get(path, 'not there')} in the model"
+            )
