@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 from experiments import command_line
 from experiments.compare import mean_and_error
 from experiments.train import FLAGS, Stopped, as_seeds, shrink, train, with_seed
+from jaxsparse.tables import Table
 
 flags.DEFINE_list("arms", None, "Train these only; by default all of them.")
 
@@ -89,15 +90,15 @@ def masks_of(runs: Path, seed: int) -> Path:
 
 def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """One line an arm, of its result.json files."""
-    lines = [f"{'':13}  density  test accuracy   difference"]
+    rows: list[tuple[str, ...]] = []
     baseline = None
     for arm, of_arm in results.items():
         mean, error = mean_and_error([100 * result["test_accuracy"] for result in of_arm])
         baseline = mean if baseline is None else baseline
         density, _ = mean_and_error([result["density"] for result in of_arm])
         accuracy = f"{mean:.2f}" + ("" if error is None else f" ± {error:.3f}")
-        lines.append(f"{arm:13}  {density:7.2%}  {accuracy:14}  {mean - baseline:+10.2f}")
-    return "\n".join(lines)
+        rows.append((arm, f"{density:.2%}", accuracy, f"{mean - baseline:+.2f}"))
+    return Table(("arm", "density", "test accuracy", "difference"), tuple(rows)).text()
 
 
 def main(argv: Sequence[str]) -> None:

@@ -2,25 +2,53 @@
 
   python -m experiments.compare WORKDIR WORKDIR ...
 
-The last column is the difference from the first run's test accuracy, in points.
+Of a folder with several runs in it, such as that of --seeds, all of them. The last column is the difference from the
+first run's test accuracy, in points.
 """
 
-import json
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.workdir import read_json
+from jaxsparse.structures import natural_order
+from jaxsparse.tables import Table
 
-def table(workdirs: Sequence[str]) -> str:
-    """One line a run; raises an OSError if a run has not left a result.json."""
-    results = [json.loads((Path(workdir) / "result.json").read_text()) for workdir in workdirs]
-    width = max(map(len, ["run", *workdirs]))
-    lines = [f"{'run':{width}}  density  test accuracy  difference"]
-    for workdir, result in zip(workdirs, results, strict=True):
-        points = 100 * (result["test_accuracy"] - results[0]["test_accuracy"])
-        lines.append(f"{workdir:{width}}  {result['density']:7.2%}  {result['test_accuracy']:13.2%}  {points:+10.2f}")
-    return "\n".join(lines)
+
+def find_runs(folders: Sequence[str | Path]) -> list[Path]:
+    """The folders of runs: those given, or, where one is none itself, all runs below it; each once.
+
+    Raises:
+      OSError: if there is none.
+    """
+    found: dict[Path, Path] = {}
+    for folder in map(Path, folders):
+        below = [folder] if (folder / "config.json").exists() else [file.parent for file in folder.rglob("config.json")]
+        if not below:
+            raise OSError(f"{str(folder)!r} is not the folder of a run, nor is one in it: there is no config.json")
+        for path in sorted(below, key=lambda path: natural_order(str(path))):
+            found.setdefault(path.resolve(), path)
+    return list(found.values())
+
+
+def table(workdirs: Sequence[str | Path]) -> Table:
+    """One line a run.
+
+    Raises:
+      OSError: if there is no run in a folder, or one is not finished.
+      ValueError: if a result is not what a run leaves.
+    """
+    rows: list[tuple[str, ...]] = []
+    first = None
+    for path in find_runs(workdirs):
+        result = read_json(path / "result.json")
+        if result is None:
+            raise OSError(f"{str(path)!r} is not finished: it has no result.json")
+        accuracy = result["test_accuracy"]
+        first = accuracy if first is None else first
+        rows.append((str(path), f"{result['density']:.2%}", f"{accuracy:.2%}", f"{100 * (accuracy - first):+.2f}"))
+    return Table(("run", "density", "test accuracy", "difference"), tuple(rows))
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
@@ -33,6 +61,6 @@ if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__.strip())
     try:
-        print(table(sys.argv[1:]))
-    except OSError as error:
+        print(table(sys.argv[1:]).text())
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -12,6 +12,7 @@ import dataclasses
 import html
 import io
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 import jaxsparse
-from experiments.compare import mean_and_error
+from experiments.compare import find_runs, mean_and_error
 from experiments.workdir import flat, read_json
 from jaxsparse import inspect
 from jaxsparse.structures import by_path, natural_order
@@ -42,7 +43,8 @@ STYLE = {
     "svg.hashsalt": "jaxsparse",
 }
 MOST_MASKS = 8  # layers of a run that are drawn
-NOT_COMPARED = ("data_dir", "seed")  # not what a configuration is about
+MOST_TOLD = 3  # keys of a configuration in a picture's legend
+NOT_COMPARED = ("data_dir", "seed", "side_by_side")  # not what a configuration is about
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -110,31 +112,13 @@ class Run:
         return float(self.history.series(name)[1][-1]) if name in self.history.names else None
 
 
-def find_runs(folders: Sequence[str | Path]) -> list[Path]:
-    """The folders of runs: those given, or, where one is none itself, all runs below it.
-
-    Raises:
-      OSError: if there is none.
-    """
-    found: list[Path] = []
-    for folder in map(Path, folders):
-        below = [folder] if (folder / "config.json").exists() else [file.parent for file in folder.rglob("config.json")]
-        if not below:
-            raise OSError(f"{str(folder)!r} is not the folder of a run, nor is one in it: there is no config.json")
-        found += sorted(below, key=lambda path: natural_order(str(path)))
-    return list(dict.fromkeys(found))
-
-
 def read_run(path: Path, name: str) -> Run:
     """Reads the folder of a run.
 
     Raises:
       OSError, ValueError: if a file in it cannot be read; the message says which.
     """
-    try:
-        config, result = flat(read_json(path / "config.json")), read_json(path / "result.json")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: config.json or result.json is not JSON: {error}") from error
+    config, result = flat(read_json(path / "config.json") or {}), read_json(path / "result.json")
     logged = (path / "metrics.jsonl").exists()
     history = inspect.read_history(path) if logged else inspect.History(())
     params = masks = None
@@ -181,30 +165,34 @@ def runs_table(runs: Sequence[Run]) -> Table:
         accuracy, density = run.last("test_accuracy"), run.last("density")
         speed = np.median(run.history.series("speed/images_per_second")[1]) if _has_speed(run) else None
         difference = None if accuracy is None or first is None or run is runs[0] else 100 * (accuracy - first)
+        if difference is not None and not math.isfinite(difference):
+            difference = None
         rows.append((
             run.name, run.method, _state(run), _share(density), _share(accuracy),
             "" if difference is None else f"{difference:+.2f} points", _share(run.last("validation_accuracy")),
             "" if speed is None else f"{speed:,.0f}", _seconds(run),
         ))  # fmt: skip
-    return _without_empty_columns(Table(header, tuple(rows), left=(0, 1, 2)))
+    return Table(header, tuple(rows), left=(0, 1, 2)).without_empty_columns()
+
+
+def over_seeds(runs: Sequence[Run]) -> list[list[Run]]:
+    """The finished runs, those together that differ by their seed alone."""
+    groups: dict[str, dict[Any, Run]] = {}
+    for run in runs:
+        if run.result is not None:
+            same = {key: value for key, value in run.config.items() if key not in NOT_COMPARED}
+            groups.setdefault(json.dumps(same, sort_keys=True), {}).setdefault(run.config.get("seed"), run)
+    return [list(by_seed.values()) for by_seed in groups.values()]
 
 
 def seeds_table(runs: Sequence[Run]) -> Table:
     """A line for all finished runs that differ by their seed alone, where there are several."""
-    groups: dict[str, dict[Any, Run]] = {}
-    for run in runs:
-        if run.result is not None:
-            same = {key: value for key, value in run.config.items() if key not in (*NOT_COMPARED, "side_by_side")}
-            groups.setdefault(json.dumps(same, sort_keys=True), {}).setdefault(run.config.get("seed"), run)
     rows = []
-    for by_seed in groups.values():
-        of_group = list(by_seed.values())
-        if len(of_group) > 1:
-            values = [[100 * (run.last(name) or 0.0) for run in of_group] for name in ("density", "test_accuracy")]
-            cells = ["{:.2f} ± {:.3f}%".format(*mean_and_error(of_runs)) for of_runs in values]
-            folders = {run.path.resolve().parent.name for run in of_group}
-            name = folders.pop() if len(folders) == 1 else of_group[0].name
-            rows.append((name, f"{len(of_group)}", *cells))
+    for group in over_seeds(runs):
+        if len(group) > 1:
+            means = [[100 * x for x in _mean(group, name)] for name in ("density", "test_accuracy")]
+            cells = ["{:.2f} ± {:.3f}%".format(*mean) if mean else "" for mean in means]
+            rows.append((_name(group), f"{len(group)}", *cells))
     return Table(("runs", "seeds", "kept", "test accuracy"), tuple(rows))
 
 
@@ -224,33 +212,55 @@ def overlap_table(runs: Sequence[Run]) -> Table:
 
 
 def _accuracy_against_kept(runs: Sequence[Run]) -> Any:
-    series: dict[str, list[tuple[float, float]]] = {}
-    baselines: dict[str, list[float]] = {}
-    for run in runs:
-        accuracy, density = run.last("test_accuracy"), run.last("density")
-        if run.result is None or accuracy is None or density is None or not 0 <= accuracy <= 1:
-            continue
-        kind = " ".join([run.method, *_model_and_data(run, runs)])
-        if run.config.get("dense"):
-            baselines.setdefault(kind, []).append(accuracy)
-        else:
-            series.setdefault(kind, []).append((density, accuracy))
-    if not series:
-        return None
-    means = {label: sum(values) / len(values) for label, values in baselines.items()}
-    return inspect.plot_accuracy_against_kept(series, baselines=means)
+    """A point for the seeds of a configuration; a line for configurations that differ in one number of the method's."""
+    series: dict[str, list[tuple[float, ...]]] = {}
+    baselines: dict[str, float] = {}
+    groups = [group for group in over_seeds(runs) if _mean(group, "density") and _mean(group, "test_accuracy")]
+    for method in dict.fromkeys(group[0].method for group in groups):
+        of_method = [group for group in groups if group[0].method == method]
+        differing = _differing([group[0] for group in of_method])
+        if method == "dense":
+            differing = [key for key in differing if not key.startswith("sparsity.")]
+        numbers = [key for key in differing if key.startswith("sparsity.") and _is_number(of_method[0][0].config, key)]
+        told = [key for key in differing if numbers != [key]]
+        for group in of_method:
+            values = [f"{key.removeprefix('sparsity.')} {_value(group[0].config, key)}" for key in told]
+            label = ", ".join([method, *(values if len(values) <= MOST_TOLD else [_name(group)])])
+            accuracy, *error = _mean(group, "test_accuracy")
+            if method == "dense":
+                baselines[label] = accuracy
+            else:
+                series.setdefault(label, []).append((_mean(group, "density")[0], accuracy, *error))
+    return inspect.plot_accuracy_against_kept(series, baselines=baselines) if series else None
 
 
-def _model_and_data(run: Run, runs: Sequence[Run]) -> list[str]:
-    """The model and the data of a run, where not all runs have the same."""
-    keys = [key for key in ("model.name", "data.name") if len({str(other.config.get(key)) for other in runs}) > 1]
-    return [str(run.config[key]) for key in keys if key in run.config]
+def _mean(group: Sequence[Run], name: str) -> tuple[float, ...]:
+    """Mean of what the runs ended with, and of several the standard error; nothing if one of them lacks it."""
+    values = [value for value in (run.last(name) for run in group) if value is not None and math.isfinite(value)]
+    if len(values) < len(group):
+        return ()
+    mean, error = mean_and_error(values)
+    return (mean,) if error is None else (mean, error)
+
+
+def _name(group: Sequence[Run]) -> str:
+    """What runs that differ by the seed are called: the folder that they have in common, or the first."""
+    folders = {run.path.resolve().parent.name for run in group}
+    return folders.pop() if len(group) > 1 and len(folders) == 1 else group[0].name
+
+
+def _differing(runs: Sequence[Run]) -> list[str]:
+    keys = sorted({key for run in runs for key in run.config if key not in NOT_COMPARED}, key=natural_order)
+    return [key for key in keys if len({json.dumps(run.config.get(key)) for run in runs}) > 1]
+
+
+def _is_number(config: Mapping[str, Any], key: str) -> bool:
+    return isinstance(config.get(key), int | float) and not isinstance(config.get(key), bool)
 
 
 def _configurations(runs: Sequence[Run]) -> str:
-    keys = sorted({key for run in runs for key in run.config if key not in NOT_COMPARED}, key=natural_order)
-    differing = [key for key in keys if len({json.dumps(run.config.get(key)) for run in runs}) > 1]
-    same = [key for key in keys if key not in differing]
+    differing = _differing(runs)
+    same = sorted({key for run in runs for key in run.config} - {*differing, *NOT_COMPARED}, key=natural_order)
     parts = []
     if differing:
         cells = [(key, *(_value(run.config, key) for run in runs)) for key in differing]
@@ -302,7 +312,7 @@ def _has_speed(run: Run) -> bool:
 
 
 def _share(share: float | None) -> str:
-    return "" if share is None else f"{share:.2%}"
+    return "" if share is None else f"{share:.2%}" if math.isfinite(share) else str(share)
 
 
 def _value(config: Mapping[str, Any], key: str) -> str:
@@ -311,12 +321,6 @@ def _value(config: Mapping[str, Any], key: str) -> str:
 
 def _shapes(masks: Any) -> dict[str, tuple[int, ...]]:
     return {path: np.shape(mask) for path, mask in by_path(masks).items()}
-
-
-def _without_empty_columns(table: Table) -> Table:
-    shown = [i for i in range(len(table.header)) if any(row[i] for row in table.rows)]
-    header, *rows = (tuple(cells[i] for i in shown) for cells in (table.header, *table.rows))
-    return Table(tuple(header), tuple(rows), left=tuple(shown.index(i) for i in table.left if i in shown))
 
 
 def _figure(figure: Any, caption: str) -> str:
@@ -333,8 +337,9 @@ def _names(paths: Sequence[Path]) -> list[str]:
     """The paths without what all begin with; of a single one its last part."""
     if len(paths) == 1:
         return [paths[0].resolve().name]
-    common = Path(os.path.commonpath([path.resolve() for path in paths]))
-    return [str(path.resolve().relative_to(common)) for path in paths]
+    resolved = [path.resolve() for path in paths]
+    common = Path(os.path.commonpath(resolved))
+    return [str(path.relative_to(common)) if path != common else path.name for path in resolved]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

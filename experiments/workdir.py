@@ -180,9 +180,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [dict(line) for line in read_history(path).lines] if (path / "metrics.jsonl").exists() else []
 
 
-def read_json(path: Path) -> Any | None:
-    """What is in a file; None if there is none."""
-    return json.loads(path.read_text()) if path.exists() else None
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None if there is no file, a ValueError if it holds something else."""
+    if not path.exists():
+        return None
+    try:
+        value = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {str(value)[:80]}")
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:

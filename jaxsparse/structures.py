@@ -115,7 +115,7 @@ def natural_order(path: str) -> list[Any]:
       >>> sorted(["conv10/kernel", "conv2/kernel"], key=natural_order)
       ['conv2/kernel', 'conv10/kernel']
     """
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)]
 
 
 def by_path(tree: Any) -> dict[str, Any]:

@@ -22,6 +22,14 @@ class Table(NamedTuple):
     totals: tuple[tuple[str, ...], ...] = ()
     left: tuple[int, ...] = (0,)
 
+    def without_empty_columns(self, keep: int = 0) -> "Table":
+        """The table without the columns that are empty in all rows, but for the first ``keep``."""
+        shown = [i for i in range(len(self.header)) if i < keep or any(row[i] for row in self.rows)]
+        header, rows, totals = (
+            tuple(tuple(line[i] for i in shown) for line in lines) for lines in ([self.header], self.rows, self.totals)
+        )
+        return Table(header[0], rows, totals, tuple(shown.index(i) for i in self.left if i in shown))
+
     def text(self) -> str:
         """The table in plain text."""
         lines = [self.header, *self.rows, *self.totals]

@@ -54,9 +54,14 @@ class History(Tabular):
           KeyError: if it was never logged.
         """
         kind, _, path = name.partition("/")
-        values = [(_epoch(line), line[kind][path] if path else line[kind]) for line in self._having(kind)]
-        epochs, numbers = zip(*values, strict=True)
-        return np.asarray(epochs, float), np.asarray(numbers, float)
+        lines = self._having(kind)
+        if path:
+            lines = [line for line in lines if path in line[kind]]
+            if not lines:
+                paths = dict.fromkeys(path for line in self._having(kind) for path in line[kind])
+                raise KeyError(f"{name} was not logged; of {kind} there are {', '.join(paths) or 'none'}")
+        values = [line[kind][path] if path else line[kind] for line in lines]
+        return np.array([_epoch(line) for line in lines], float), np.array(values, float)
 
     def layers(self, name: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Numbers of every layer over the epochs.

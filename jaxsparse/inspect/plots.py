@@ -7,16 +7,16 @@ can tell apart. Matplotlib is imported by the first call.
 """
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
 
 from jaxsparse.inspect.history import History
-from jaxsparse.inspect.states import get_masks
+from jaxsparse.inspect.states import get_masks, masks_for
 from jaxsparse.links import link_states
-from jaxsparse.masks import validate_masks
-from jaxsparse.structures import by_path, natural_order
+from jaxsparse.structures import align, by_path, natural_order
 
 __all__ = [
     "plot_accuracy_against_kept", "plot_class_specialization", "plot_densities", "plot_filters", "plot_history",
@@ -46,16 +46,17 @@ def plot_densities(masks: Any):
     overall = 100 * sum(kept for kept, _ in layers.values()) / max(1, sum(size for _, size in layers.values()))
     figure = _figure(9, 1.1 + 0.28 * len(layers))
     axes = figure.add_subplot()
-    axes.barh(list(layers), list(shares.values()), color=COLOURS[0])
+    axes.barh(range(len(layers)), list(shares.values()), color=COLOURS[0])
+    axes.set_yticks(range(len(layers)), list(map(_plain, layers)))
     seen = [share for share in shares.values() if share > 0]
     least = 0.0
     if seen and max(seen) >= 10 * min(seen):
         _logarithmic(axes, seen)
         least = min(seen) / 2
     axes.set_xlim(least, max(seen, default=100))
-    for path, (kept, size) in layers.items():
+    for i, (path, (kept, size)) in enumerate(layers.items()):
         axes.annotate(
-            f"{kept:,} of {size:,}", (max(shares[path], least), path), (4, 0), textcoords="offset points", va="center",
+            f"{kept:,} of {size:,}", (max(shares[path], least), i), (4, 0), textcoords="offset points", va="center",
             fontsize=8, annotation_clip=False, bbox={"facecolor": axes.get_facecolor(), "edgecolor": "none", "pad": 1},
         )  # fmt: skip
     axes.axvline(overall, color=_ink(), linestyle="--", linewidth=1, label=f"all of them: {overall:.3g}%")
@@ -90,10 +91,14 @@ def plot_masks(masks: Any, *, max_side: int = 256):
     figure = _figure(3.6 * columns, 3.6 * rows)
     for i, (name, mask) in enumerate(sparse.items()):
         axes = figure.add_subplot(rows, columns, i + 1)
-        image = _tiled(mask.reshape(-1, mask.shape[-1]).astype(np.float32), max_side)
-        extent = (0, mask.shape[-1], mask.size // max(mask.shape[-1], 1), 0)
-        axes.imshow(image, cmap=_inks(), aspect="auto", interpolation="nearest", vmin=0, vmax=1, extent=extent)
-        axes.set_title(f"{name}\n{int(mask.sum()):,} of {mask.size:,} ({_share(mask):.1%})", fontsize=9)
+        matrix = mask.reshape(math.prod(mask.shape[:-1]), mask.shape[-1]).astype(np.float32)
+        if mask.size:
+            extent = (0, matrix.shape[1], matrix.shape[0], 0)
+            axes.imshow(
+                _tiled(matrix, max_side), cmap=_inks(), aspect="auto", interpolation="nearest", vmin=0, vmax=1,
+                extent=extent,
+            )  # fmt: skip
+        axes.set_title(f"{_plain(name)}\n{int(mask.sum()):,} of {mask.size:,} ({_share(mask):.1%})", fontsize=9)
         axes.set_xlabel("output" if mask.ndim > 1 else "channel")
         if mask.ndim > 1:
             axes.set_ylabel("input")
@@ -115,11 +120,13 @@ def plot_filters(mask: Any, *, max_side: int = 256):
       without ink is a channel that nobody reads, a column a filter that is gone. On the right the places of a kernel.
 
     Raises:
-      ValueError: if the mask has not four dimensions.
+      ValueError: if the mask has not four dimensions, or one of them is 0.
     """
     mask = np.asarray(mask)
-    if mask.ndim != 4:
-        raise ValueError(f"plot_filters: expected (height, width, inputs, outputs), got shape {mask.shape}")
+    if mask.ndim != 4 or not mask.size:
+        raise ValueError(
+            f"plot_filters: expected (height, width, inputs, outputs), none of them 0, got shape {mask.shape}"
+        )
     height, width, inputs, outputs = mask.shape
     figure = _figure(11, 4.6)
     kernels, places = figure.subplots(1, 2)
@@ -155,8 +162,10 @@ def plot_receptive_fields(mask: Any, image_shape: Sequence[int] | None = None, *
     import matplotlib
 
     mask = np.asarray(mask)
-    if mask.ndim not in (2, 4):
-        raise ValueError(f"plot_receptive_fields: expected a mask of 2 or 4 dimensions, got shape {mask.shape}")
+    if mask.ndim not in (2, 4) or not mask.size:
+        raise ValueError(
+            f"plot_receptive_fields: expected a mask of 2 or 4 dimensions, none of them 0, got shape {mask.shape}"
+        )
     if mask.ndim == 2 and (image_shape is None or len(image_shape) != 3 or np.prod(image_shape) != len(mask)):
         raise ValueError(
             f"plot_receptive_fields: expected image_shape (height, width, channels) of {len(mask)} numbers, as the "
@@ -186,43 +195,44 @@ def plot_receptive_fields(mask: Any, image_shape: Sequence[int] | None = None, *
     return figure
 
 
-def plot_weights(params: Any, masks: Any):
+def plot_weights(params: Any, opt_state_or_masks: Any):
     """Draws how the weights that each sparse layer keeps are distributed, with the means of either sign.
 
     These means are the two numbers from which ASNI-II starts a layer, :func:`jaxsparse.centroids`.
 
     Args:
       params: of a network.
-      masks: like ``params``: bool arrays, the scalar True for dense leaves.
+      opt_state_or_masks: an optimizer state, or masks like the params.
 
     Returns:
-      A ``matplotlib.figure.Figure``. The outermost thousandth on either side is not drawn; layers that keep nothing are
-      left out.
+      A ``matplotlib.figure.Figure``. The outermost thousandth on either side is not drawn, nor what is not finite, of
+      which a layer's title says how much there is; layers that keep nothing are left out.
 
     Raises:
       ValueError: if masks do not fit the params.
     """
-    validate_masks(masks, params)
     weights = {path: np.asarray(leaf, np.float32) for path, leaf in by_path(params).items()}
-    layers = {
-        path: weights[path][np.asarray(mask)] for path, mask in by_path(masks).items() if np.ndim(mask) and mask.any()
-    }
+    masks = align(masks_for(params, opt_state_or_masks), params, "masks")
+    masked = {path: np.asarray(mask) for path, mask in zip(weights, masks, strict=True)}
+    layers = {path: weights[path][mask] for path, mask in masked.items() if mask.ndim and mask.any()}
     columns = min(4, max(1, len(layers)))
     rows = max(1, -(-len(layers) // columns))
     figure = _figure(4 * columns, 2.8 * rows + 0.6)
+    means: dict[str, Any] = {}
     for i, path in enumerate(sorted(layers, key=natural_order)):
         axes, kept = figure.add_subplot(rows, columns, i + 1), layers[path]
-        low, high = np.quantile(kept, [0.001, 0.999])  # a few far ones would leave no room for the rest
-        edges = np.linspace(low, high, 61) if high > low else 11
-        axes.hist(kept, edges, color=COLOURS[5])
+        finite = kept[np.isfinite(kept)]
+        low, high = np.quantile(finite, [0.001, 0.999]) if finite.size else (0, 0)  # far ones would leave no room
+        axes.hist(finite, np.linspace(low, high, 61) if high > low else 11, color=COLOURS[5])
         for sign, colour, line, side in ((-1, COLOURS[1], "--", "negative"), (1, _ink(), ":", "positive")):
-            if (of_sign := kept[np.sign(kept) == sign]).size:
-                axes.axvline(of_sign.mean(), color=colour, linestyle=line, label=f"mean of the {side}")
-        axes.set_title(f"{path}, {kept.size:,} of {weights[path].size:,}", fontsize=9)
+            if (of_sign := finite[np.sign(finite) == sign]).size:
+                means[f"mean of the {side}"] = axes.axvline(of_sign.mean(), color=colour, linestyle=line)
+        broken = f"\n{kept.size - finite.size:,} not finite" if finite.size < kept.size else ""
+        axes.set_title(f"{_plain(path)}, {kept.size:,} of {weights[path].size:,}{broken}", fontsize=9)
         axes.locator_params(axis="x", nbins=5)
         axes.set(xlabel="weight", ylabel="weights" if i % columns == 0 else "")
-        if i == 0:
-            figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    if means:
+        figure.legend(means.values(), means, loc="outside lower center", ncols=2, fontsize=8)
     if not layers:
         figure.text(0.5, 0.5, "no layer with a mask keeps any weight", ha="center")
     return figure
@@ -242,27 +252,28 @@ def plot_history(history: History | Mapping[str, History]):
     colours = COLOURS if len(runs) <= len(COLOURS) else _shades(len(runs))
     for i, (label, run) in enumerate(runs.items()):
         for j, split in enumerate(("train", "validation", "test")):
-            if f"{split}_loss" not in run.names:
-                continue
-            style = {"label": f"{label}, {split}" if label else split, "color": colours[i if label else j]}
+            style = {"label": f"{_plain(label)}, {split}" if label else split, "color": colours[i if label else j]}
             style["linestyle"] = {"train": ":", "validation": "--", "test": "-"}[split] if label else "-"
             for axes, name, form in ((losses, "loss", lambda x: x), (errors, "accuracy", lambda x: 100 * (1 - x))):
                 if f"{split}_{name}" in run.names:
                     epochs, values = run.series(f"{split}_{name}")
-                    axes.plot(epochs, form(values), marker="." if len(epochs) < 3 else None, **style)
+                    axes.plot(epochs, form(values), marker=_marker(epochs), **style)
     losses.set(ylabel="loss (cross-entropy)")
-    if not losses.lines:
-        losses.text(0.5, 0.5, "nothing logged yet", ha="center", transform=losses.transAxes)
-    else:
+    if losses.lines:
         losses.set_yscale("log")
         losses.yaxis.set_major_formatter("{x:g}")
-        if len(runs) > 1:
-            figure.legend(*losses.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-        else:
-            losses.legend()
-    errors.set_yscale("symlog", linthresh=0.1)  # train errors do reach 0
+    if errors.lines:
+        errors.set_yscale("symlog", linthresh=0.1)  # train errors do reach 0
+        errors.yaxis.set_major_formatter("{x:g}")
     errors.set(ylabel="error (%)", ylim=(0, None))
-    errors.yaxis.set_major_formatter("{x:g}")
+    for axes in (losses, errors):
+        if not axes.lines:
+            axes.text(0.5, 0.5, "nothing logged yet", ha="center", transform=axes.transAxes)
+    handles = {line.get_label(): line for line in (*losses.lines, *errors.lines)}
+    if len(runs) > 1 and handles:
+        figure.legend(handles.values(), handles, loc="outside right upper", fontsize=8)
+    elif handles:
+        (losses if losses.lines else errors).legend(handles.values(), handles)
     return figure
 
 
@@ -276,19 +287,20 @@ def plot_layer_densities(history: History):
       A ``matplotlib.figure.Figure``, empty if no densities were logged.
     """
     figure, (densities, flips) = _panels(2, "epoch")
-    epochs, of_layer = history.layers("layer_density") if "layer_density" in history.names else ([], {})
-    updates, flipped = history.layers("flips") if "flips" in history.names else ([], {})
+    nothing: tuple[Any, dict[str, Any]] = ([], {})
+    epochs, of_layer = history.layers("layer_density") if "layer_density" in history.names else nothing
+    updates, flipped = history.layers("flips") if "flips" in history.names else nothing
     figure.set_figheight(max(4, 0.18 * len(of_layer)))  # room for the legend
     deep = len(of_layer) > len(_STYLES) * len(COLOURS)  # more layers than styles: their order as shades
     shades = _shades(len(of_layer))
     for i, (path, shares) in enumerate(of_layer.items()):
-        style: dict[str, Any] = {"label": path, "color": COLOURS[i % len(COLOURS)]}
+        style: dict[str, Any] = {"label": _plain(path), "color": COLOURS[i % len(COLOURS)]}
         style["linestyle"] = _STYLES[i // len(COLOURS) % len(_STYLES)]
         if deep:
             style |= {"color": shades[i], "linestyle": "-"}
-        densities.plot(epochs, 100 * shares, **style)
+        densities.plot(epochs, 100 * shares, marker=_marker(epochs), **style)
         if path in flipped:
-            flips.plot(updates, flipped[path], **style)
+            flips.plot(updates, flipped[path], marker=_marker(updates), **style)
     seen = [share for shares in of_layer.values() for share in shares if share > 0]
     wide = max(seen, default=1) >= 10 * min(seen, default=1)
     densities.set(ylabel="kept (%)", yscale="log" if wide else "linear")
@@ -335,11 +347,12 @@ def plot_accuracy_against_kept(
         every += [point[0] for point in ordered]
         errors = [point[2] if len(point) == 3 else 0.0 for point in ordered]
         axes.errorbar(
-            [p[0] for p in ordered], [p[1] for p in ordered], errors, label=label, marker=MARKERS[i % len(MARKERS)],
-            color=COLOURS[i % len(COLOURS)], linestyle=_STYLES[i // len(COLOURS) % len(_STYLES)], capsize=3,
+            [p[0] for p in ordered], [p[1] for p in ordered], errors, label=_plain(label),
+            marker=MARKERS[i % len(MARKERS)], color=COLOURS[i % len(COLOURS)],
+            linestyle=_STYLES[i // len(COLOURS) % len(_STYLES)], capsize=3,
         )  # fmt: skip
     for i, (label, accuracy) in enumerate(baselines.items()):
-        axes.axhline(100 * accuracy, label=label, color=_ink(), linestyle=("--", ":", "-.")[i % 3], linewidth=1)
+        axes.axhline(100 * accuracy, label=_plain(label), color=_ink(), linestyle=("--", ":", "-.")[i % 3], linewidth=1)
     seen = [kept for kept in every if kept > 0]
     if len(seen) == len(every) and max(seen, default=1) >= 5 * min(seen, default=1):
         _logarithmic(axes, seen)
@@ -366,7 +379,7 @@ def plot_schedules(schedules: Mapping[str, Callable[[Any], Any]], stages: int):
     for i, (label, schedule) in enumerate(schedules.items()):
         values = [100 * float(schedule(stage)) for stage in range(stages)]
         style = {"color": COLOURS[i % len(COLOURS)], "linestyle": (*_STYLES, "-.")[i % 4]}
-        axes.plot(range(stages), values, label=label, **style)
+        axes.plot(range(stages), values, label=_plain(label), **style)
     axes.set(ylabel="zeros (%)", ylim=(0, 102), xlim=(0, max(1, stages - 1)))
     figure.legend(loc="outside right upper", fontsize=8)
     return figure
@@ -405,12 +418,12 @@ def plot_class_specialization(networks: Mapping[str, Mapping[str, Any]]):
             side, shares = (-1, 1)[j], np.asarray(of[layer], float)
             counts = np.histogram(shares, bins)[0]
             most = max(most, counts.max())
-            axes.barh(bins[:-1], side * counts, np.diff(bins), align="edge", color=COLOURS[j], label=label)
+            axes.barh(bins[:-1], side * counts, np.diff(bins), align="edge", color=COLOURS[j], label=_plain(label))
             if shares.size:
                 start, end = (0, 0.5) if side < 0 else (0.5, 1)
                 axes.axhline(shares.mean(), start, end, color=_ink(), linestyle="--", linewidth=1)
         axes.axvline(0, color=_ink(), linewidth=0.8)
-        axes.set(xlim=(-1.1 * most, 1.1 * most), ylim=(bins[0], bins[-1]), title=layer)
+        axes.set(xlim=(-1.1 * most, 1.1 * most), ylim=(bins[0], bins[-1]), title=_plain(layer))
         axes.title.set_fontsize(9)
         axes.set_xlabel("channels")
         axes.set_ylabel("share of the top class" if i % columns == 0 else "")
@@ -446,6 +459,16 @@ def _panels(count: int, xlabel: str) -> tuple[Any, Any]:
         axes.set_xlabel(xlabel)
         axes.grid(alpha=0.3)
     return figure, panels
+
+
+def _plain(name: str) -> str:
+    """A name as it is: Matplotlib sets what stands between dollars as formulas, and hides what begins with "_"."""
+    return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
+def _marker(points: Sized) -> str | None:
+    """A line of one point is seen by its marker alone."""
+    return "." if len(points) < 3 else None
 
 
 def _shades(count: int) -> list[Any]:

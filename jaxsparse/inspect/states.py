@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse.links import link_states
-from jaxsparse.masks import apply_masks
-from jaxsparse.structures import by_path, by_plain_path, is_masked_node, leaf_paths, prunable_leaves
+from jaxsparse.masks import apply_masks, validate_masks
+from jaxsparse.structures import by_path, by_plain_path, is_masked_node, prunable_leaves
 
 __all__ = [
     "SparsityError",
@@ -43,7 +43,8 @@ def get_masks(opt_state: Any, params: Any = None) -> Any:
       to evaluate with by :func:`open_channels` and :func:`jaxsparse.remaining`.
 
     Raises:
-      ValueError: if there is no sparse link in the state, or two of them mask the same leaf.
+      ValueError: if there is no sparse link in the state, two of them mask the same leaf, or masks do not fit the
+        params.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, jaxsparse
@@ -203,10 +204,26 @@ def _masks_of_leaves(opt_state: Any, params: Any) -> list[jax.Array]:
         if twice := sorted(set(found) & set(masks)):
             raise ValueError(f"two sparse links mask the same leaf: {', '.join(twice)}")
         found |= masks
-    names = leaf_paths(params)
-    if unknown := sorted(set(found) - set(names)):
+    leaves = by_path(params)
+    if unknown := sorted(set(found) - set(leaves)):
         raise ValueError(f"the optimizer state has masks of leaves that the params lack: {', '.join(unknown)}")
-    return [found[name] if name in found else jnp.ones((), bool) for name in names]
+    for name, mask in found.items():
+        if np.shape(mask) != np.shape(leaves[name]):
+            raise ValueError(
+                f"the mask of {name} in the optimizer state has shape {np.shape(mask)}, but the params have "
+                f"{np.shape(leaves[name])}; of a vmapped or replicated state take one replica"
+            )
+    return [found.get(name, jnp.ones((), bool)) for name in leaves]
+
+
+def masks_for(params: Any, opt_state_or_masks: Any) -> Any:
+    """Masks that fit the params: those given, or those that the optimizer state given holds."""
+    dtypes = [getattr(leaf, "dtype", None) for leaf in jax.tree.leaves(opt_state_or_masks)]
+    other_tree = jax.tree.structure(opt_state_or_masks) != jax.tree.structure(params)
+    if link_states(opt_state_or_masks) or link_states(params) or (other_tree and set(dtypes) - {np.dtype(bool), None}):
+        return get_masks(opt_state_or_masks, params)  # or an error, if there is no sparse link in the state
+    validate_masks(opt_state_or_masks, params)
+    return opt_state_or_masks
 
 
 def _merge(a: Any, b: Any) -> Any:

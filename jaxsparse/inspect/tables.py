@@ -7,9 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxsparse.inspect.states import get_masks
-from jaxsparse.links import link_states
-from jaxsparse.masks import validate_masks
+from jaxsparse.inspect.states import masks_for
 from jaxsparse.structures import align, by_path, natural_order, plain_path
 from jaxsparse.tables import Table, Tabular
 
@@ -83,10 +81,7 @@ class Summary(Tabular):
             products = f"{of_kept:,} ({of_kept / of_all:.1%})" if of_all else ""
             density = _density(kept, weights, bool(sparse))
             totals.append((name, "", f"{weights:,}", f"{kept:,}", density, "", "", "", products))
-        # A column that says nothing is left out, but for the first five.
-        shown = [i for i in range(len(header)) if i < 5 or any(cells[i] for cells in rows)]
-        cells = [tuple(line[i] for i in shown) for line in (header, *rows, *totals)]
-        return Table(cells[0], tuple(cells[1 : 1 + len(rows)]), tuple(cells[1 + len(rows) :]), left=(0, 1))
+        return Table(header, tuple(rows), tuple(totals), left=(0, 1)).without_empty_columns(keep=5)
 
 
 def summary(params: Any, opt_state_or_masks: Any, *, positions: Mapping[str, int] | None = None) -> Summary:
@@ -121,7 +116,7 @@ def summary(params: Any, opt_state_or_masks: Any, *, positions: Mapping[str, int
       sparse layers               6     2   33.33%                                   2 (33.3%)
       all                         9     5   55.56%                                   2 (33.3%)
     """
-    masks = _masks_of(params, opt_state_or_masks)
+    masks = masks_for(params, opt_state_or_masks)
     leaves = by_path(params)
     places = {plain_path(path): int(number) for path, number in (positions or {}).items()}
     if unknown := sorted(set(places) - set(map(plain_path, leaves))):
@@ -139,8 +134,8 @@ def _layer(path: str, leaf: Any, mask: np.ndarray, places: int | None) -> LayerS
     kept = int(np.count_nonzero(mask)) if sparse else weights
     mean_abs = None
     if kept and not isinstance(leaf, jax.ShapeDtypeStruct):
-        sizes = np.abs(np.asarray(leaf).astype(np.float32, copy=False))
-        mean_abs = float(np.vdot(sizes, mask) if sparse else sizes.sum(dtype=np.float64)) / kept
+        values = np.asarray(leaf)[mask] if sparse else np.asarray(leaf)
+        mean_abs = float(np.abs(values.astype(np.float32, copy=False)).sum(dtype=np.float64)) / kept
     dead_inputs = dead_outputs = None
     if sparse:
         dead_outputs = int(np.count_nonzero(~mask.any(axis=tuple(range(mask.ndim - 1)))))
@@ -273,7 +268,7 @@ def show(params: Any, opt_state_or_masks: Any = None) -> Any:
         raise ImportError('show needs treescope: pip install "jaxsparse[inspect]", or treescope') from error
     if opt_state_or_masks is None:
         return _Shown(params, {})
-    masks = align(_masks_of(params, opt_state_or_masks), params, "masks")
+    masks = align(masks_for(params, opt_state_or_masks), params, "masks")
     pairs = zip(jax.tree.leaves(params), masks, strict=True)
     return _Shown(params, {id(leaf): np.asarray(mask) for leaf, mask in pairs if np.ndim(mask) > 0})
 
@@ -302,13 +297,6 @@ class _Shown:
             return None
         picture = treescope.render_array(np.asarray(value, np.float32), valid_mask=self.masks.get(id(value)))
         return treescope.IPythonVisualization(picture, replace=False)
-
-
-def _masks_of(params: Any, opt_state_or_masks: Any) -> Any:
-    if link_states(opt_state_or_masks) or link_states(params):
-        return get_masks(opt_state_or_masks, params)
-    validate_masks(opt_state_or_masks, params)
-    return opt_state_or_masks
 
 
 def _density(kept: int, weights: int, sparse: bool) -> str:

@@ -1,22 +1,45 @@
 import json
+import runpy
+import sys
 
 import pytest
 
 from experiments import compare
 
 
+def finished(folder, density, accuracy):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "result.json").write_text(json.dumps({"density": density, "test_accuracy": accuracy}))
+
+
 def test_table(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, density, accuracy in (("dense", 1.0, 0.98), ("sparse", 0.1, 0.9775)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "result.json").write_text(json.dumps({"density": density, "test_accuracy": accuracy}))
-    assert compare.table(["dense", "sparse"]).splitlines() == [
-        "run     density  test accuracy  difference",
-        "dense   100.00%         98.00%       +0.00",
-        "sparse   10.00%         97.75%       -0.25",
+    finished(tmp_path / "dense", 1.0, 0.98)
+    for seed in (10, 2):
+        finished(tmp_path / f"sparse/seed_{seed}", 0.1, 0.9775)
+    assert compare.table(["dense", "sparse", "dense/../dense"]).text().splitlines() == [
+        "run             density  test accuracy  difference",
+        "--------------  -------  -------------  ----------",
+        "dense           100.00%         98.00%       +0.00",
+        "sparse/seed_2    10.00%         97.75%       -0.25",
+        "sparse/seed_10   10.00%         97.75%       -0.25",
     ]
 
 
-def test_unfinished_run_is_named(tmp_path):
-    with pytest.raises(OSError, match=r"result\.json"):
-        compare.table([str(tmp_path)])
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, r"error: '.*' is not the folder of a run, nor is one in it: there is no config\.json"),
+        ({"config.json": "{}"}, r"error: '.*' is not finished: it has no result\.json"),
+        ({"config.json": "{}", "result.json": "{"}, r"error: .*result\.json is not JSON"),
+        ({"config.json": "{}", "result.json": "[1]"}, r"error: .*result\.json: expected a JSON object, got \[1\]"),
+    ],
+)
+def test_folders_that_cannot_be_compared(tmp_path, monkeypatch, files, message):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(sys, "argv", ["compare", str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "experiments.compare")
+    with pytest.raises(SystemExit, match=message):
+        runpy.run_module("experiments.compare", run_name="__main__")

@@ -11,6 +11,7 @@ from PIL import Image
 import jaxsparse
 from experiments import compare, report, train
 from experiments.workdir import read_json
+from jaxsparse import inspect
 from tests.experiments.test_train import ROOT, smoke_config
 from tests.pages import Page
 
@@ -106,11 +107,84 @@ def test_folders_without_runs(tmp_path):
     with pytest.raises(SystemExit, match=r"is not the folder of a run, nor is one in it: there is no config\.json"):
         report.main([str(tmp_path)])
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(SystemExit, match=r"config\.json or result\.json is not JSON"):
+    with pytest.raises(SystemExit, match=r"config\.json is not JSON"):
         report.main([str(tmp_path)])
     (tmp_path / "config.json").write_text(json.dumps({"dense": False}))
     with pytest.raises(SystemExit, match="Is a directory"):
         report.main([str(tmp_path), f"--out={tmp_path}"])
+
+
+def made_up(name, *, accuracy, density=0.1, seed=0, dense=False, history=(), **sparsity):
+    """A finished run, of which there is no more than this."""
+    config = {"dense": dense, "seed": seed, "sparsity.method": "sparse_momentum"}
+    config |= {f"sparsity.{key}": value for key, value in sparsity.items()}
+    result = {"test_accuracy": accuracy, "density": 1.0 if dense else density}
+    return report.Run(name, report.Path("runs") / name, config, inspect.History(history), result)
+
+
+def points_of(runs):
+    """Of the picture of accuracy against kept weights the series, with errors, and the baselines."""
+    axes = report._accuracy_against_kept(runs).axes[0]
+    series = {}
+    for bars in axes.containers:
+        line, _, (errors,) = bars.lines
+        ends = [segment[:, 1] for segment in errors.get_segments()]
+        series[bars.get_label()] = [
+            (*point, round((high - low) / 2, 9))
+            for point, (low, high) in zip(line.get_xydata().round(9).tolist(), ends, strict=True)
+        ]
+    drawn = {bars.lines[0] for bars in axes.containers}
+    return series, {
+        line.get_label(): line.get_ydata()[0]
+        for line in axes.lines
+        if line not in drawn and len(line.get_xdata()) == 2 and not line.get_label().startswith("_")
+    }
+
+
+def test_seeds_are_one_point_and_a_line_is_of_one_number_that_changes():
+    runs = [made_up(f"dense/{i}", accuracy=0.98 + 0.01 * i, seed=i, dense=True, density=i) for i in (0, 1)]
+    runs += [
+        made_up(f"{kept}/{i}", accuracy=0.9 + 0.02 * i, density=kept, seed=i, sparsity=1 - kept)
+        for kept in (0.2, 0.05)
+        for i in (0, 1)
+    ]
+    assert points_of(runs) == (
+        {"sparse_momentum": [(5.0, 91.0, 1.0), (20.0, 91.0, 1.0)]},
+        {"dense": pytest.approx(98.5)},
+    )
+
+
+def test_other_configurations_are_other_series():
+    runs = [
+        made_up(f"{growth}", accuracy=accuracy, sparsity=0.9, growth=growth)
+        for growth, accuracy in (("momentum", 0.97), ("random", 0.95))
+    ]
+    runs.append(made_up("more", accuracy=0.96, density=0.2, sparsity=0.8, growth="random"))
+    runs.append(made_up("diverged", accuracy=float("nan"), sparsity=0.9, growth="random"))
+    assert points_of(runs)[0] == {
+        'sparse_momentum, growth "momentum"': [(10.0, 97.0, 0.0)],
+        'sparse_momentum, growth "random"': [(10.0, 95.0, 0.0), (20.0, 96.0, 0.0)],
+    }
+    assert report._accuracy_against_kept(runs[3:]) is None
+    header, *rows = report.runs_table(runs)[:2]
+    assert [row[header.index("test accuracy")] for row in rows[0]] == ["97.00%", "95.00%", "96.00%", "nan"]
+
+
+def test_what_was_logged_in_some_lines_only_and_odd_names():
+    history = ({"step": 1, "train_loss": 1.0, "speed": {}}, {"step": 2, "speed": {"images_per_second": 100.0}})
+    runs = [made_up(name, accuracy=0.9, history=history) for name in ("_a", "$b$", "c$_")]
+    shown = Page(report.report(runs, "odd"))
+    header, *rows = shown.tables[0]
+    assert [row[0] for row in rows] == ["_a", "$b$", "c$_"]
+    assert rows[0][header.index("images/s")] == "100"
+
+
+def test_a_run_in_a_run_and_one_that_is_given_twice(runs, tmp_path):
+    shutil.copytree(runs / "dense", tmp_path / "outer")
+    shutil.copytree(runs / "dense", tmp_path / "outer/inner")
+    (tmp_path / "link").symlink_to(tmp_path / "outer")
+    paths = compare.find_runs([tmp_path / "outer", tmp_path / "outer/inner", tmp_path / "link"])
+    assert report._names(paths) == ["outer", "inner"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium to look at the page with")

@@ -46,6 +46,13 @@ def test_a_folder_of_something_else(tmp_path):
         read_history(tmp_path)
 
 
+def test_what_some_lines_lack_is_left_out():
+    history = History(({"step": 1, "speed": {}}, {"step": 2, "speed": {"images/s": 3.0}}))
+    assert [values.tolist() for values in history.series("speed/images/s")] == [[2], [3]]
+    with pytest.raises(KeyError, match="speed/steps was not logged; of speed there are images/s"):
+        history.series("speed/steps")
+
+
 def test_series():
     history = History(tuple(LINES))
     epochs, losses = history.series("train_loss")

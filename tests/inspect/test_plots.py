@@ -112,7 +112,7 @@ def test_filters():
     assert places[1, 2] == pytest.approx(100 * 6 / 20)
     assert places[0, 0] == pytest.approx(100 / 20)
     drawn(inspect.plot_filters(mask))
-    with pytest.raises(ValueError, match=r"expected \(height, width, inputs, outputs\), got shape \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"\(height, width, inputs, outputs\), none of them 0, got shape \(2, 2\)"):
         inspect.plot_filters(np.ones((2, 2), bool))
 
 
@@ -129,7 +129,7 @@ def test_receptive_fields_show_each_weight_once(shape):
 
 
 def test_receptive_fields_of_something_else():
-    with pytest.raises(ValueError, match=r"expected a mask of 2 or 4 dimensions, got shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"expected a mask of 2 or 4 dimensions, none of them 0, got shape \(3,\)"):
         inspect.plot_receptive_fields(np.ones(3, bool))
     for image_shape in (None, (28, 28), (3, 3, 1)):
         with pytest.raises(ValueError, match=r"expected image_shape \(height, width, channels\) of 12 numbers"):
@@ -200,6 +200,83 @@ def test_accuracy_against_kept():
     for point in ((2.0, 97.0), (0.1,), (0.1, float("nan"))):
         with pytest.raises(ValueError, match=r"ours: expected \(kept, accuracy\)"):
             inspect.plot_accuracy_against_kept({"ours": [point]})
+
+
+def test_what_was_logged_is_drawn_without_the_rest():
+    lines = ({"step": 1, "train_loss": 1.0, "validation_accuracy": 0.5}, {"step": 2, "test_accuracy": 0.75})
+    losses, errors = inspect.plot_history(inspect.History(lines)).axes
+    assert lines_of(errors) == {"validation": [[1, 50]], "test": [[2, 25]]}
+    assert [text.get_text() for text in losses.get_legend().get_texts()] == ["train", "validation", "test"]
+    losses, errors = inspect.plot_history(inspect.History(lines[1:])).axes
+    assert [text.get_text() for text in losses.texts] == ["nothing logged yet"]
+    assert not errors.texts
+    assert [text.get_text() for text in errors.get_legend().get_texts()] == ["test"]
+
+
+def test_a_single_point_is_seen():
+    figure = inspect.plot_layer_densities(inspect.History(tuple(LINES)))
+    assert [line.get_marker() for line in figure.axes[1].lines] == [".", "."]
+    _, flips = figure.axes
+    pixels = drawn(figure)
+    box = flips.get_window_extent()
+    height = len(pixels)
+    panel = pixels[height - int(box.y1) + 2 : height - int(box.y0) + 8, int(box.x0) - 8 : int(box.x1) + 8].astype(int)
+    assert (np.ptp(panel, axis=-1) > 100).any()  # in colour
+
+
+def test_names_are_drawn_as_they_are(recwarn):
+    odd = {"_stem$x_$y": 0.5, "fc": 0.4}
+    history = inspect.History(({"step": 1, "train_loss": 1.0, "layer_density": odd, "flips": odd},))
+    masks = {name: np.eye(3, dtype=bool) for name in odd}
+    figures = [
+        inspect.plot_layer_densities(history),
+        inspect.plot_history(dict.fromkeys(odd, history)),
+        inspect.plot_accuracy_against_kept({name: [(0.1, 0.9)] for name in odd}, baselines={"_d$e$": 0.9}),
+        inspect.plot_masks(masks),
+        inspect.plot_densities(masks),
+        inspect.plot_weights({name: np.ones((3, 3)) for name in odd}, masks),
+        inspect.plot_schedules({name: lambda stage: 0.1 for name in odd}, 3),
+        inspect.plot_class_specialization({"_$a": {"_$b$": [0.5]}, "b": {"_$b$": [0.5]}}),
+    ]
+    for figure in figures:
+        drawn(figure)
+    legends = [[text.get_text().strip("\u200b") for text in figure.legends[0].get_texts()] for figure in figures[:3]]
+    assert legends[0] == [r"_stem\$x_\$y", "fc"]
+    assert legends[1] == [r"_stem\$x_\$y, train", "fc, train"]
+    assert legends[2] == [r"_d\$e\$", r"_stem\$x_\$y", "fc"]
+    assert not recwarn.list
+
+
+def test_empty_layers_and_weights_that_are_not_finite():
+    masks = {"none": np.ones((5, 0), bool), "some": np.ones((2, 2), bool), "²": np.ones((0, 3), bool)}
+    drawn(inspect.plot_masks(masks))
+    drawn(inspect.plot_densities(masks))
+    params = {"w": np.array([[1.0, np.inf, np.nan, -2.0]]), "v": np.full((1, 2), np.nan)}
+    figure = inspect.plot_weights(params, jax.tree.map(lambda leaf: np.ones(leaf.shape, bool), params))
+    assert [axes.get_title() for axes in figure.axes] == ["v, 2 of 2\n2 not finite", "w, 4 of 4\n2 not finite"]
+    assert [line.get_xdata()[0] for line in figure.axes[1].lines] == [-2.0, 1.0]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "mean of the negative",
+        "mean of the positive",
+    ]
+    drawn(figure)
+    with pytest.raises(ValueError, match=r"expected a mask of 2 or 4 dimensions, none of them 0, got shape \(64, 0\)"):
+        inspect.plot_receptive_fields(np.ones((64, 0), bool), (8, 8, 1))
+    with pytest.raises(ValueError, match=r"none of them 0, got shape \(3, 3, 0, 4\)"):
+        inspect.plot_filters(np.ones((3, 3, 0, 4), bool))
+
+
+def test_weights_of_an_optimizer_state():
+    params = make_params()
+    tx = jaxsparse.chain(optax.sgd(0.1, momentum=0.9), jaxsparse.sparse_momentum(0.75, 10))
+    state = tx.init(params)
+    titles = [
+        [axes.get_title() for axes in inspect.plot_weights(params, given).axes]
+        for given in (state, jaxsparse.get_masks(state, params))
+    ]
+    assert titles[0] == titles[1]
+    with pytest.raises(ValueError, match="there is no sparse link in this optimizer state"):
+        inspect.plot_weights(params, optax.adam(0.1).init(params))
 
 
 def test_schedules():

@@ -1,4 +1,5 @@
 import io
+import re
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +113,41 @@ def test_summary_of_masks_that_do_not_fit():
         jaxsparse.summary({"w": jnp.ones((2, 2))}, {"w": jnp.ones((3, 2), bool)})
 
 
+@pytest.mark.parametrize("tree", ["another", "transposed", "vmapped"])
+def test_states_that_do_not_fit_the_params(tree):
+    params = {"kernel": jnp.ones((4, 6))}
+    state = sparse_state(params)
+    if tree == "vmapped":
+        state = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+    else:
+        params = {"kernel": jnp.ones({"another": (4, 8), "transposed": (6, 4)}[tree])}
+    shapes = rf"has shape \({'2, ' * (tree == 'vmapped')}4, 6\), but the params have \({params['kernel'].shape[0]}, "
+    for look in (jaxsparse.summary, inspect.show, inspect.plot_weights, jaxsparse.sparsify):
+        with pytest.raises(ValueError, match=f"the mask of kernel in the optimizer state {shapes}"):
+            look(params, state)
+
+
+def test_a_dense_optimizer_state_is_no_masks():
+    params = {"kernel": jnp.ones((4, 6))}
+    for look in (jaxsparse.summary, inspect.show, inspect.plot_weights):
+        with pytest.raises(ValueError, match="there is no sparse link in this optimizer state"):
+            look(params, optax.adam(0.1).init(params))
+
+
+def test_the_mean_of_many_weights():
+    weights = np.full((3, 1_000_000), 0.1, np.float32)
+    for mask in (np.array(True), np.ones(weights.shape, bool)):
+        (row,) = jaxsparse.summary({"w": weights}, {"w": mask}).layers
+        assert row.mean_abs == pytest.approx(0.1, rel=1e-6)
+
+
+def test_columns_that_are_empty():
+    table = Table(("a", "b", "c", "d"), (("", "", "1", ""), ("", "", "", "2")), (("", "9", "1", "2"),), left=(0, 2))
+    assert table.without_empty_columns() == Table(("c", "d"), (("1", ""), ("", "2")), (("1", "2"),), left=(0,))
+    assert table.without_empty_columns(keep=1).header == ("a", "c", "d")
+    assert table.without_empty_columns(keep=1).left == (0, 1)
+
+
 def test_all_three_forms_of_a_table_say_the_same():
     table = jaxsparse.summary({"[bold]<b>&": jnp.ones((2, 3))}, {"[bold]<b>&": jnp.eye(2, 3, dtype=bool)})
     cells = table.table()
@@ -175,7 +211,10 @@ def test_show_greys_out_what_is_pruned():
     assert "attention" in page
     arrays = sum(leaf.ndim > 0 for leaf in jax.tree.leaves(params))
     assert page.count("Rendering array...") == without.count("Rendering array...") == arrays
-    assert page != without
+    pruned = [re.findall(r'"validMaskBase64": ?"([^"]*)"', text.replace("\\", "")) for text in (page, without)]
+    assert len(pruned[0]) == len(pruned[1]) == arrays
+    sparse = sum(mask.ndim > 0 for mask in jax.tree.leaves(jaxsparse.get_masks(state, params)))
+    assert sum(a != b for a, b in zip(*pruned, strict=True)) == sparse
     assert "<treescope-container" in shown._repr_html_()
     assert "attention" in repr(shown)
     with pytest.raises(ValueError, match="masks"):
