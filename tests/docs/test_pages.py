@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import re
+import sys
 import warnings
 from pathlib import Path
 
@@ -14,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(path for folder in (".", "*") for path in DOCS.glob(f"{folder}/*.md") if path.parent.name != "notebooks")
 FENCE = re.compile(r"^(`{3,})([^\n`]*)\n(.*?)^\1`*\s*$", re.MULTILINE | re.DOTALL)
+PRINTED = re.compile(r"^\s*print\(.*\)  # (.*)$")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -44,10 +46,22 @@ def test_code_runs(page, tmp_path, monkeypatch):
     source = ""
     for line, code in blocks(page, "python"):  # at the lines that they have on the page
         source += "\n" * (line - 1 - source.count("\n")) + code
+    printed = {}
+
+    def print_and_tell(*values):
+        printed.setdefault(sys._getframe(1).f_lineno, " ".join(map(str, values)))
+
     users_add_biases = jax.numpy_rank_promotion("allow")
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), users_add_biases:
         warnings.simplefilter("error", DeprecationWarning)
-        exec(compile(source, page, "exec"), {"__name__": page.stem})
+        exec(compile(source, page, "exec"), {"__name__": page.stem, "print": print_and_tell})
+    for number, line in enumerate(source.splitlines(), 1):
+        if found := PRINTED.search(line):  # what is printed, and maybe some words on it
+            said = ".*".join(map(re.escape, found[1].split("...")))
+            words = re.escape(printed[number])
+            assert re.fullmatch(said, printed[number]) or re.match(rf"{words}([,:]|$| of )", found[1]), (
+                f"line {number} says {found[1]}, but prints {printed[number]}"
+            )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
