@@ -5,7 +5,9 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -44,7 +46,8 @@ def save(name: str, title: str, header: list[str], rows: list[list[str]], notes:
     """Prints a table and keeps it as ``benchmarks/results/NAME_PLATFORM.md``."""
     table = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     table += ["| " + " | ".join(row) + " |" for row in rows]
-    text = f"# {title}\n\n`python -m benchmarks.{name}` on {machine()}.\n\n" + "\n".join(table) + f"\n\n{notes}\n"
+    command = shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
+    text = f"# {title}\n\n`{command}` on {machine()}.\n\n" + "\n".join(table) + f"\n\n{notes}\n"
     print(text)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}_{jax.default_backend()}.md").write_text(text)

@@ -26,10 +26,10 @@ On a TPU pod slice or several machines, the same command on every host, with DIR
   python -m experiments.train ... --config.parallel.layout=data --distributed
 
 DIR is where TensorFlow Datasets has imagenet2012 (imagenette/320px-v2 for the last one) as array_record, W the folder
-of the run. ``data.batch_size`` is that of all devices together. The learning rate grows with it, the step size of "rda"
-does not; with a large one there should be a warm-up: ``--config.data.batch_size=1024
---config.optimizer.warmup_epochs=5``. "asni_80" has the 820 images a step of its author's four GPUs, which eight devices
-cannot share: give them 816. ``--config.dense`` is any of these without its method, by the same optimizer.
+of the run. ``data.batch_size`` is that of all devices together. The learning rate grows with it, and with a large one
+there should be a warm-up: ``--config.data.batch_size=1024 --config.optimizer.warmup_epochs=5``; the step size of "rda"
+does not grow, and its schedule has a warm-up. "asni_80" has the 820 images a step of its author's four GPUs, which
+eight devices cannot share: give them 816. ``--config.dense`` is any of these without its method, by the same optimizer.
 
 Where the recipes are from:
 

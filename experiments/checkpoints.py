@@ -1,7 +1,6 @@
 """Checkpoints by Orbax, with a checksum of their own and a way back to the one before."""
 
 import errno
-import hashlib
 import os
 import re
 import shutil
@@ -11,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from jax.experimental import multihost_utils
+from etils import epath
 
+from experiments import checksums
 from jaxsparse.parallel import any_process
 
 KEPT = 2  # the one before the newest is what a damaged newest one falls back to
@@ -54,6 +53,8 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=KEPT, **options)
         )
+        # To read with. The manager's restore has processes wait for each other, also for one that has failed.
+        self._states, self._abouts = ocp.StandardCheckpointHandler(), ocp.JsonCheckpointHandler()
 
     def steps(self) -> list[int]:
         """The steps of which there are checkpoints, in order."""
@@ -67,7 +68,7 @@ class Checkpoints:
           state: a pytree of arrays.
           **about: what :meth:`restore` needs to know, such as can be written as JSON.
         """
-        about |= {"step": step, "sha256": _digests(state)}
+        about |= {"step": step, "checksums": checksums.together(checksums.parts(state))}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
         with _as_os_error():
             self._manager.save(step, args=items)
@@ -90,20 +91,20 @@ class Checkpoints:
         Raises:
           OSError: if there are checkpoints, and all of them are damaged.
         """
+        self.wait()
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
-            try:
+            wrong, saved, parts = "", {}, {}
+            try:  # nothing in here waits for other processes, which may not have met the error
                 about = self.about(step)
                 shapes = like(about) if callable(like) else like
-                items = ocp.args.Composite(state=ocp.args.StandardRestore(_as_shapes(shapes)))
-                restored = self._manager.restore(step, args=items).state
-                wrong = (
-                    ""
-                    if _same_digests(_digests(restored), about["sha256"])
-                    else "its values are not those that were saved"
-                )
+                args = ocp.args.StandardRestore(_as_shapes(shapes))
+                restored = self._states.restore(epath.Path(self.folder / str(step) / "state"), args=args)
+                saved, parts = about["checksums"], checksums.parts(restored)
             except Exception as error:  # whatever Orbax, TensorStore and JSON make of damaged files
-                wrong = str(error).splitlines()[0]
+                wrong = str(error).splitlines()[0].partition(" See full TensorStore details")[0]
+            if not any_process(bool(wrong)) and (paths := checksums.differing(saved, parts)):
+                wrong = f"the values of {', '.join(paths[:3])}{' ...' * (len(paths) > 3)} are not those that were saved"
             if any_process(bool(wrong)):
                 damaged[step] = wrong or "another process could not read it"
                 continue
@@ -119,12 +120,14 @@ class Checkpoints:
 
     def about(self, step: int) -> dict[str, Any]:
         """What was saved with a checkpoint beside its state."""
-        return self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
+        return self._abouts.restore(epath.Path(self.folder / str(step) / "about"), args=ocp.args.JsonRestore())
 
     def close(self) -> None:
         """Waits for the last save and ends Orbax's threads."""
         with _as_os_error():
             self._manager.close()
+        self._states.close()
+        self._abouts.close()
 
     def _set_aside(self, damaged: dict[int, str], instead: int) -> None:
         for step, why in damaged.items():
@@ -156,33 +159,6 @@ def _as_os_error() -> Iterator[None]:
         found = re.search(r"os_error_code='(\d+)'", str(error))
         number = int(found[1]) if found else errno.EIO
         raise OSError(number, os.strerror(number) if found else str(error).strip().splitlines()[-1]) from error
-
-
-def _digests(state: Any) -> list[str]:
-    """SHA-256 of the structure and of dtype, shape and bytes of every leaf.
-
-    One for each process, of what it holds; if all hold the whole state, that is one.
-    """
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
-        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
-            arrays = [np.asarray(leaf)]
-        else:
-            arrays = [np.asarray(shard.data) for shard in leaf.addressable_shards]
-        for array in arrays:
-            digest.update(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
-    if jax.process_count() == 1:
-        return [digest.hexdigest()]
-    everywhere = multihost_utils.process_allgather(np.frombuffer(digest.digest(), np.uint8))
-    return list(dict.fromkeys(one.tobytes().hex() for one in everywhere))
-
-
-def _same_digests(now: list[str], saved: list[str]) -> bool:
-    """Parts of a state that other processes had held cannot be compared."""
-    return now == saved or len(now) != len(saved)
 
 
 def _as_shapes(tree: Any) -> Any:

@@ -211,6 +211,12 @@ def as_source(name: str, builder: Any, split: str, before: str = "", **options: 
 @cache  # many runs in one process decode the images once
 def _from_tfds(name: str, data_dir: str | None) -> tuple[Split, Split, int]:
     builder = tfds_builder(name, data_dir, other_names=("digits",))
+    if missing := {"train", "test"} - set(builder.info.splits or ("train", "test")):
+        raise ValueError(
+            f"data set {name!r} has no split {', '.join(map(repr, sorted(missing)))}, it has "
+            f"{', '.join(map(repr, builder.info.splits))}; sets of images of any size, such as imagenet2012, are "
+            "streamed: --config.data.streamed"
+        )
     sources = {split: as_source(name, builder, split) for split in ("train", "test")}
     features, keys = builder.info.features, builder.info.supervised_keys
     try:
@@ -219,7 +225,10 @@ def _from_tfds(name: str, data_dir: str | None) -> tuple[Split, Split, int]:
     except (TypeError, ValueError, KeyError, AttributeError):
         raise ValueError(f"data set {name!r} is not one of images with one label each; it has {features}") from None
     if len(shape) != 3 or None in shape or features[image_key].np_dtype != np.uint8:
-        raise ValueError(f"data set {name!r} needs images of one size with 8 bits a channel, it has {features}")
+        raise ValueError(
+            f"data set {name!r} needs images of one size with 8 bits a channel, it has {features}; colour images of "
+            "any size are streamed: --config.data.streamed"
+        )
     size = sum(map(len, sources.values())) * int(np.prod(shape))
     if size > physical_memory() / 2:
         raise ValueError(f"data set {name!r} takes {size / 2**30:.0f} GiB, more than half of this machine's memory")

@@ -36,8 +36,6 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 def make_model(config: ConfigDict, num_classes: int, layout: Layout | None = None) -> Any:
     """The model ``config.model.name``, with the other keys of ``config.model`` that are not None as its attributes."""
     options = {name: value for name, value in config.model.items() if name != "name" and value is not None}
-    if config.parallel.sync_batch_norm and layout is not None and layout.axis_name is not None:
-        options["axis_name"] = layout.axis_name
     if "dtype" in options:
         options["dtype"] = choose(DTYPES, options["dtype"], "config.model.dtype")
     try:
@@ -46,6 +44,13 @@ def make_model(config: ConfigDict, num_classes: int, layout: Layout | None = Non
         raise ValueError(f"config.model does not fit {config.model.name!r}: {error}") from None
     if model.num_classes < num_classes:
         raise ValueError(f"config.model.num_classes is {model.num_classes}, but the data have {num_classes} classes")
+    if config.parallel.sync_batch_norm and layout is not None and layout.axis_name is not None:
+        if not hasattr(model, "axis_name"):
+            raise ValueError(
+                "config.parallel.sync_batch_norm is for models with batch normalisation, "
+                f"config.model.name={config.model.name!r} has none"
+            )
+        model = model.clone(axis_name=layout.axis_name)
     return model
 
 

@@ -184,8 +184,14 @@ def _asni(config, steps_per_epoch, clip, model, key):
     if sparsity.method == "mask_updates":
         return jaxsparse.chain(*optimizer, jaxsparse.mask_updates(load_start(config)[1]))
     schedule = choose(SPARSITIES, sparsity.schedule, "config.sparsity.schedule")
+    stages = config.epochs // sparsity.update_every_epochs
+    if not stages:
+        raise ValueError(
+            f"config.sparsity.update_every_epochs={sparsity.update_every_epochs} is more than config.epochs="
+            f"{config.epochs}: nothing would be pruned"
+        )
     link = jaxsparse.asni(
-        schedule(sparsity, config.epochs // sparsity.update_every_epochs),
+        schedule(sparsity, stages),
         update_every=sparsity.update_every_epochs * steps_per_epoch,
         exact=sparsity.exact,
         structure=make_structure(config),

@@ -81,7 +81,7 @@ def _jpeg_header(file: bytes) -> _JpegHeader | None:
     """None for what is left to Pillow: other formats, CMYK, and what is broken."""
     if file[:2] != b"\xff\xd8":
         return None
-    position, frame = 2, None
+    position, frame, restarts = 2, None, False
     while position + 12 <= len(file):
         marker, length = struct.unpack_from(">HH", file, position)
         if marker in (0xFFC0, 0xFFC1, 0xFFC2):
@@ -90,10 +90,12 @@ def _jpeg_header(file: bytes) -> _JpegHeader | None:
                 return None
             rows = 8 * max(sampling & 15 for sampling in file[position + 11 : position + 10 + 3 * components : 3])
             frame = _JpegHeader(height, width, position + 5, 0 if marker == 0xFFC2 else rows)
+        elif marker == 0xFFDD:
+            restarts = file[position + 4 : position + 6] != b"\0\0"
         elif marker == 0xFFDA:
-            if frame is None or file[position + 4] == components:
+            if frame is None or (file[position + 4] == components and not restarts):
                 return frame
-            return frame._replace(rows=0)  # a scan for each component
+            return frame._replace(rows=0)  # a scan for each component; or it would have to end as the rows do
         elif not 0xFFC4 <= marker <= 0xFFFE:
             return None
         position += 2 + length

@@ -3,6 +3,7 @@
 import ctypes
 import faulthandler
 import os
+import re
 import signal
 import sys
 from typing import Any
@@ -14,6 +15,8 @@ from jaxsparse.parallel import any_process
 HEARTBEAT_SECONDS = 30  # a process that was not heard of for so long is taken for dead
 LOST = "start all processes again to go on from the last checkpoint"
 
+# What is told of processes that cannot be reached; other errors, such as of too little memory, have other causes.
+_OF_ANOTHER = "gloo|nccl|mpi_|connection|socket|barrier|heartbeat|coordination|unavailable|deadline|timed out|aborted"
 _handlers: list[Any] = []  # kept alive for C
 
 
@@ -26,7 +29,7 @@ def join(distributed: bool, coordinator: str | None, processes: int | None, proc
         them this is, from 0.
 
     Raises:
-      ValueError: if something is missing, or they do not find each other.
+      ValueError: if something is missing or out of range, or they do not find each other.
     """
     given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
     missing = [flag for flag, value in given.items() if value is None]
@@ -34,6 +37,10 @@ def join(distributed: bool, coordinator: str | None, processes: int | None, proc
         return
     if missing and not (distributed and len(missing) == len(given)):
         raise ValueError(f"{', '.join(missing)} missing: --coordinator, --processes and --process come together")
+    if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
+        raise ValueError(f"--coordinator is HOST:PORT of the first process, got {coordinator!r}")
+    if processes is not None and process is not None and not 0 <= process < processes:
+        raise ValueError(f"--process is from 0 to {processes - 1}, as there are --processes={processes}, got {process}")
     _say_who_is_gone()
     try:
         jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
@@ -49,7 +56,7 @@ def lost(error: BaseException) -> str | None:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, jax.errors.JaxRuntimeError):
         cause = cause.__cause__ or cause.__context__
-    if cause is None or jax.process_count() == 1:
+    if cause is None or jax.process_count() == 1 or not re.search(_OF_ANOTHER, str(cause), re.IGNORECASE):
         return None
     return f"lost another process, or the network to it ({str(cause).strip().splitlines()[0]}); {LOST}"
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import logging
 from ml_collections import ConfigDict
 
 import jaxsparse
@@ -66,6 +67,8 @@ class Program:
         self.layout = make_layout(config, devices)
         if side_by_side and self.layout.name != "one_device":
             raise ValueError(f"--vmap_seeds is for config.parallel.layout='one_device', got {self.layout.name!r}")
+        if side_by_side and config.data.streamed:
+            raise ValueError("--vmap_seeds is for images that fit into the memory, not for config.data.streamed")
         num_examples, batch_size = data.count(dataset.train), config.data.batch_size
         if batch_size % (self.layout.size * config.parallel.accumulate):
             raise ValueError(
@@ -109,8 +112,11 @@ class Program:
         """
         raise NotImplementedError
 
-    def evaluate(self, state: TrainState, source: Any) -> tuple[Any, Any]:
-        """Mean loss and accuracy on a split."""
+    def evaluate(self, state: TrainState, source: Any) -> dict[str, Any]:
+        """Mean "loss" and "accuracy" on a split.
+
+        Of streamed images also "unreadable": how many of them cannot be read, which are left out.
+        """
         raise NotImplementedError
 
     # --- What is compiled ---------------------------------------------------------------------------------------------
@@ -211,7 +217,7 @@ class Program:
         return sum(kept.values()) / sum(sizes.values()), adds / all_adds
 
     def _sums(self, state):
-        """A function of (images, labels, which are real): the sums of losses and of hits."""
+        """A function of (images, labels, which are real): the sums of losses and of hits, and how many are real."""
         params = state.params if self._config.dense else jaxsparse.eval_params(state.opt_state, state.params)
         variables = {"params": params, **self.layout.synchronised(state.model_state), **self._constants(state)}
 
@@ -219,7 +225,7 @@ class Program:
             images, labels, real = batch
             logits = self.model.apply(variables, data.normalise(images, self._dataset))
             losses = cross_entropy(logits, labels)
-            return jnp.sum(losses, where=real), jnp.sum(logits.argmax(-1) == labels, where=real)
+            return jnp.sum(losses, where=real), jnp.sum(logits.argmax(-1) == labels, where=real), jnp.sum(real)
 
         return lambda batch: self.layout.sums(measure)(batch, variables)
 
@@ -261,8 +267,8 @@ class ResidentProgram(Program):
     def _evaluation(self, state, split):
         sums, size = self._sums(state), self.layout.size
         in_parts = in_batches(split, size * max(1, EVAL_BATCH // size))
-        losses, hits = jax.lax.map(lambda batch: sums(self.layout.share(batch)), in_parts)
-        return None, (losses.sum() / len(split.labels), hits.sum() / len(split.labels))
+        losses, hits, _ = jax.lax.map(lambda batch: sums(self.layout.share(batch)), in_parts)
+        return None, {"loss": losses.sum() / len(split.labels), "accuracy": hits.sum() / len(split.labels)}
 
 
 class _Masks(NamedTuple):
@@ -283,6 +289,8 @@ class StreamedProgram(Program):
     def __init__(self, *args):
         super().__init__(*args)
         config, compile_ = self._config, self.layout.compile
+        if not 0 <= config.seed < 2**32:
+            raise ValueError(f"config.seed is from 0 to 2^32 - 1 where images are streamed, got {config.seed}")
         self.train_step = compile_(self._step(lambda batch, _: batch))
         # Of a copy: the state itself is given up by the first step.
         self._copied_masks = compile_(
@@ -292,6 +300,7 @@ class StreamedProgram(Program):
             lambda state, old, *of_batches: (None, self._measured(old.masks, state, *of_batches)), donate=False
         )
         self._compiled_sums = compile_(lambda state, batch: (None, self._sums(state)(batch)), donate=False)
+        self._left_out: set[str] = set()  # images that were named
 
     def train_chunk(self, state, source, start, length):
         """See :class:`Program`; the source is the stream."""
@@ -316,7 +325,7 @@ class StreamedProgram(Program):
         """See :class:`Program`; the source is what the stream's images are read from, of a split."""
         from experiments import streams  # takes a while, and small sets do without
 
-        loss, hits, layout, config = 0.0, 0, self.layout, self._config.data
+        loss, hits, count, layout, config = 0.0, 0, 0, self.layout, self._config.data
         for batch in streams.eval_batches(
             source,
             batch_size=layout.local_size * max(1, max(EVAL_BATCH, config.batch_size) // layout.size),
@@ -326,8 +335,18 @@ class StreamedProgram(Program):
         ):
             placed = layout.place_batch((batch.images, batch.labels, batch.real))
             sums = jax.device_get(self._compiled_sums(state, placed)[1])
-            loss, hits = loss + float(sums[0]), hits + int(sums[1])
-        return np.float64(loss / len(source)), np.float64(hits / len(source))
+            loss, hits, count = loss + float(sums[0]), hits + int(sums[1]), count + int(sums[2])
+            for name in map(source.name_of, batch.replaced[batch.replaced >= 0]):
+                if name not in self._left_out:
+                    self._left_out.add(name)
+                    logging.warning("%s cannot be read: it is left out of the evaluation", name)
+        if not count:
+            raise OSError(f"none of the {len(source)} images to evaluate on can be read")
+        return {
+            "loss": np.float64(loss / count),
+            "accuracy": np.float64(hits / count),
+            "unreadable": np.int64(len(source) - count),
+        }
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:

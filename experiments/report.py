@@ -44,7 +44,7 @@ STYLE = {
 }
 MOST_MASKS = 8  # layers of a run that are drawn
 MOST_TOLD = 3  # keys of a configuration in a picture's legend
-NOT_COMPARED = ("data_dir", "seed", "side_by_side")  # not what a configuration is about
+NOT_COMPARED = ("data_dir", "data.workers", "seed", "side_by_side")  # not what a configuration is about
 
 PAGE = """<!doctype html>
 <html lang="en">

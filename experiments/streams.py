@@ -37,7 +37,8 @@ class Batch(NamedTuple):
       images: (b, size, size, 3), uint8.
       labels: (b,), int32.
       numbers: (b,), int32: the example's number in its source.
-      real: (b,), bool: False for what fills up the last batches of an evaluation, whose images and labels are 0.
+      real: (b,), bool: False for what fills up the last batches of an evaluation, whose images and labels are 0, and
+        there for examples that cannot be read.
       replaced: (b,), int32: the number of the unreadable example in whose place this one stands, else -1.
     """
 
@@ -178,7 +179,8 @@ def eval_batches(
 ) -> "Stream":
     """The centres of the examples, in order, each once.
 
-    Every shard gets equally many batches, the last filled up with examples that are not ``real``. The picture is the
+    Every shard gets equally many batches, the last filled up with examples that are not ``real``; nor are those that
+    cannot be read. The picture is the
     centre of the image whose shorter side was made ``image_size`` * 256/224.
 
     Args:
@@ -217,7 +219,13 @@ class Stream:
             else:
                 ahead = ahead.to_iter_dataset(grain.ReadOptions(self._prefetch, self._prefetch))
             self._iterator = iter(ahead)
-        batch = next(self._iterator)
+        try:
+            batch = next(self._iterator)
+        except RuntimeError as error:  # of Grain
+            raise OSError(
+                f"one of the {self._workers} processes that read images has died (config.data.workers): {error} Each "
+                "of them takes memory; is there enough?"
+            ) from error
         self._given += 1
         return batch
 
@@ -340,6 +348,8 @@ class _Batches:
             number = first + i if self.order is None else self.order[epoch * examples + first + i]
             numbers[i], labels[i] = self._read(number, epoch, images[i])
             replaced[i] = -1 if numbers[i] == number else number
+        if self.order is None:  # no example counts twice in an evaluation
+            real &= replaced < 0
         return Batch(images, labels, numbers, real, replaced)
 
     def _read(self, number: int, epoch: int, out: np.ndarray) -> tuple[int, int]:
@@ -355,18 +365,20 @@ class _Batches:
             file, label = self.source[found]
             try:
                 pictures.crop(file, box_of, out, mirrored)
-            except Exception:  # Pillow raises nearly anything when it meets a broken file
+            except Exception as error:  # Pillow raises nearly anything when it meets a broken file
+                why = error
                 continue
             return found, label
-        raise RuntimeError(
+        raise OSError(
             f"{following + 1} images in a row, from {self.source.name_of(number)} on, cannot be read: is the data "
-            "set broken?"
-        )
+            f"set broken? The last one: {why}"
+        ) from why
 
 
 def _start_worker(index: int, count: int) -> None:
     """Makes a worker process end with its parent, even one that was killed, and keep off the accelerator."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the workers too; the parent ends them
+    for number in (signal.SIGINT, signal.SIGTERM):  # may reach the workers too, as Ctrl-C does; the parent ends them
+        signal.signal(number, signal.SIG_IGN)
 
     def end_with(parent):
         parent.join()

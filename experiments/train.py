@@ -33,6 +33,7 @@ go on from the last checkpoint.
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from itertools import pairwise
@@ -179,9 +180,9 @@ def train(
                 if config.data.streamed:
                     metrics["replaced_images"] = int(of_processes(len(chunk["replaced"])).sum())
                     report_replaced(dataset.train, chunk["replaced"])
-                for name, (loss, accuracy) in losses.items():
-                    stop_unless_finite(f"{name}_loss{of_run}", [loss], first_step=stop)
-                    metrics |= {f"{name}_loss": float(loss), f"{name}_accuracy": float(accuracy)}
+                for name, found in losses.items():
+                    stop_unless_finite(f"{name}_loss{of_run}", [found["loss"]], first_step=stop)
+                    metrics |= {f"{name}_{quantity}": np.asarray(value).item() for quantity, value in found.items()}
                 for path, finite in chunk["finite"].items():  # else a checkpoint of broken weights might be written
                     stop_unless_finite(path + of_run, [0.0 if finite else np.nan], first_step=stop)
                 metrics |= {"seconds": seconds, "steps_per_second": (stop - start) / seconds}
@@ -515,6 +516,11 @@ def main(argv: Sequence[str]) -> None:
             raise
         logging.debug("where it came from (shown with --verbosity=1)", exc_info=True)
         processes.leave(f"error: {processes.lost(error) or error}")
+    except Exception:
+        if jax.process_count() == 1:
+            raise
+        traceback.print_exc()
+        processes.leave("error: this process of the run ends, see above, and with it the others")
     processes.part()
 
 

@@ -20,8 +20,8 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from experiments.checkpoints import Checkpoints
 from jaxsparse.inspect import read_history
 
-# Where the data lie is not part of what is run.
-NOT_COMPARED = ("data_dir",)
+# Where the data lie and who reads them is not part of what is run.
+NOT_COMPARED = ("data_dir", "data.workers")
 
 
 class WorkdirError(OSError):

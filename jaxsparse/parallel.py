@@ -254,21 +254,19 @@ class Layout:
         """A state of one device, equal in all processes, on the devices."""
         if self.name == "one_device":  # a copy: a step gives up what it is given
             return jax.device_put(state, self.devices[0], may_alias=False)
-        own = state.model_state
-        spread = jax.tree.map(lambda x: np.broadcast_to(x, (self.size, *np.shape(x))), jax.device_get(own))
+        common = state._replace(model_state=())
         if self.name == "pmap":
-            local = jax.tree.map(lambda x: x[: self.local_size], spread)
-            return self.replicate(state._replace(model_state=()))._replace(
-                model_state=jax.device_put(local, self._by_device)
-            )
-        common = jax.tree.map(lambda x: self._put(x, self._spec(x)), state._replace(model_state=()))
-        return common._replace(model_state=jax.tree.map(lambda x: self._put(x, PartitionSpec(AXIS)), spread))
+            common = self.replicate(common)
+        else:
+            common = jax.tree.map(lambda x: self._put(x, self._spec(x)), common)
+        return common._replace(model_state=self._spread(state.model_state))
 
     def collect(self, state: Any) -> Any:
         """A placed state as arrays that Orbax can write from all processes together, and that anyone can look at.
 
         Params, optimizer state and masks have their own shapes; ``model_state`` keeps its axis of devices. Nothing is
-        copied to the host.
+        copied to the host, and it may be the state itself, which the next step is given up for: keep a
+        ``jax.device_get`` of it.
         """
         if self.name != "pmap":
             return state
@@ -283,13 +281,14 @@ class Layout:
         """
         if self.name == "one_device":
             return state
-        own = state.model_state
+        common, own = state._replace(model_state=()), state.model_state
+        if self.name == "pmap":
+            common = self.replicate(common)
         if any(len(x) != self.size for x in jax.tree.leaves(own)):
-            return self.place(state._replace(model_state=_mean(jax.tree.map(np.asarray, own))))
-        if self.name != "pmap":
-            return state
-        own = jax.tree.map(self._parted, own)
-        return self.replicate(state._replace(model_state=()))._replace(model_state=own)
+            own = self._spread(_mean(jax.tree.map(np.asarray, own)))
+        elif self.name == "pmap":
+            own = jax.tree.map(self._parted, own)
+        return common._replace(model_state=own)
 
     def collected_shapes(self, state: Any, devices: int | None = None) -> Any:
         """Shapes, dtypes and shardings of what :meth:`collect` gives, to restore a checkpoint with.
@@ -311,7 +310,7 @@ class Layout:
     def one_copy(self, state: Any) -> Any:
         """A placed state as arrays of one device of this process, the model state :meth:`synchronised`.
 
-        To evaluate, draw and write files with. All processes have to call this.
+        To evaluate, draw and write files with. All processes have to call this. On one device it is the state itself.
         """
         if self.name == "one_device":
             return state
@@ -410,6 +409,14 @@ class Layout:
         like_jitted: Any = pmapped
         like_jitted.lower = lambda *args: program(len(args)).lower(*args)
         return like_jitted
+
+    def _spread(self, own):
+        """A model state of one device, on each."""
+        spread = jax.tree.map(lambda x: np.broadcast_to(x, (self.size, *np.shape(x))), jax.device_get(own))
+        if self.name == "pmap":
+            local = jax.tree.map(lambda x: x[: self.local_size], spread)
+            return jax.device_put(local, self._by_device)
+        return jax.tree.map(lambda x: self._put(x, PartitionSpec(AXIS)), spread)
 
     def _put(self, x, spec):
         """An array that every process has whole, as one array of all of them."""

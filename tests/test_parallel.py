@@ -158,9 +158,11 @@ def test_a_state_of_another_number_of_devices_is_restored_with_the_mean_of_the_m
     state, _ = make_step(four, sgd())(four.place(make_state()), four.place_batch(make_batch()), 1.0)
     mean = four.one_copy(state)
     on_disk = jax.device_get(four.collect(state)._replace(key=0))
-    shapes = eight.collected_shapes(jax.eval_shape(lambda: make_state()), devices=4)._replace(key=0)
+    shapes = eight.collected_shapes(jax.eval_shape(lambda: make_state()), devices=4)
+    key = jax.device_put(mean.key, getattr(shapes.key, "sharding", None))
+    shapes = shapes._replace(key=0)
     read = jax.tree.map(lambda x, like: jax.device_put(x, getattr(like, "sharding", None)), on_disk, shapes)
-    restored = eight.restore(read._replace(key=mean.key))
+    restored = eight.restore(read._replace(key=key))
     chex.assert_trees_all_equal(eight.one_copy(restored).params, mean.params)
     seen = eight.collect(restored).model_state["seen"]
     assert seen.shape == (8, 3)

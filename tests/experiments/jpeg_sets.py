@@ -34,7 +34,8 @@ def encoded(pixels, kind="rgb", quality=92):
         image.save(buffer, "PNG")
     else:
         subsampling = {} if kind in ("gray", "cmyk") else {"subsampling": "4:4:4" if kind == "444" else "4:2:0"}
-        image.save(buffer, "JPEG", quality=quality, progressive=kind == "progressive", **subsampling)
+        restarts = {"restart_marker_rows": 1} if kind == "restarts" else {}
+        image.save(buffer, "JPEG", quality=quality, progressive=kind == "progressive", **subsampling, **restarts)
     return buffer.getvalue()
 
 

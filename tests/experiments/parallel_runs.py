@@ -127,7 +127,10 @@ def run(layout_name, method, masks_file):
     result |= {f"batch_stats/{path}": leaf for path, leaf in by_path(one.model_state).items()}
     if method in ("l0", "dep_l0"):
         result |= {f"log_alpha/{name}": leaf for name, leaf in jaxsparse.get_log_alpha(one.opt_state).items()}
-    losses = {"evaluated": np.asarray(evaluated), "train_losses": np.asarray(measured["losses"])}
+    losses = {
+        "evaluated": np.array([evaluated["loss"], evaluated["accuracy"]]),
+        "train_losses": np.asarray(measured["losses"]),
+    }
     return jax.device_get(result | losses)
 
 

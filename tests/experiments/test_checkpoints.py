@@ -6,7 +6,9 @@ import pytest
 from chex import assert_trees_all_equal
 
 import jaxsparse
+from experiments import checksums
 from experiments.checkpoints import Checkpoints
+from tests.experiments import processes
 
 
 def make_state(seed=0):
@@ -81,9 +83,74 @@ def test_newest_with_a_file_missing_falls_back(checkpoints):
 
 
 def test_values_that_are_not_those_saved_are_found(checkpoints, monkeypatch):
-    monkeypatch.setattr("experiments.checkpoints._digests", lambda state: ["another"])
-    with pytest.raises(OSError, match="step 30: its values are not those that were saved; step 20: its values"):
+    real = checksums.parts
+
+    def changed(state):
+        state["params"]["bias"] = state["params"]["bias"].at[3].set(1e-30)
+        return real(state)
+
+    monkeypatch.setattr(checksums, "parts", changed)
+    with pytest.raises(OSError, match="step 30: the values of params/bias are not those that were saved; step 20: the"):
         checkpoints.restore(like=make_state())
+
+
+# Of two processes; on other devices than when it was saved.
+PROGRAM = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from pathlib import Path
+from typing import Any, NamedTuple
+folder, coordinator, count, process, what = sys.argv[1:]
+jax.distributed.initialize(coordinator, int(count), int(process))
+from experiments.checkpoints import Checkpoints
+from jaxsparse.parallel import Layout, any_process
+
+class State(NamedTuple):
+    params: Any
+    model_state: Any
+
+def made(step):
+    return State({"kernel": np.random.default_rng(step).random((64, 512), np.float32)}, np.full(3, step, np.float32))
+
+layout, checkpoints = Layout("fsdp"), Checkpoints(folder)
+if what == "save":
+    for step in (1, 2):
+        checkpoints.save(step, layout.collect(layout.place(made(step))), devices=layout.size)
+        checkpoints.wait()
+    any_process(False)
+    if process == "0":  # damages what the other one reads
+        for file in (Path(folder) / "2/state/ocdbt.process_1").rglob("d/*"):
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 1
+            file.write_bytes(bytes(content))
+    any_process(False)
+else:
+    shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, made(1)))
+    step, state = checkpoints.restore(lambda about: layout.collected_shapes(shapes, about["devices"]))
+    state = layout.restore(state)
+    for placed, leaf in zip(jax.tree.leaves(layout.one_copy(state)), jax.tree.leaves(made(step)), strict=True):
+        np.testing.assert_array_equal(placed, leaf)
+    print("restored", step, "on", layout.size)
+checkpoints.close()
+any_process(False)
+jax.distributed.shutdown()
+"""
+
+
+def test_two_processes_fall_back_together_and_go_on_with_other_devices(tmp_path):
+    def run(what, devices):
+        command = ["-c", PROGRAM, str(tmp_path / "saved"), "<COORDINATOR>", "<PROCESSES>", "<PROCESS>", what]
+        outputs, codes = processes.ends(processes.start(command, devices=devices), timeout=120)
+        assert codes == [0, 0], outputs
+        return outputs
+
+    run("save", 2)
+    for output in run("restore", 1):
+        assert "the checkpoint of step 2 is damaged" in output
+        assert "restored 1 on 2" in output
+    assert (tmp_path / "damaged/2").is_dir()
+    for output in run("restore", 2):
+        assert "restored 1 on 4" in output
 
 
 def test_all_damaged_is_an_error_and_nothing_is_moved(checkpoints):

@@ -1,12 +1,20 @@
 """Training in two processes on streamed images: stopped, killed, and refused together."""
 
 import json
+import os
 import random
 import signal
+import subprocess
+import sys
 import time
+from types import SimpleNamespace
 
+import jax
 import pytest
+from ml_collections import ConfigDict
 
+from experiments import processes as ours
+from experiments import train
 from experiments.workdir import read_metrics
 from tests.experiments import processes
 from tests.experiments.test_resume import logged, newest_checkpoint
@@ -60,9 +68,7 @@ def finish(workdir, arguments):
 def outcome(workdir):
     """All that has to be the same, to the last bit: metrics, result, and the checksums of the final state."""
     newest = newest_checkpoint(workdir)
-    about = json.loads((newest / "about" / "metadata").read_text())
-    assert len(about["sha256"]) == 2  # of what each process holds
-    return *logged(workdir), about
+    return *logged(workdir), json.loads((newest / "about" / "metadata").read_text())
 
 
 def wait_for_step(started, workdir, step, since=0.0):
@@ -118,6 +124,73 @@ def test_what_one_process_refuses_ends_the_others(uninterrupted, arguments, tmp_
     assert codes == [1, 1], outputs
     assert "holds a run with another configuration" in outputs[0]
     assert "error: another process could not begin; it says why" in outputs[1]
+
+
+def test_a_signal_that_reaches_the_processes_that_read_too(arguments, tmp_path):
+    flags = [f"--workdir={tmp_path}", "--config.parallel.layout=one_device", "--config.data.workers=1"]
+    command = [sys.executable, "-m", "experiments.train", *arguments, *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = subprocess.Popen(command, cwd=processes.ROOT, start_new_session=True, **pipes)
+    wait_for_step([started], tmp_path, 3)
+    os.killpg(started.pid, signal.SIGTERM)  # as systemd does
+    (output,), (code,) = processes.ends([started])
+    assert code == 128 + signal.SIGTERM, output
+    stopped_at = read_metrics(tmp_path)[-1]["step"]
+    assert f"stopped by SIGTERM at step {stopped_at} of 40" in output
+    assert (tmp_path / "checkpoints" / str(stopped_at)).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("text", "is_of_another"),
+    [
+        ("UNKNOWN: Gloo AllGather failed: Read error: Connection reset by peer", True),
+        ("DEADLINE_EXCEEDED: Barrier timed out. Id: save", True),
+        ("UNAVAILABLE: failed to connect to all addresses", True),
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.", False),
+        ("INTERNAL: CUDA error: an illegal memory access", False),
+    ],
+)
+def test_which_errors_another_process_has_caused(monkeypatch, text, is_of_another):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    error = RuntimeError("of Orbax")
+    error.__cause__ = jax.errors.JaxRuntimeError(text)
+    assert (ours.lost(error) is not None) == is_of_another
+    assert (ours.lost(error.__cause__) is not None) == is_of_another
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("localhost", 2, 0), "--coordinator is HOST:PORT of the first process, got 'localhost'"),
+        (("localhost:1", 2, 2), "--process is from 0 to 1, as there are --processes=2, got 2"),
+        (("localhost:1", 2, None), "--process missing: --coordinator, --processes and --process come together"),
+    ],
+)
+def test_processes_that_are_named_wrongly(given, message):
+    with pytest.raises(ValueError, match=message):
+        ours.join(False, *given)
+
+
+def test_an_error_that_nobody_expects_ends_the_others_too(monkeypatch, tmp_path, capfd):
+    def ended(status):
+        raise SystemExit(status)
+
+    def unexpected(*args, **kwargs):
+        raise KeyError("unexpected")
+
+    settings = {"distributed": False, "coordinator": None, "processes": None, "process": None}
+    settings |= {"config": ConfigDict({"smoke": False}), "workdir": str(tmp_path), "seeds": None, "profile": False}
+    monkeypatch.setattr(train, "FLAGS", SimpleNamespace(**settings))
+    monkeypatch.setattr(train, "train", unexpected)
+    with pytest.raises(KeyError):
+        train.main(["train"])
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(os, "_exit", ended)  # at once, without waiting for the others
+    with pytest.raises(SystemExit, match="1"):
+        train.main(["train"])
+    told = capfd.readouterr().err
+    assert "KeyError: 'unexpected'" in told
+    assert told.endswith("error: this process of the run ends, see above, and with it the others\n")
 
 
 @pytest.mark.long

@@ -228,6 +228,20 @@ def test_a_batch_that_the_devices_cannot_share(tmp_path):
         train.train(smoke_config(**{"parallel.layout": "pmap", "data.batch_size": 20}), tmp_path / "run")
 
 
+def test_synchronised_statistics_are_for_models_that_have_some(tmp_path):
+    changes = {"parallel.layout": "pmap", "parallel.sync_batch_norm": True}
+    with pytest.raises(ValueError, match="sync_batch_norm is for models with batch normalisation, .*'lenet_300_100'"):
+        train.train(smoke_config(**changes), tmp_path / "run")
+
+
+def test_sparsity_that_would_never_change(tmp_path):
+    config = train.shrink(runpy.run_path(str(ROOT / "configs/mnist_asni.py"))["get_config"]())
+    config.data.name, config.model.num_classes = "digits", 10
+    config.sparsity.update_every_epochs = 5
+    with pytest.raises(ValueError, match="update_every_epochs=5 is more than config.epochs=4: nothing would be pruned"):
+        train.train(config, tmp_path / "run")
+
+
 def test_seeds_side_by_side_are_for_one_device(tmp_path):
     with pytest.raises(ValueError, match="--vmap_seeds is for config.parallel.layout='one_device', got 'data'"):
         train.train(smoke_config(**{"parallel.layout": "data"}), tmp_path / "run", [0, 1])
@@ -273,6 +287,48 @@ def test_streamed_images_that_cannot_be_read_are_named_and_counted(tmp_path, cap
     warnings = [record.getMessage() for record in caplog.records if "cannot be read" in record.getMessage()]
     assert len(warnings) == 2
     assert all("JPEG cannot be read: the next image was taken in its place" in warning for warning in warnings)
+
+
+def test_images_to_evaluate_on_that_cannot_be_read_are_left_out(tmp_path, caplog, monkeypatch):
+    jpeg_sets.prepare_imagenet(tmp_path / "data", train=8, validation=3)
+    config = streamed_config(tmp_path / "data", epochs=2)
+    test = program.open_dataset(config).test
+
+    class Broken(list):
+        name_of = test.name_of
+
+    def opened(bad):
+        files = Broken((b"broken" if i in bad else file, label) for i, (file, label) in enumerate(test))
+        real = open_dataset(config)
+        monkeypatch.setattr(train, "open_dataset", lambda config: real._replace(test=files))
+
+    open_dataset = program.open_dataset
+    opened((3, 4, 11))
+    state, [result] = train.train(config, tmp_path / "run")
+    left_out = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert left_out == [f"{test.name_of(i)} cannot be read: it is left out of the evaluation" for i in (3, 4, 11)]
+    assert read_metrics(tmp_path / "run")[-1]["test_unreadable"] == 3
+    whole = program.make_program(config, open_dataset(config))
+    readable = [example for i, example in enumerate(test) if i not in (3, 4, 11)]
+    hits = [whole.evaluate(state, Broken([example]))["accuracy"] for example in readable]
+    assert result["test_accuracy"] == pytest.approx(np.mean(hits))
+    opened(range(12))
+    with pytest.raises(OSError, match="none of the 12 images to evaluate on can be read|12 images in a row"):
+        train.train(config, tmp_path / "another")
+
+
+@pytest.mark.parametrize(
+    ("changes", "seeds", "message"),
+    [
+        ({"seed": -1}, None, r"config.seed is from 0 to 2\^32 - 1 where images are streamed, got -1"),
+        ({}, [0, 1], "--vmap_seeds is for images that fit into the memory, not for config.data.streamed"),
+        ({"data.streamed": False}, None, r"has no split 'test', it has .*are streamed: --config.data.streamed"),
+    ],
+)
+def test_what_streamed_images_cannot_do(imagenet_dir, tmp_path, changes, seeds, message):
+    with pytest.raises(ValueError, match=message):
+        train.train(streamed_config(imagenet_dir, **changes), tmp_path / "run", seeds)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("key", ["mean", "std"])
