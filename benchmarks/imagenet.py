@@ -100,7 +100,8 @@ def main():
         rows,
         f"{options.size} x {options.size} pixels, batches of {options.batch}, {options.dtype}, width {options.width}: "
         f"medians of {options.rounds} rounds of {options.steps} steps, sparse and dense in turn. Dense is the same "
-        "optimizer without the method. What a mask update costs is beyond a step without one.",
+        "optimizer without the method, and sparse / dense the median of what the rounds give, not of the two columns "
+        "before. What a mask update costs is beyond a step without one.",
     )
 
 
