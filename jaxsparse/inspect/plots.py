@@ -257,7 +257,7 @@ def plot_history(history: History | Mapping[str, History]):
             for axes, name, form in ((losses, "loss", lambda x: x), (errors, "accuracy", lambda x: 100 * (1 - x))):
                 if f"{split}_{name}" in run.names:
                     epochs, values = run.series(f"{split}_{name}")
-                    axes.plot(epochs, form(values), marker=_marker(epochs), **style)
+                    axes.plot(epochs, form(values), **_marker(epochs), **style)
     losses.set(ylabel="loss (cross-entropy)")
     if losses.lines:
         losses.set_yscale("log")
@@ -298,9 +298,9 @@ def plot_layer_densities(history: History):
         style["linestyle"] = _STYLES[i // len(COLOURS) % len(_STYLES)]
         if deep:
             style |= {"color": shades[i], "linestyle": "-"}
-        densities.plot(epochs, 100 * shares, marker=_marker(epochs), **style)
+        densities.plot(epochs, 100 * shares, **_marker(epochs), **style)
         if path in flipped:
-            flips.plot(updates, flipped[path], marker=_marker(updates), **style)
+            flips.plot(updates, flipped[path], **_marker(updates), **style)
     seen = [share for shares in of_layer.values() for share in shares if share > 0]
     wide = max(seen, default=1) >= 10 * min(seen, default=1)
     densities.set(ylabel="kept (%)", yscale="log" if wide else "linear")
@@ -466,9 +466,9 @@ def _plain(name: str) -> str:
     return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
-def _marker(points: Sized) -> str | None:
-    """A line of one point is seen by its marker alone."""
-    return "." if len(points) < 3 else None
+def _marker(points: Sized) -> dict[str, Any]:
+    """A line of one point is seen by its marker alone, which is drawn whole at the edge of a panel too."""
+    return {"marker": "o", "markersize": 4, "clip_on": False} if len(points) < 3 else {}
 
 
 def _shades(count: int) -> list[Any]:

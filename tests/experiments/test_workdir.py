@@ -19,9 +19,9 @@ def make(path, **changes):
     return closing(Workdir(path, config))
 
 
-def test_same_config_is_let_in_wherever_the_data_are(tmp_path):
-    for data_dir in ("here", "there"):
-        with make(tmp_path / "a" / "b", data_dir=data_dir) as run:
+def test_same_config_is_let_in_wherever_the_data_are_and_whoever_reads_them(tmp_path):
+    for data_dir, workers in (("here", 0), ("there", 16)):
+        with make(tmp_path / "a" / "b", data_dir=data_dir, data={"workers": workers}) as run:
             assert json.loads((run.path / "config.json").read_text())["data_dir"] == data_dir
 
 

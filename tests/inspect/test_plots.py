@@ -215,7 +215,7 @@ def test_what_was_logged_is_drawn_without_the_rest():
 
 def test_a_single_point_is_seen():
     figure = inspect.plot_layer_densities(inspect.History(tuple(LINES)))
-    assert [line.get_marker() for line in figure.axes[1].lines] == [".", "."]
+    assert [line.get_marker() for line in figure.axes[1].lines] == ["o", "o"]
     _, flips = figure.axes
     pixels = drawn(figure)
     box = flips.get_window_extent()
