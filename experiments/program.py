@@ -340,8 +340,6 @@ class StreamedProgram(Program):
                 if name not in self._left_out:
                     self._left_out.add(name)
                     logging.warning("%s cannot be read: it is left out of the evaluation", name)
-        if not count:
-            raise OSError(f"none of the {len(source)} images to evaluate on can be read")
         return {
             "loss": np.float64(loss / count),
             "accuracy": np.float64(hits / count),

@@ -30,6 +30,10 @@ IMAGENET = (
 )
 
 
+class StreamError(ValueError):
+    """No more images come: of a broken data set, or because a process that reads them has died."""
+
+
 class Batch(NamedTuple):
     """Some examples, as NumPy arrays.
 
@@ -222,7 +226,7 @@ class Stream:
         try:
             batch = next(self._iterator)
         except RuntimeError as error:  # of Grain
-            raise OSError(
+            raise StreamError(
                 f"one of the {self._workers} processes that read images has died (config.data.workers): {error} Each "
                 "of them takes memory; is there enough?"
             ) from error
@@ -369,7 +373,7 @@ class _Batches:
                 why = error
                 continue
             return found, label
-        raise OSError(
+        raise StreamError(
             f"{following + 1} images in a row, from {self.source.name_of(number)} on, cannot be read: is the data "
             f"set broken? The last one: {why}"
         ) from why

@@ -110,7 +110,7 @@ def train(
       for each seed.
 
     Raises:
-      ValueError: on a bad configuration, before anything is computed.
+      ValueError: on a bad configuration, before anything is computed; or if streamed images cannot be read any more.
       OSError: if the data are not there, or ``workdir`` cannot be written to or holds another run, likewise; if the
         disk gets full, which leaves the last checkpoint as it is.
       FloatingPointError: if a loss is not finite; it names the quantity and the step. The last checkpoint stays.

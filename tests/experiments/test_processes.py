@@ -25,6 +25,7 @@ from configs import common
 def get_config():
     config = common.sparse_momentum()
     config.epochs = 8
+    config.eval_every_epochs = 4
     config.log_every_steps = 3
     config.data.name = "imagenet2012"
     config.data.streamed = True

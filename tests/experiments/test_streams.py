@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -271,6 +272,19 @@ def test_processes_give_the_same(imagenet):
     assert len(ours) == 4
 
 
+def test_a_process_that_dies_is_told(imagenet):
+    before = set(multiprocessing.active_children())
+    stream = streams.train_stream(imagenet.train, workers=1, **OPTIONS)
+    next(stream)
+    (worker,) = set(multiprocessing.active_children()) - before
+    os.kill(worker.pid, signal.SIGKILL)  # as the system does when the memory is full
+    with pytest.raises(
+        streams.StreamError, match=r"one of the 1 processes that read images has died \(config.data.wor"
+    ):
+        take(stream, 1000)
+    stream.close()
+
+
 PROGRAM = """
     import signal, sys, time
     from absl import app
@@ -377,9 +391,9 @@ def test_unreadable_examples_are_replaced_by_the_next(small):
 
 def test_too_many_unreadable_in_a_row():
     source = Files([b"not an image"] * 150)
-    with pytest.raises(OSError, match="101 images in a row, from file 0 on, cannot be read"):
+    with pytest.raises(streams.StreamError, match="101 images in a row, from file 0 on, cannot be read"):
         next(streams.eval_batches(source, batch_size=1, image_size=8))
-    with pytest.raises(OSError, match=r"4 images in a row, .* The last one: cannot identify image file"):
+    with pytest.raises(streams.StreamError, match=r"4 images in a row, .* The last one: cannot identify image file"):
         next(streams.eval_batches(Files(source.files[:4]), batch_size=1, image_size=8))
 
 
