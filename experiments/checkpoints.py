@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
-from etils import epath
 
 from experiments import checksums
 from jaxsparse.parallel import any_process
@@ -99,10 +98,10 @@ class Checkpoints:
                 about = self.about(step)
                 shapes = like(about) if callable(like) else like
                 args = ocp.args.StandardRestore(_as_shapes(shapes))
-                restored = self._states.restore(epath.Path(self.folder / str(step) / "state"), args=args)
+                restored = self._states.restore(self.folder / str(step) / "state", args=args)
                 saved, parts = about["checksums"], checksums.parts(restored)
             except Exception as error:  # whatever Orbax, TensorStore and JSON make of damaged files
-                wrong = str(error).splitlines()[0].partition(" See full TensorStore details")[0]
+                wrong = (str(error) or repr(error)).splitlines()[0].partition(" See full TensorStore details")[0]
             if not any_process(bool(wrong)) and (paths := checksums.differing(saved, parts)):
                 wrong = f"the values of {', '.join(paths[:3])}{' ...' * (len(paths) > 3)} are not those that were saved"
             if any_process(bool(wrong)):
@@ -120,7 +119,7 @@ class Checkpoints:
 
     def about(self, step: int) -> dict[str, Any]:
         """What was saved with a checkpoint beside its state."""
-        return self._abouts.restore(epath.Path(self.folder / str(step) / "about"), args=ocp.args.JsonRestore())
+        return self._abouts.restore(self.folder / str(step) / "about", args=ocp.args.JsonRestore())
 
     def close(self) -> None:
         """Waits for the last save and ends Orbax's threads."""
