@@ -39,15 +39,19 @@ def table(workdirs: Sequence[str | Path]) -> Table:
       OSError: if there is no run in a folder, or one is not finished.
       ValueError: if a result is not what a run leaves.
     """
-    rows: list[tuple[str, ...]] = []
-    first = None
+    results = {}
     for path in find_runs(workdirs):
         result = read_json(path / "result.json")
         if result is None:
             raise OSError(f"{str(path)!r} is not finished: it has no result.json")
-        accuracy = result["test_accuracy"]
-        first = accuracy if first is None else first
-        rows.append((str(path), f"{result['density']:.2%}", f"{accuracy:.2%}", f"{100 * (accuracy - first):+.2f}"))
+        if missing := {"density", "test_accuracy"} - set(result):
+            raise ValueError(f"{path / 'result.json'} has no {' and no '.join(sorted(missing))}")
+        results[path] = result["density"], result["test_accuracy"]
+    first = next(accuracy for _, accuracy in results.values())
+    rows = [
+        (str(path), f"{density:.2%}", f"{accuracy:.2%}", f"{100 * (accuracy - first):+.2f}")
+        for path, (density, accuracy) in results.items()
+    ]
     return Table(("run", "density", "test accuracy", "difference"), tuple(rows))
 
 

@@ -1,5 +1,6 @@
 """What a run computes: the model, the optimizer with its sparse link, and the compiled functions around them."""
 
+import abc
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -52,7 +53,7 @@ def make_program(
     return kind(config, dataset, side_by_side, devices)
 
 
-class Program:
+class Program(abc.ABC):
     """The compiled parts of a run. Side by side, every state, seed and result has a leading axis for the seeds.
 
     Attributes:
@@ -99,6 +100,7 @@ class Program:
         """The state that a seed starts with, on one device."""
         return self._compiled_init(seed, self._start)
 
+    @abc.abstractmethod
     def train_chunk(self, state: TrainState, source: Any, start: int, length: int) -> tuple[TrainState, dict[str, Any]]:
         """The state after the steps start, ..., start + length - 1, and measurements. Donates the state.
 
@@ -110,14 +112,13 @@ class Program:
         of both. Of streamed images also "input_wait", the seconds that were spent waiting for them, and "replaced",
         the numbers of those that could not be read.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def evaluate(self, state: TrainState, source: Any) -> dict[str, Any]:
         """Mean "loss" and "accuracy" on a split.
 
         Of streamed images also "unreadable": how many of them cannot be read, which are left out.
         """
-        raise NotImplementedError
 
     # --- What is compiled ---------------------------------------------------------------------------------------------
 

@@ -26,8 +26,8 @@ import numpy as np
 from tqdm import tqdm
 
 import jaxsparse
+from experiments import workdir
 from experiments.compare import find_runs, mean_and_error
-from experiments.workdir import flat, read_json
 from jaxsparse import inspect
 from jaxsparse.structures import by_path, natural_order
 from jaxsparse.tables import Table
@@ -44,7 +44,7 @@ STYLE = {
 }
 MOST_MASKS = 8  # layers of a run that are drawn
 MOST_TOLD = 3  # keys of a configuration in a picture's legend
-NOT_COMPARED = ("data_dir", "data.workers", "seed", "side_by_side")  # not what a configuration is about
+NOT_COMPARED = (*workdir.NOT_COMPARED, "seed", "side_by_side")  # not what a configuration is about
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -118,7 +118,8 @@ def read_run(path: Path, name: str) -> Run:
     Raises:
       OSError, ValueError: if a file in it cannot be read; the message says which.
     """
-    config, result = flat(read_json(path / "config.json") or {}), read_json(path / "result.json")
+    config = workdir.flat(workdir.read_json(path / "config.json") or {})
+    result = workdir.read_json(path / "result.json")
     logged = (path / "metrics.jsonl").exists()
     history = inspect.read_history(path) if logged else inspect.History(())
     params = masks = None
@@ -164,12 +165,10 @@ def runs_table(runs: Sequence[Run]) -> Table:
     for run in runs:
         accuracy, density = run.last("test_accuracy"), run.last("density")
         speed = np.median(run.history.series("speed/images_per_second")[1]) if _has_speed(run) else None
-        difference = None if accuracy is None or first is None or run is runs[0] else 100 * (accuracy - first)
-        if difference is not None and not math.isfinite(difference):
-            difference = None
+        compared = accuracy is not None and first is not None and run is not runs[0] and math.isfinite(accuracy - first)
         rows.append((
             run.name, run.method, _state(run), _share(density), _share(accuracy),
-            "" if difference is None else f"{difference:+.2f} points", _share(run.last("validation_accuracy")),
+            f"{100 * (accuracy - first):+.2f} points" if compared else "", _share(run.last("validation_accuracy")),
             "" if speed is None else f"{speed:,.0f}", _seconds(run),
         ))  # fmt: skip
     return Table(header, tuple(rows), left=(0, 1, 2)).without_empty_columns()

@@ -1,5 +1,6 @@
 """Tables: as text, in colour with ``rich.print``, and as HTML in a notebook."""
 
+import abc
 import html
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -61,12 +62,12 @@ class Table(NamedTuple):
         ])  # fmt: skip
 
 
-class Tabular:
+class Tabular(abc.ABC):
     """What has a table: printed it is text, with ``rich.print`` in colour, in a notebook HTML."""
 
+    @abc.abstractmethod
     def table(self) -> Table:
         """The cells."""
-        raise NotImplementedError
 
     def __str__(self) -> str:
         return self.table().text()

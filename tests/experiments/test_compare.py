@@ -34,6 +34,7 @@ def test_table(tmp_path, monkeypatch):
         ({"config.json": "{}"}, r"error: '.*' is not finished: it has no result\.json"),
         ({"config.json": "{}", "result.json": "{"}, r"error: .*result\.json is not JSON"),
         ({"config.json": "{}", "result.json": "[1]"}, r"error: .*result\.json: expected a JSON object, got \[1\]"),
+        ({"config.json": "{}", "result.json": '{"density": 1}'}, r"error: .*result\.json has no test_accuracy"),
     ],
 )
 def test_folders_that_cannot_be_compared(tmp_path, monkeypatch, files, message):
