@@ -69,7 +69,7 @@ def train(tx: optax.GradientTransformation, params: dict, epochs: int, measure=N
     images, labels = digits()
     opt_state = tx.init(params)
     with contextlib.suppress(ValueError):  # of a dense optimizer
-        params = jaxsparse.sparsify(params, opt_state)
+        params = jaxsparse.sparsify(opt_state, params)
 
     def step(carry, chosen):
         params, opt_state = carry

@@ -65,7 +65,7 @@ def export(
     else:
         formats.save_npz(out, params, masks)
     dense, written = size_in_bytes(params), out.stat().st_size
-    table = jaxsparse.summary(params, jax.tree.map(lambda x: np.array(True), params) if masks is None else masks)
+    table = jaxsparse.summary(jax.tree.map(lambda x: np.array(True), params) if masks is None else masks, params)
     return f"{table}\n{written:,} bytes, {written / dense:.2%} of the {dense:,} of the dense arrays"
 
 

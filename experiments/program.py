@@ -138,7 +138,7 @@ class Program(abc.ABC):
             params = choose(STARTS, config.sparsity.start, "config.sparsity.start")(params, *start)
         opt_state = make_optimizer(config, self._steps_per_epoch, mask_key, self.model).init(params)
         if not config.dense:
-            params = jaxsparse.sparsify(params, opt_state)
+            params = jaxsparse.sparsify(opt_state, params)
         return TrainState(params, opt_state, variables, order_key)
 
     def _constants(self, state):

@@ -280,7 +280,7 @@ def _details(run: Run, opened: bool) -> str:
         caption = "Density of each layer, and flips of its mask."
         parts.append(_figure(inspect.plot_layer_densities(run.history), caption))
     if run.masks is not None:
-        parts += ["<h3>Layers</h3>", inspect.summary(run.params, run.masks).table().html()]
+        parts += ["<h3>Layers</h3>", inspect.summary(run.masks, run.params).table().html()]
         sparse = {path: mask for path, mask in by_path(run.masks).items() if np.ndim(mask)}
         if len(sparse) > MOST_MASKS:
             parts.append(_figure(inspect.plot_densities(sparse), "Density of each layer at the end."))

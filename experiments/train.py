@@ -329,7 +329,7 @@ def draw(run: Workdir, state: TrainState, image_shape: Sequence[int]) -> None:
     inspect.plot_masks(masks).savefig(run.path / "masks.png")
     if not is_gated(run.config):
         params = jaxsparse.eval_params(state.opt_state, state.params)
-        inspect.plot_weights(params, masks).savefig(run.path / "weights.png")
+        inspect.plot_weights(masks, params).savefig(run.path / "weights.png")
     for mask in jax.tree.leaves(masks):
         if mask.shape == (np.prod(image_shape),):  # gates on the pixels
             mask = mask[:, None]
@@ -360,7 +360,7 @@ def finish(run: Workdir, state: TrainState, model: Any, image_shape: tuple[int, 
         print(jaxsparse.remaining(state.params, models.channel_groups(model), masks, places))
         jaxsparse.save_sparse(run.path / "sparse.safetensors", params)
     else:
-        print(jaxsparse.summary(state.params, masks, positions=places))
+        print(jaxsparse.summary(masks, state.params, positions=places))
         if not run.config.dense:
             params = jaxsparse.eval_params(state.opt_state, state.params)
             jaxsparse.save_sparse(run.path / "sparse.safetensors", params, masks)

@@ -86,7 +86,7 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
       ...     jaxsparse.sparse_momentum(sparsity=0.5, update_every=100),
       ... )
       >>> opt_state = tx.init(params)
-      >>> params = jaxsparse.sparsify(params, opt_state)
+      >>> params = jaxsparse.sparsify(opt_state, params)
       >>> updates, opt_state = tx.update(params, opt_state, params)  # gradients of half the squared norm
       >>> params = optax.apply_updates(params, updates)
       >>> int((params["kernel"] != 0).sum())

@@ -76,7 +76,7 @@ class Layout:
       ...     return State(optax.apply_updates(state.params, updates), opt_state, model_state), loss
       >>> params = {"kernel": jnp.ones((4, 8))}
       >>> opt_state = tx.init(params)
-      >>> state = layout.place(State(jaxsparse.sparsify(params, opt_state), opt_state, {}))
+      >>> state = layout.place(State(jaxsparse.sparsify(opt_state, params), opt_state, {}))
       >>> train_step = layout.compile(train_step)
       >>> n = layout.size
       >>> state, loss = train_step(state, layout.place_batch((jnp.ones((2 * n, 4)), jnp.ones((2 * n, 8)))))

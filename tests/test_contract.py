@@ -223,7 +223,7 @@ WRAPPERS = [
 def run(tx, params, adaptive, steps=7):
     """Trains, checks what must hold after every step, and returns the masks of all steps."""
     opt_state = tx.init(params)
-    params = jaxsparse.sparsify(params, opt_state)
+    params = jaxsparse.sparsify(opt_state, params)
     step = make_step(tx)
     history = [jax.device_get(jaxsparse.get_masks(opt_state, params))]
     types = signature(params), signature(opt_state)
@@ -337,7 +337,7 @@ def test_donation_consumes_the_old_buffers_and_nothing_of_the_caller(name):
     method, params = METHODS[name], make_params()
     tx = method.around(sgd(), params)
     first = tx.init(params)
-    put = jaxsparse.sparsify(jax.tree.map(jnp.copy, params), first)
+    put = jaxsparse.sparsify(first, jax.tree.map(jnp.copy, params))
     step = make_step(tx, donate=True)
     new_params, new_state = step(put, first, 0)
     arrays = [x for x in jax.tree.leaves(first) if x.size >= 100]  # what an update does not read cannot be donated
@@ -364,7 +364,7 @@ def test_vmap_over_seeds_with_different_masks(name):
             updates, s = tx.update(gradients(p, count), s, p)
             return (optax.apply_updates(p, updates), s), None
 
-        carry, _ = jax.lax.scan(step, (jaxsparse.sparsify(params, opt_state), opt_state), jnp.arange(5))
+        carry, _ = jax.lax.scan(step, (jaxsparse.sparsify(opt_state, params), opt_state), jnp.arange(5))
         return start, *carry
 
     seeds = jnp.arange(3)
@@ -401,8 +401,8 @@ def test_the_update_can_be_differentiated(name):
             params = optax.apply_updates(params, updates)
         return sum(jnp.sum(p**2) for p in jax.tree.leaves(params))
 
-    assert np.isfinite(meta_gradient(0.5, jaxsparse.sparsify(params, opt_state)))
-    assert meta_gradient(0.5, jaxsparse.sparsify(params, opt_state)) != 0
+    assert np.isfinite(meta_gradient(0.5, jaxsparse.sparsify(opt_state, params)))
+    assert meta_gradient(0.5, jaxsparse.sparsify(opt_state, params)) != 0
 
 
 # --- Many devices -----------------------------------------------------------------------------------------------------
@@ -412,7 +412,7 @@ def final_masks(tx, params, steps=9):
     """On one device: the reference."""
     step = make_step(tx)
     opt_state = tx.init(params)
-    params = jaxsparse.sparsify(params, opt_state)
+    params = jaxsparse.sparsify(opt_state, params)
     for count in range(steps):
         params, opt_state = step(params, opt_state, count)
     return jaxsparse.get_masks(opt_state), params
@@ -433,7 +433,7 @@ def test_pmapped_masks_are_bit_equal(name):
     opt_state = tx.init(params)
     devices = jax.local_device_count()
     assert devices == 8
-    replicas, states = jax_utils.replicate((jaxsparse.sparsify(params, opt_state), opt_state))
+    replicas, states = jax_utils.replicate((jaxsparse.sparsify(opt_state, params), opt_state))
     for count in range(9):
         replicas, states = step(replicas, states, count)
     jaxsparse.check(states, replicas)
@@ -459,7 +459,7 @@ def test_sharded_masks_are_bit_equal(name):
         return jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)))
 
     opt_state = tx.init(params)
-    params, opt_state = jax.tree.map(shard, (jaxsparse.sparsify(params, opt_state), opt_state))
+    params, opt_state = jax.tree.map(shard, (jaxsparse.sparsify(opt_state, params), opt_state))
     placed = jax.tree.map(lambda x: x.sharding, (params, opt_state))
     assert not params["dense"]["kernel"].sharding.is_fully_replicated
     step = jax.jit(make_step(tx), out_shardings=placed)
@@ -490,7 +490,7 @@ def test_nnx(name):
     params = nnx.state(model, nnx.Param)
     link = METHODS[name].make(params)
     optimizer = nnx.Optimizer(model, jaxsparse.chain(sgd(), link), wrt=nnx.Param)
-    nnx.update(model, jaxsparse.sparsify(params, optimizer.opt_state))
+    nnx.update(model, jaxsparse.sparsify(optimizer.opt_state, params))
 
     @nnx.jit
     def step(model, optimizer):
@@ -513,7 +513,7 @@ def test_equinox(name):
     params, static = eqx.partition(model, eqx.is_array)
     tx = METHODS[name].around(sgd(), params)
     opt_state = tx.init(params)
-    params = jaxsparse.sparsify(params, opt_state)
+    params = jaxsparse.sparsify(opt_state, params)
 
     @jax.jit
     def step(params, opt_state):
@@ -548,7 +548,7 @@ def test_check_catches_what_moves_the_params_afterwards(name):
 
     def train(tx, move=lambda p: p):
         opt_state = tx.init(params)
-        p = jaxsparse.sparsify(params, opt_state)
+        p = jaxsparse.sparsify(opt_state, params)
         for count in range(3):
             updates, opt_state = tx.update(gradients(p, count), opt_state, p)
             p = move(optax.apply_updates(p, updates))
@@ -576,7 +576,7 @@ def test_nan_gradients_inside_apply_if_finite_change_nothing(name):
     method, params = METHODS[name], make_params()
     tx = optax.apply_if_finite(method.around(sgd(), params), max_consecutive_errors=100)
     opt_state = tx.init(params)
-    params = jaxsparse.sparsify(params, opt_state)
+    params = jaxsparse.sparsify(opt_state, params)
 
     @jax.jit
     def step(params, opt_state, poison):

@@ -68,7 +68,7 @@ def test_a_chain_in_a_chain_has_its_own_momentum_and_that_of_the_outer():
     whole = [optax.sgd(0.1, momentum=0.9), jaxsparse.sparse_momentum(0.5, 2)]
     flat, nested = jaxsparse.chain(*whole), jaxsparse.chain(jaxsparse.chain(*whole), optax.identity())
     state, nested_state = flat.init(params), nested.init(params)
-    p = q = jaxsparse.sparsify(params, state)
+    p = q = jaxsparse.sparsify(state, params)
     for count in range(4):
         u, state = flat.update(gradients(params, count), state, p)
         v, nested_state = nested.update(gradients(params, count), nested_state, q)

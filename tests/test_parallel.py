@@ -42,7 +42,7 @@ def make_state(tx=None):
     params = make_params()
     opt_state = sgd().init(params) if tx is None else tx.init(params)
     if tx is not None:
-        params = jaxsparse.sparsify(params, opt_state)
+        params = jaxsparse.sparsify(opt_state, params)
     return State(params, opt_state, {"seen": jnp.zeros((3,))}, jax.random.key(7))
 
 

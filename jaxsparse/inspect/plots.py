@@ -195,14 +195,14 @@ def plot_receptive_fields(mask: Any, image_shape: Sequence[int] | None = None, *
     return figure
 
 
-def plot_weights(params: Any, opt_state_or_masks: Any):
+def plot_weights(opt_state_or_masks: Any, params: Any):
     """Draws how the weights that each sparse layer keeps are distributed, with the means of either sign.
 
     These means are the two numbers from which ASNI-II starts a layer, :func:`jaxsparse.centroids`.
 
     Args:
-      params: of a network.
       opt_state_or_masks: an optimizer state, or masks like the params.
+      params: of a network.
 
     Returns:
       A ``matplotlib.figure.Figure``. The outermost thousandth on either side is not drawn, nor what is not finite, of
@@ -212,7 +212,7 @@ def plot_weights(params: Any, opt_state_or_masks: Any):
       ValueError: if masks do not fit the params.
     """
     weights = {path: np.asarray(leaf, np.float32) for path, leaf in by_path(params).items()}
-    masks = align(masks_for(params, opt_state_or_masks), params, "masks")
+    masks = align(masks_for(opt_state_or_masks, params), params, "masks")
     masked = {path: np.asarray(mask) for path, mask in zip(weights, masks, strict=True)}
     layers = {path: weights[path][mask] for path, mask in masked.items() if mask.ndim and mask.any()}
     columns = min(4, max(1, len(layers)))

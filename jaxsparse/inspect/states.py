@@ -1,4 +1,7 @@
-"""Accessors: they walk any optimizer state, however deep, and merge what several sparse links hold."""
+"""Accessors: they walk any optimizer state, however deep, and merge what several sparse links hold.
+
+The optimizer state comes first, then the params.
+"""
 
 import functools
 from typing import Any
@@ -60,12 +63,12 @@ def get_masks(opt_state: Any, params: Any = None) -> Any:
     return jax.tree.map(lambda m: jnp.ones((), bool) if is_masked_node(m) else m, masks, is_leaf=is_masked_node)
 
 
-def sparsify(params: Any, opt_state: Any) -> Any:
+def sparsify(opt_state: Any, params: Any) -> Any:
     """Puts params on the masks of an optimizer state: call it once, before the first step.
 
     Args:
-      params: the params.
       opt_state: the optimizer state that ``tx.init(params)`` returned.
+      params: the params.
 
     Returns:
       The params with exact zeros where the masks are False.
@@ -93,7 +96,7 @@ def eval_params(opt_state: Any, params: Any) -> Any:
     for link in _links(opt_state, params):
         if hasattr(link, "eval_weights"):
             better |= by_plain_path(link.eval_weights())
-    params = sparsify(params, opt_state)
+    params = sparsify(opt_state, params)
     leaves = [better.get(path, leaf) for path, leaf in by_plain_path(params).items()]
     return jax.tree.structure(params).unflatten(leaves)
 
@@ -180,7 +183,10 @@ def closed_channels(params: Any, *, prunable: Any = None) -> dict[str, np.ndarra
 def _links(opt_state: Any, params: Any = None) -> list[Any]:
     links = link_states(opt_state)
     if not links and link_states(params):
-        raise ValueError("the params and the optimizer state have changed places: there are sparse links in the params")
+        raise ValueError(
+            "the params and the optimizer state have changed places: there are sparse links in the params. The "
+            "optimizer state comes first, as in jaxsparse.sparsify(opt_state, params)"
+        )
     if not links:
         raise ValueError(
             "there is no sparse link in this optimizer state: put one, such as jaxsparse.sparse_momentum, last in "
@@ -216,14 +222,21 @@ def _masks_of_leaves(opt_state: Any, params: Any) -> list[jax.Array]:
     return [found.get(name, jnp.ones((), bool)) for name in leaves]
 
 
-def masks_for(params: Any, opt_state_or_masks: Any) -> Any:
+def masks_for(opt_state_or_masks: Any, params: Any) -> Any:
     """Masks that fit the params: those given, or those that the optimizer state given holds."""
+    if _all_bool(params) and not _all_bool(opt_state_or_masks):
+        raise ValueError("the params and the masks have changed places: masks come first")
     dtypes = [getattr(leaf, "dtype", None) for leaf in jax.tree.leaves(opt_state_or_masks)]
     other_tree = jax.tree.structure(opt_state_or_masks) != jax.tree.structure(params)
     if link_states(opt_state_or_masks) or link_states(params) or (other_tree and set(dtypes) - {np.dtype(bool), None}):
         return get_masks(opt_state_or_masks, params)  # or an error, if there is no sparse link in the state
     validate_masks(opt_state_or_masks, params)
     return opt_state_or_masks
+
+
+def _all_bool(tree: Any) -> bool:
+    leaves = jax.tree.leaves(tree)
+    return bool(leaves) and {getattr(leaf, "dtype", type(leaf)) for leaf in leaves} <= {bool, np.dtype(bool)}
 
 
 def _merge(a: Any, b: Any) -> Any:

@@ -84,15 +84,15 @@ class Summary(Tabular):
         return Table(header, tuple(rows), tuple(totals), left=(0, 1)).without_empty_columns(keep=5)
 
 
-def summary(params: Any, opt_state_or_masks: Any, *, positions: Mapping[str, int] | None = None) -> Summary:
+def summary(opt_state_or_masks: Any, params: Any, *, positions: Mapping[str, int] | None = None) -> Summary:
     """Counts what every layer keeps. Print it for a table.
 
     Beside the counts it has the mean absolute value of the weights that are kept, how many inputs and outputs are dead,
     that is, have no weight left, and the multiply-adds.
 
     Args:
-      params: the params, or their shapes (``jax.eval_shape``), which have no mean.
       opt_state_or_masks: an optimizer state, or masks like the params.
+      params: the params, or their shapes (``jax.eval_shape``), which have no mean.
       positions: for the path of a kernel, at how many places of an example it is applied: 1 for a dense layer, the
         height times the width of a convolution's output. Weights times places are multiply-adds, one more column.
         ``jaxsparse.models.positions(model, (28, 28, 1))`` makes them for a Flax model and the shape of its inputs.
@@ -107,7 +107,7 @@ def summary(params: Any, opt_state_or_masks: Any, *, positions: Mapping[str, int
       >>> import jax.numpy as jnp
       >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
       >>> masks = {"kernel": jnp.eye(2, 3, dtype=bool), "bias": jnp.array(True)}
-      >>> print(summary(params, masks, positions={"kernel": 1}))
+      >>> print(summary(masks, params, positions={"kernel": 1}))
       layer          shape  weights  kept  density  mean |w|  dead in  dead out  multiply-adds
       -------------  -----  -------  ----  -------  --------  -------  --------  -------------
       bias           3            3     3    dense         0
@@ -116,7 +116,7 @@ def summary(params: Any, opt_state_or_masks: Any, *, positions: Mapping[str, int
       sparse layers               6     2   33.33%                                   2 (33.3%)
       all                         9     5   55.56%                                   2 (33.3%)
     """
-    masks = masks_for(params, opt_state_or_masks)
+    masks = masks_for(opt_state_or_masks, params)
     leaves = by_path(params)
     places = {plain_path(path): int(number) for path, number in (positions or {}).items()}
     if unknown := sorted(set(places) - set(map(plain_path, leaves))):
@@ -248,12 +248,12 @@ def compare_masks(first: Any, second: Any, *, names: tuple[str, str] = ("first",
     return MaskComparison(tuple(sorted(rows, key=lambda row: natural_order(row.path))), names)
 
 
-def show(params: Any, opt_state_or_masks: Any = None) -> Any:
+def show(opt_state_or_masks: Any, params: Any = None) -> Any:
     """The tree of the params with every array as a picture, pruned weights greyed out: treescope's, for notebooks.
 
     Args:
-      params: the params.
-      opt_state_or_masks: an optimizer state, or masks like the params; None: the params alone.
+      opt_state_or_masks: an optimizer state, or masks like the params.
+      params: the params; None shows the first tree, whatever it is, as it stands.
 
     Returns:
       What a notebook shows if it is the last expression of a cell. Its ``_repr_html_()`` is the HTML.
@@ -266,9 +266,9 @@ def show(params: Any, opt_state_or_masks: Any = None) -> Any:
         import treescope  # noqa: F401
     except ImportError as error:
         raise ImportError('show needs treescope: pip install "jaxsparse[inspect]", or treescope') from error
-    if opt_state_or_masks is None:
-        return _Shown(params, {})
-    masks = align(masks_for(params, opt_state_or_masks), params, "masks")
+    if params is None:
+        return _Shown(opt_state_or_masks, {})
+    masks = align(masks_for(opt_state_or_masks, params), params, "masks")
     pairs = zip(jax.tree.leaves(params), masks, strict=True)
     return _Shown(params, {id(leaf): np.asarray(mask) for leaf, mask in pairs if np.ndim(mask) > 0})
 

@@ -247,7 +247,7 @@ def test_masks_of_an_optimizer_state_and_what_they_keep(tmp_path):
     params = {"fc": {"kernel": jax.random.normal(jax.random.key(0), (20, 10)), "bias": jnp.zeros(10)}}
     tx = jaxsparse.chain(optax.sgd(0.1, momentum=0.9), jaxsparse.sparse_momentum(0.8, 100))
     state = tx.init(params)
-    params = jaxsparse.sparsify(params, state)
+    params = jaxsparse.sparsify(state, params)
     masks = jaxsparse.get_masks(state, params)
     row, column = np.argwhere(np.asarray(masks["fc"]["kernel"]))[0]
     params["fc"]["kernel"] = params["fc"]["kernel"].at[row, column].set(0)  # as regrown weights are

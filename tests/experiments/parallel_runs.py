@@ -155,7 +155,7 @@ def update_masks(layout_name):
             return Few(optax.apply_updates(state.params, updates), opt_state), None
 
         opt_state = tx.init(params)
-        state = layout.place(Few(jaxsparse.sparsify(params, opt_state), opt_state))
+        state = layout.place(Few(jaxsparse.sparsify(opt_state, params), opt_state))
         grads, compiled = layout.place(Few(gradients(params), ())), layout.compile(step)
         for _ in range(UPDATE_EVERY + 1):
             state, _ = compiled(state, grads)

@@ -139,14 +139,14 @@ def test_receptive_fields_of_something_else():
 def test_weights_show_the_two_means_of_each_layer():
     params = {"fc1": np.array([[1.0, 3.0, -5.0, 7.0]]), "fc2": np.array([[2.0, 0.0]]), "bias": np.ones(3)}
     masks = {"fc1": np.array([[True, True, True, False]]), "fc2": np.array([[True, False]]), "bias": np.array(True)}
-    figure = inspect.plot_weights(params, masks)
+    figure = inspect.plot_weights(masks, params)
     assert [axes.get_title() for axes in figure.axes] == ["fc1, 3 of 4", "fc2, 1 of 2"]
     means = [[line.get_xdata()[0] for line in axes.lines] for axes in figure.axes]
     assert means == [[-5.0, 2.0], [2.0]]
     assert means[0] == [float(mean) for mean in jaxsparse.centroids(params, masks)["fc1"]]
     drawn(figure)
     with pytest.raises(ValueError, match="masks of fc1: expected bool"):
-        inspect.plot_weights(params, {**masks, "fc1": np.ones((2, 2), bool)})
+        inspect.plot_weights({**masks, "fc1": np.ones((2, 2), bool)}, params)
 
 
 def test_history():
@@ -234,7 +234,7 @@ def test_names_are_drawn_as_they_are(recwarn):
         inspect.plot_accuracy_against_kept({name: [(0.1, 0.9)] for name in odd}, baselines={"_d$e$": 0.9}),
         inspect.plot_masks(masks),
         inspect.plot_densities(masks),
-        inspect.plot_weights({name: np.ones((3, 3)) for name in odd}, masks),
+        inspect.plot_weights(masks, {name: np.ones((3, 3)) for name in odd}),
         inspect.plot_schedules({name: lambda stage: 0.1 for name in odd}, 3),
         inspect.plot_class_specialization({"_$a": {"_$b$": [0.5]}, "b": {"_$b$": [0.5]}}),
     ]
@@ -252,7 +252,7 @@ def test_empty_layers_and_weights_that_are_not_finite():
     drawn(inspect.plot_masks(masks))
     drawn(inspect.plot_densities(masks))
     params = {"w": np.array([[1.0, np.inf, np.nan, -2.0]]), "v": np.full((1, 2), np.nan)}
-    figure = inspect.plot_weights(params, jax.tree.map(lambda leaf: np.ones(leaf.shape, bool), params))
+    figure = inspect.plot_weights(jax.tree.map(lambda leaf: np.ones(leaf.shape, bool), params), params)
     assert [axes.get_title() for axes in figure.axes] == ["v, 2 of 2\n2 not finite", "w, 4 of 4\n2 not finite"]
     assert [line.get_xdata()[0] for line in figure.axes[1].lines] == [-2.0, 1.0]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
@@ -271,12 +271,12 @@ def test_weights_of_an_optimizer_state():
     tx = jaxsparse.chain(optax.sgd(0.1, momentum=0.9), jaxsparse.sparse_momentum(0.75, 10))
     state = tx.init(params)
     titles = [
-        [axes.get_title() for axes in inspect.plot_weights(params, given).axes]
+        [axes.get_title() for axes in inspect.plot_weights(given, params).axes]
         for given in (state, jaxsparse.get_masks(state, params))
     ]
     assert titles[0] == titles[1]
     with pytest.raises(ValueError, match="there is no sparse link in this optimizer state"):
-        inspect.plot_weights(params, optax.adam(0.1).init(params))
+        inspect.plot_weights(optax.adam(0.1).init(params), params)
 
 
 def test_schedules():
@@ -303,7 +303,7 @@ def test_class_specialization_back_to_back():
 def test_nothing_to_draw_yet():
     assert "nothing logged yet" in texts(inspect.plot_history(NOTHING))
     assert "no densities logged" in texts(inspect.plot_layer_densities(NOTHING))
-    empty = inspect.plot_weights({"w": np.zeros((2, 2))}, {"w": np.zeros((2, 2), bool)})
+    empty = inspect.plot_weights({"w": np.zeros((2, 2), bool)}, {"w": np.zeros((2, 2))})
     assert "no layer with a mask keeps any weight" in texts(empty)
     for figure in (inspect.plot_history(NOTHING), inspect.plot_accuracy_against_kept({}), empty):
         drawn(figure)

@@ -5,6 +5,7 @@ import optax
 import pytest
 
 import jaxsparse
+from jaxsparse import inspect
 from tests.problems import SPARSE_SIZE, make_params
 
 
@@ -24,7 +25,7 @@ def test_get_masks_has_the_tree_of_the_params():
 
 def test_sparsify_and_eval_params_put_the_params_on_the_masks():
     params, state = make_params(), sparse_state()
-    sparse = jaxsparse.sparsify(params, state)
+    sparse = jaxsparse.sparsify(state, params)
     assert int((sparse["dense"]["kernel"] != 0).sum()) == 16 * 24 // 4
     assert sparse["dense"]["bias"] is params["dense"]["bias"]
     for a, b in zip(*map(jax.tree.leaves, (jaxsparse.eval_params(state, sparse), sparse)), strict=True):
@@ -32,7 +33,7 @@ def test_sparsify_and_eval_params_put_the_params_on_the_masks():
 
 
 @pytest.mark.parametrize(
-    "access", [jaxsparse.get_masks, jaxsparse.check, lambda s: jaxsparse.sparsify(make_params(), s)]
+    "access", [jaxsparse.get_masks, jaxsparse.check, lambda s: jaxsparse.sparsify(s, make_params())]
 )
 def test_a_state_without_a_sparse_link_is_refused(access):
     with pytest.raises(ValueError, match="there is no sparse link in this optimizer state"):
@@ -42,16 +43,24 @@ def test_a_state_without_a_sparse_link_is_refused(access):
 @pytest.mark.parametrize(
     "access",
     [
-        lambda params, state: jaxsparse.sparsify(state, params),
+        lambda params, state: jaxsparse.sparsify(params, state),
         lambda params, state: jaxsparse.eval_params(params, state),
         lambda params, state: jaxsparse.get_masks(params, state),
         lambda params, state: jaxsparse.check(params, state),
-        lambda params, state: jaxsparse.summary(state, params),
+        lambda params, state: jaxsparse.summary(params, state),
     ],
 )
 def test_arguments_that_changed_places(access):
     with pytest.raises(ValueError, match="the params and the optimizer state have changed places"):
         access(make_params(), sparse_state())
+
+
+def test_masks_come_before_the_params():
+    params = make_params()
+    masks = jaxsparse.get_masks(sparse_state(), params)
+    for look in (jaxsparse.summary, inspect.show, inspect.plot_weights):
+        with pytest.raises(ValueError, match="the params and the masks have changed places: masks come first"):
+            look(params, masks)
 
 
 def test_two_links_on_one_leaf_are_refused():
@@ -69,7 +78,7 @@ def test_masks_of_other_params_are_refused():
 
 def test_check_says_what_is_wrong():
     params, (inner, link) = make_params(), sparse_state()
-    sparse = jaxsparse.sparsify(params, (inner, link))
+    sparse = jaxsparse.sparsify((inner, link), params)
     jaxsparse.check((inner, link), sparse)
     with pytest.raises(jaxsparse.SparsityError, match="pruned weights of dense/kernel are not zero"):
         jaxsparse.check((inner, link), params)

@@ -31,8 +31,8 @@ def rich_text(shown, width=200):
 
 def test_summary_counts_and_prints():
     params, state = make_params(), sparse_state()
-    table = jaxsparse.summary(params, state)
-    assert str(table) == str(jaxsparse.summary(params, jaxsparse.get_masks(state)))
+    table = jaxsparse.summary(state, params)
+    assert str(table) == str(jaxsparse.summary(jaxsparse.get_masks(state), params))
     assert {row.path: row.kept for row in table.layers if row.sparse} == {
         "attention/kernel": 64, "conv/kernel": 36, "dense/kernel": 96,
     }  # fmt: skip
@@ -44,7 +44,7 @@ def test_summary_counts_and_prints():
 
 def test_summary_of_shapes_counts_the_same_and_has_no_means():
     state = sparse_state()
-    table, of_shapes = jaxsparse.summary(make_params(), state), jaxsparse.summary(jax.eval_shape(make_params), state)
+    table, of_shapes = jaxsparse.summary(state, make_params()), jaxsparse.summary(state, jax.eval_shape(make_params))
     assert of_shapes.layers == tuple(row._replace(mean_abs=None) for row in table.layers)
     assert "mean |w|" in str(table)
     assert "mean |w|" not in str(of_shapes)
@@ -53,14 +53,14 @@ def test_summary_of_shapes_counts_the_same_and_has_no_means():
 def test_means_and_dead_units():
     kernel = jnp.array([[1.0, -3.0, 9.0], [9.0, 9.0, 9.0]])
     mask = jnp.array([[True, True, False], [False, False, False]])
-    (row,) = jaxsparse.summary({"w": kernel}, {"w": mask}).layers
+    (row,) = jaxsparse.summary({"w": mask}, {"w": kernel}).layers
     assert row == ("w", (2, 3), 6, 2, True, 2.0, 1, 1, None)
     conv = jnp.zeros((3, 3, 4, 5), bool).at[1, 1, 2, :4].set(True)
-    (row,) = jaxsparse.summary({"w": jnp.ones(conv.shape, jnp.bfloat16)}, {"w": conv}).layers
+    (row,) = jaxsparse.summary({"w": conv}, {"w": jnp.ones(conv.shape, jnp.bfloat16)}).layers
     assert (row.mean_abs, row.dead_inputs, row.dead_outputs) == (1.0, 3, 1)
-    (row,) = jaxsparse.summary({"gates": jnp.ones(3)}, {"gates": jnp.array([True, False, False])}).layers
+    (row,) = jaxsparse.summary({"gates": jnp.array([True, False, False])}, {"gates": jnp.ones(3)}).layers
     assert (row.dead_inputs, row.dead_outputs) == (None, 2)
-    (row,) = jaxsparse.summary({"w": kernel}, {"w": jnp.zeros((2, 3), bool)}).layers
+    (row,) = jaxsparse.summary({"w": jnp.zeros((2, 3), bool)}, {"w": kernel}).layers
     assert (row.kept, row.mean_abs, row.dead_inputs, row.dead_outputs) == (0, None, 2, 3)
 
 
@@ -68,7 +68,7 @@ def test_means_and_dead_units():
 def test_means_and_dead_units_by_loops(seed, shape):
     rng = np.random.default_rng(seed)
     weights, mask = rng.normal(size=shape).astype(np.float32), rng.random(shape) < 0.2
-    (row,) = jaxsparse.summary({"w": weights}, {"w": mask}).layers
+    (row,) = jaxsparse.summary({"w": mask}, {"w": weights}).layers
     outputs = mask.reshape(-1, shape[-1])
     assert row.dead_outputs == sum(not any(outputs[:, i]) for i in range(shape[-1]))
     if len(shape) > 1:
@@ -83,7 +83,7 @@ def test_multiply_adds_of_a_model():
     masks = jax.tree.map(
         lambda p: jnp.ones((), bool) if p.ndim == 1 else jnp.arange(p.size).reshape(p.shape) % 2 == 0, params
     )
-    table = jaxsparse.summary(params, masks, positions=models.positions(model, (28, 28, 1)))
+    table = jaxsparse.summary(masks, params, positions=models.positions(model, (28, 28, 1)))
     found = {row.path: (row.multiply_adds, row.weights * row.positions) for row in table.layers if row.multiply_adds}
     assert found["conv1/kernel"] == (576 * 250, 576 * 500)
     assert found["fc1/kernel"] == (200_000, 400_000)
@@ -91,12 +91,12 @@ def test_multiply_adds_of_a_model():
     with pytest.raises(
         ValueError, match="positions name leaves that the params lack: conv9/kernel; there are conv1/bias"
     ):
-        jaxsparse.summary(params, masks, positions={"conv9/kernel": 3})
+        jaxsparse.summary(masks, params, positions={"conv9/kernel": 3})
 
 
 def test_positions_name_the_leaves_of_nnx_without_their_wrapper():
     params = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
-    table = jaxsparse.summary(params, jax.tree.map(lambda p: jnp.ones(p.shape, bool), params), positions={"kernel": 7})
+    table = jaxsparse.summary(jax.tree.map(lambda p: jnp.ones(p.shape, bool), params), params, positions={"kernel": 7})
     assert [row.multiply_adds for row in table.layers] == [None, 42]
 
 
@@ -104,13 +104,13 @@ def test_layers_are_listed_in_their_natural_order():
     params = {f"conv{i}": {"kernel": jnp.ones((2, 2))} for i in (10, 2, 1)}
     masks = jax.tree.map(lambda p: p > 0, params)
     names = ["conv1/kernel", "conv2/kernel", "conv10/kernel"]
-    assert [row.path for row in jaxsparse.summary(params, masks).layers] == names
+    assert [row.path for row in jaxsparse.summary(masks, params).layers] == names
     assert [row.path for row in inspect.compare_masks(masks, masks).layers] == names
 
 
 def test_summary_of_masks_that_do_not_fit():
     with pytest.raises(ValueError, match=r"masks of w: expected bool of shape \(2, 2\)"):
-        jaxsparse.summary({"w": jnp.ones((2, 2))}, {"w": jnp.ones((3, 2), bool)})
+        jaxsparse.summary({"w": jnp.ones((3, 2), bool)}, {"w": jnp.ones((2, 2))})
 
 
 @pytest.mark.parametrize("tree", ["another", "transposed", "vmapped"])
@@ -124,20 +124,20 @@ def test_states_that_do_not_fit_the_params(tree):
     shapes = rf"has shape \({'2, ' * (tree == 'vmapped')}4, 6\), but the params have \({params['kernel'].shape[0]}, "
     for look in (jaxsparse.summary, inspect.show, inspect.plot_weights, jaxsparse.sparsify):
         with pytest.raises(ValueError, match=f"the mask of kernel in the optimizer state {shapes}"):
-            look(params, state)
+            look(state, params)
 
 
 def test_a_dense_optimizer_state_is_no_masks():
     params = {"kernel": jnp.ones((4, 6))}
     for look in (jaxsparse.summary, inspect.show, inspect.plot_weights):
         with pytest.raises(ValueError, match="there is no sparse link in this optimizer state"):
-            look(params, optax.adam(0.1).init(params))
+            look(optax.adam(0.1).init(params), params)
 
 
 def test_the_mean_of_many_weights():
     weights = np.full((3, 1_000_000), 0.1, np.float32)
     for mask in (np.array(True), np.ones(weights.shape, bool)):
-        (row,) = jaxsparse.summary({"w": weights}, {"w": mask}).layers
+        (row,) = jaxsparse.summary({"w": mask}, {"w": weights}).layers
         assert row.mean_abs == pytest.approx(0.1, rel=1e-6)
 
 
@@ -149,7 +149,7 @@ def test_columns_that_are_empty():
 
 
 def test_all_three_forms_of_a_table_say_the_same():
-    table = jaxsparse.summary({"[bold]<b>&": jnp.ones((2, 3))}, {"[bold]<b>&": jnp.eye(2, 3, dtype=bool)})
+    table = jaxsparse.summary({"[bold]<b>&": jnp.eye(2, 3, dtype=bool)}, {"[bold]<b>&": jnp.ones((2, 3))})
     cells = table.table()
     lines = [list(line) for line in (cells.header, *cells.rows, *cells.totals)]
     assert Page(table._repr_html_()).tables == [lines]
@@ -206,7 +206,7 @@ def test_masks_that_cannot_be_compared(second, message):
 
 def test_show_greys_out_what_is_pruned():
     params, state = make_params(), sparse_state()
-    shown = inspect.show(params, state)
+    shown = inspect.show(state, params)
     page, without = (tree._repr_html_(compressed=False) for tree in (shown, inspect.show(params)))
     assert "attention" in page
     arrays = sum(leaf.ndim > 0 for leaf in jax.tree.leaves(params))
@@ -218,4 +218,4 @@ def test_show_greys_out_what_is_pruned():
     assert "<treescope-container" in shown._repr_html_()
     assert "attention" in repr(shown)
     with pytest.raises(ValueError, match="masks"):
-        inspect.show(params, {"w": jnp.ones(3, bool)})
+        inspect.show({"w": jnp.ones(3, bool)}, params)

@@ -330,7 +330,7 @@ def test_works_around_a_sparse_optimizer(problem):
     inner = jaxsparse.chain(optax.sgd(0.05, momentum=0.9), jaxsparse.sparse_momentum(0.5, 2, prunable=prunable))
     tx = jaxsparse.l0(inner, GROUPS[:1], penalty=0.1, key=1)
     opt_state = tx.init(params)
-    params = jaxsparse.sparsify(params, opt_state)
+    params = jaxsparse.sparsify(opt_state, params)
     step = stepper(tx, loss)
     for _ in range(4):
         params, opt_state = step(params, opt_state)

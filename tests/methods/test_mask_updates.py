@@ -46,4 +46,4 @@ def test_numpy_masks_and_one_dimensional_leaves_are_taken():
     params = {"w": jnp.arange(1.0, 5.0)}
     tx = jaxsparse.mask_updates({"w": np.array([True, False, True, False])})
     state = tx.init(params)
-    assert jaxsparse.sparsify(params, state)["w"].tolist() == [1.0, 0.0, 3.0, 0.0]
+    assert jaxsparse.sparsify(state, params)["w"].tolist() == [1.0, 0.0, 3.0, 0.0]

@@ -245,7 +245,7 @@ def test_nan_scores_are_counted_and_reported():
     params = make_params()
     tx = jaxsparse.chain(optax.sgd(0.05, momentum=0.9), jaxsparse.sparse_momentum(0.75, 1))
     opt_state = tx.init(params)
-    params = jaxsparse.sparsify(params, opt_state)
+    params = jaxsparse.sparsify(opt_state, params)
     step = make_step(tx)
     params, opt_state = step(params, opt_state, 0)
     jaxsparse.check(opt_state)
@@ -263,7 +263,7 @@ def test_nan_scores_are_counted_and_reported():
 def train(tx, steps, params=None):
     params = make_params() if params is None else params
     opt_state = tx.init(params)
-    params = jaxsparse.sparsify(params, opt_state)
+    params = jaxsparse.sparsify(opt_state, params)
     step = make_step(tx)
     for count in range(steps):
         params, opt_state = step(params, opt_state, count)
@@ -313,7 +313,7 @@ def test_start_at_and_stop_at_bound_the_mask_updates():
     tx = jaxsparse.chain(optax.sgd(0.05, momentum=0.9), jaxsparse.sparse_momentum(0.75, 2, start_at=3, stop_at=6))
     params = make_params()
     opt_state = tx.init(params)
-    params = jaxsparse.sparsify(params, opt_state)
+    params = jaxsparse.sparsify(opt_state, params)
     step, when = make_step(tx), []
     for count in range(10):
         before = opt_state[-1].masks
@@ -513,7 +513,7 @@ def test_every_step_keeps_the_budget_in_whole_units(name):
         optax.sgd(0.05, momentum=0.9), jaxsparse.sparse_momentum(0.75, 2, prune_rate=0.4, structure=structure)
     )
     opt_state = tx.init(params)
-    params = jaxsparse.sparsify(params, opt_state)
+    params = jaxsparse.sparsify(opt_state, params)
     step = make_step(tx)
     assert int(opt_state[-1].budget) == budget
     changes = 0
@@ -638,7 +638,7 @@ def test_momentum_is_found_in(inner):
     params = make_params()
     tx = jaxsparse.chain(inner, jaxsparse.sparse_momentum(0.75, 1))
     opt_state = tx.init(params)
-    params = jaxsparse.sparsify(params, opt_state)
+    params = jaxsparse.sparsify(opt_state, params)
     for count in range(2):
         updates, opt_state = tx.update(gradients(params, count), opt_state, params)
         params = optax.apply_updates(params, updates)

@@ -111,7 +111,7 @@ def test_trains_with_block_sparse_momentum_and_evaluates_with_no_other_change():
         ),
     )
     opt_state = tx.init(params)
-    params = jaxsparse.sparsify(params, opt_state)
+    params = jaxsparse.sparsify(opt_state, params)
     first = jaxsparse.get_masks(opt_state, params)
 
     def loss_of(params, masks, dense):
