@@ -9,11 +9,12 @@ smaller dtype was asked for. :func:`describe` says what a file holds, and so doe
 - ``format``: "jaxsparse"; ``version``: "1"; ``sha256``: the first 16 hex digits of the SHA-256 of the next, as UTF-8;
 - ``model``: JSON with the keys ``tree``, ``leaves`` and ``tensors``.
 
-``tree`` is null for None, an object for a dict, ``["list", ...]`` or ``["tuple", ...]``, and for a leaf its index in
-``leaves``. ``tensors`` has ``[dtype, shape, sha256]`` of every tensor of the file, by name. Tensors are vectors, and
-those of leaf i are called ``"i/positions"``, ``"i/values"``, ``"i/signs"`` and ``"i/scale"``. Bits are packed with the
-first one highest, and filled up with zeros to whole bytes. A leaf has ``name`` (its path), ``shape``, ``dtype`` (in
-memory; its values may be stored in a smaller one), ``kept`` (how many weights survive), and
+``tree`` is null for None, an object for a dict, ``["dict", [key, node], ...]`` for one with ints as keys,
+``["list", node, ...]`` or ``["tuple", node, ...]``, and for a leaf its index in ``leaves``. ``tensors`` has
+``[dtype, shape, sha256]`` of every tensor of the file, by name. Tensors are vectors, and those of leaf i are called
+``"i/positions"``, ``"i/values"``, ``"i/signs"`` and ``"i/scale"``. Bits are packed with the first one highest, and
+filled up with zeros to whole bytes. A leaf has ``name`` (its path), ``shape``, ``dtype`` (in memory; its values may be
+stored in a smaller one), ``kept`` (how many weights survive), and
 
 - ``positions``, where the survivors are in row-major order: "dense" (everywhere; the mask is the scalar True); "mask"
   (one bit a weight); or "gaps": a Golomb-Rice code of how many weights are missing before each survivor. The r =
@@ -82,6 +83,7 @@ from jaxsparse.artifacts.encodings import (
 from jaxsparse.artifacts.files import (
     DTYPES,
     ArtifactError,
+    in_tree_of,
     naming,
     plain_tree,
     printable,
@@ -146,7 +148,9 @@ def save_sparse(
 
     Args:
       path: the file. One that is there is replaced.
-      params: dicts with string keys, lists, tuples, None, and in them arrays of bool, int or float dtypes.
+      params: dicts (whose keys are strings or ints), lists, tuples, None, and in them arrays of bool, int or float
+        dtypes. Other nodes (flax.nnx.State, FrozenDict, NamedTuples, dataclasses, Equinox modules) are stored as dicts
+        by the names of their parts, and ``load_sparse(path, like=params)`` brings them back.
       masks: like ``params``: bool arrays, the scalar True for dense leaves. None takes the weights that are not +0
         in the leaves of two and more axes that are no bias or scale, and leaves without any zero as dense.
       init: what :func:`jaxsparse.methods.asni.centroids` returned: to store, instead of the params, what
@@ -202,11 +206,13 @@ def save_sparse(
         file.write(data[end:])
 
 
-def load_sparse(path: str | os.PathLike, *, max_bytes: int | None = None) -> tuple[Any, Any]:
+def load_sparse(path: str | os.PathLike, *, like: Any = None, max_bytes: int | None = None) -> tuple[Any, Any]:
     """Reads what :func:`save_sparse` wrote. Everything is checked before it is used, and nothing in it is executed.
 
     Args:
       path: the file.
+      like: a pytree of the model's params, or of their shapes (``jax.eval_shape``): params and masks come in its nodes,
+        matched by path, with the dtypes of the file. None: as dicts, lists and tuples.
       max_bytes: how much memory params and masks may take together. By default 16 MiB, or 4096 times the size of the
         file if that is more: a file of a few bytes can describe arrays of any size.
 
@@ -217,6 +223,7 @@ def load_sparse(path: str | os.PathLike, *, max_bytes: int | None = None) -> tup
 
     Raises:
       ArtifactError: if the file is damaged, is none of :func:`save_sparse`, of a newer version, or too large.
+      ValueError: if its leaves are not those of ``like``, or have other shapes, naming them.
       OSError: if it cannot be read.
       ImportError: without the package safetensors.
 
@@ -237,7 +244,11 @@ def load_sparse(path: str | os.PathLike, *, max_bytes: int | None = None) -> tup
                 f"if you trust it, load_sparse(path, max_bytes={needed})"
             )
         loaded = [_decode(leaf, _parts(tensors, i)) for i, leaf in enumerate(leaves)]
-        return jax.tree.map(lambda i: loaded[i][0], tree), jax.tree.map(lambda i: loaded[i][1], tree)
+        params, masks = (jax.tree.map(lambda i, part=part: loaded[i][part], tree) for part in (0, 1))
+    if like is None:
+        return params, masks
+    with naming(path, ValueError):
+        return in_tree_of(like, params), in_tree_of(like, masks, check=False)
 
 
 def describe(path: str | os.PathLike) -> str:
@@ -408,15 +419,23 @@ def _check_parts(leaf: _Leaf, parts: Mapping[str, np.ndarray]) -> None:
 def _as_json(tree: Any) -> Any:
     if isinstance(tree, list | tuple):
         return [type(tree).__name__, *map(_as_json, tree)]
-    return {key: _as_json(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
+    if not isinstance(tree, dict):
+        return tree
+    items = [(key, _as_json(value)) for key, value in tree.items()]
+    return dict(items) if all(isinstance(key, str) for key in tree) else ["dict", *items]
 
 
 def _from_json(node: Any) -> Any:
     if type(node) is dict:
         return {key: _from_json(value) for key, value in node.items()}
     if type(node) is list:
-        require(node and node[0] in ("list", "tuple"), "a node of its tree is neither list nor tuple")
-        return (list if node[0] == "list" else tuple)(map(_from_json, node[1:]))
+        require(node and node[0] in ("list", "tuple", "dict"), "a node of its tree is neither list, tuple nor dict")
+        if node[0] != "dict":
+            return (list if node[0] == "list" else tuple)(map(_from_json, node[1:]))
+        items = node[1:]
+        pairs = all(type(item) is list and len(item) == 2 and type(item[0]) is int for item in items)
+        require(items and pairs, "a dict of its tree does not have ints as keys")
+        return {key: _from_json(value) for key, value in _object(items).items()}
     require(node is None or type(node) is int, f"its tree has a leaf {node!r}")
     return node
 
@@ -430,6 +449,6 @@ def _sha256(data: Any) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[Any]) -> dict[Any, Any]:
     require(len(dict(pairs)) == len(pairs), "a key is there twice")
     return dict(pairs)

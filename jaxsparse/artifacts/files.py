@@ -4,16 +4,19 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import jax
 import numpy as np
 
+from jaxsparse.structures import align, path_name
+
 __all__ = [
     "DTYPES",
     "ArtifactError",
+    "in_tree_of",
     "naming",
     "plain_tree",
     "printable",
@@ -34,33 +37,77 @@ class ArtifactError(ValueError):
 
 
 def plain_tree(params: Any) -> Any:
-    """The same tree of dicts, lists, tuples and None, with NumPy arrays as leaves; Flax's FrozenDict becomes a dict.
+    """The same tree of dicts, lists, tuples and None, with NumPy arrays as leaves.
+
+    Other nodes become dicts by the names of their parts: flax.nnx.State, FrozenDict, NamedTuples, dataclasses, Equinox
+    modules. A variable of flax.nnx is its value.
 
     Raises:
-      ValueError: for any other node, for keys that are no strings, and for leaves of other dtypes, naming them.
+      ValueError: for keys that are neither all strings nor all ints, and for leaves that are no arrays of these dtypes,
+        naming them.
     """
 
     def plain(node, path):
         where = f"the params at {'/'.join(path)!r}" if path else "the params"
         if node is None:
             return None
-        if isinstance(node, dict) or type(node).__name__ == "FrozenDict":
-            if bad := [key for key in node if not isinstance(key, str)]:
-                raise ValueError(f"{where}: expected string keys, got {bad[0]!r}")
-            return {key: plain(value, (*path, key)) for key, value in node.items()}
         if type(node) in (list, tuple):
             return type(node)(plain(value, (*path, str(i))) for i, value in enumerate(node))
-        if not isinstance(node, np.ndarray | np.generic | jax.Array):
+        if isinstance(node, np.ndarray | np.generic | jax.Array):
+            if getattr(node.dtype, "name", "") not in DTYPES.values():
+                raise ValueError(f"{where}: expected an array of {', '.join(DTYPES.values())}, got {node.dtype}")
+            return np.asarray(node).astype(node.dtype.name, copy=False)  # in the byte order of this machine
+        parts = node if type(node) is dict else _parts(node)
+        if not parts and not isinstance(node, Mapping):
             kind = f"{type(node).__module__}.{type(node).__qualname__}"
             raise ValueError(
-                f"{where}: expected a dict, list, tuple, None or array, got {kind}. Of flax.nnx take "
-                "nnx.to_pure_dict(nnx.state(model)), of other objects jax.tree.leaves(model), a list of their arrays"
+                f"{where}: expected a dict, list, tuple, None or array, got {kind}. Of "
+                "flax.nnx take nnx.state(model), of Equinox eqx.filter(model, eqx.is_array)"
             )
-        if getattr(node.dtype, "name", "") not in DTYPES.values():
-            raise ValueError(f"{where}: expected an array of {', '.join(DTYPES.values())}, got {node.dtype}")
-        return np.asarray(node).astype(node.dtype.name, copy=False)  # in the byte order of this machine
+        if _is_variable(node, parts):
+            return plain(*parts.values(), path)
+        kinds = {type(key) for key in parts}
+        if not kinds <= {str} and kinds != {int}:
+            odd = next(key for key in parts if type(key) is not str)
+            raise ValueError(f"{where}: expected keys that are strings, or all of them ints, got {odd!r}")
+        return {key: plain(value, (*path, str(key))) for key, value in parts.items()}
 
     return plain(params, ())
+
+
+def in_tree_of(like: Any, tree: Any, check: bool = True) -> Any:
+    """The arrays of a plain tree in the tree of ``like``, matched by path.
+
+    Args:
+      like: a pytree of arrays, or of their shapes.
+      tree: a tree of dicts, lists and tuples.
+      check: whether the arrays must have the shapes of ``like``.
+
+    Raises:
+      ValueError: for leaves that only one of them has, or of other shapes, naming them.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(like)
+    values = align(tree, like, "the file")
+    for (path, leaf), value in zip(leaves, values, strict=True):
+        if check and np.shape(value) != np.shape(leaf):
+            raise ValueError(f"{path_name(path)} has shape {np.shape(value)}, but {np.shape(leaf)} in like=")
+    return treedef.unflatten(values)
+
+
+def _parts(node: Any) -> dict[Any, Any]:
+    """The children of a node of any registered type, by key; none of a leaf."""
+    children, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda child: child is not node)
+    return {
+        path[0].key if isinstance(path[0], jax.tree_util.DictKey) else path_name(path): child
+        for path, child in children
+        if path
+    }
+
+
+def _is_variable(node: Any, parts: Mapping[Any, Any]) -> bool:
+    """Whether a node is a variable of flax.nnx, whose only part is an array."""
+    of_nnx = any(base.__module__.startswith("flax.nnx") for base in type(node).__mro__)
+    return of_nnx and list(parts) in (["value"], ["raw_value"]) and jax.tree_util.all_leaves(parts.values())
 
 
 @contextlib.contextmanager
@@ -83,8 +130,11 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        if isinstance(error, OSError) and error.filename == os.fspath(part):
+            raise type(error)(error.errno, error.strerror, os.fspath(path)) from error
         raise
     if os.name == "posix":  # else folders cannot be opened
         folder = os.open(path.parent, os.O_RDONLY)

@@ -18,6 +18,7 @@ import numpy as np
 from jaxsparse.artifacts.files import (
     DTYPES,
     ArtifactError,
+    in_tree_of,
     naming,
     plain_tree,
     read_safetensors,
@@ -173,7 +174,8 @@ def save_dense(path: str | os.PathLike, params: Any) -> None:
 
     Args:
       path: the file. One that is there is replaced; the new one appears whole or not at all.
-      params: as for :func:`jaxsparse.artifacts.save_sparse`, with keys without "/".
+      params: as for :func:`jaxsparse.artifacts.save_sparse`, a tree in which no path leads to two leaves, nor to a leaf
+        and to what lies below it.
 
     Raises:
       ValueError: for params that cannot be stored, naming the leaf.
@@ -187,19 +189,26 @@ def save_dense(path: str | os.PathLike, params: Any) -> None:
       ...     load_dense(f"{folder}/model.safetensors")
       {'fc1': {'bias': array([1., 2.], dtype=float32)}}
     """
-    package = safetensors_package()
-    data = package.save({name: np.ascontiguousarray(leaf).reshape(leaf.shape) for name, leaf in _named(params).items()})
+    package, named = safetensors_package(), _named(params)
+    if "__metadata__" in named:
+        raise ValueError("the params have '__metadata__', which safetensors keeps for other things: rename the key")
+    data = package.save({name: np.ascontiguousarray(leaf).reshape(leaf.shape) for name, leaf in named.items()})
     with replacing(path) as file:
         file.write(data)
 
 
-def load_dense(path: str | os.PathLike) -> Any:
-    """Reads an ordinary safetensors file as nested dicts of NumPy arrays; "/" in a name goes one dict down.
+def load_dense(path: str | os.PathLike, *, like: Any = None) -> Any:
+    """Reads an ordinary safetensors file as NumPy arrays.
 
-    Lists and tuples come back as dicts, by the numbers of their entries.
+    Args:
+      path: the file.
+      like: a pytree of the model's params, or of their shapes: the arrays come in its nodes, matched by path. None: in
+        nested dicts, one for each part of a path between "/", and keys are strings. So keys of Haiku such as
+        "mlp/~/linear_0" become several dicts, lists and tuples dicts by the numbers of their entries.
 
     Raises:
       ArtifactError: if the file is damaged, is none of safetensors, or one of ``save_sparse``.
+      ValueError: if its leaves are not those of ``like``, or have other shapes, naming them.
       OSError: if it cannot be read.
       ImportError: without the package safetensors.
     """
@@ -209,10 +218,14 @@ def load_dense(path: str | os.PathLike) -> Any:
             raise ValueError("a sparse model: read it with jaxsparse.artifacts.load_sparse")
         if unknown := sorted({tensor["dtype"] for tensor in found.values()} - set(DTYPES)):
             raise ValueError(f"it has tensors of {', '.join(unknown)}, which NumPy has not")
-        return _nested({
+        tree = _nested({
             name: np.frombuffer(tensor["data"], DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
             for name, tensor in sorted(found.items())
         })  # fmt: skip
+    if like is None:
+        return tree
+    with naming(path, ValueError):
+        return in_tree_of(like, tree)
 
 
 def save_npz(path: str | os.PathLike, params: Any, masks: Any = None) -> None:
@@ -238,6 +251,8 @@ def save_npz(path: str | os.PathLike, params: Any, masks: Any = None) -> None:
              [False,  True]])})
     """
     named = _named(params)
+    if suffixed := [name for name in named if name.endswith(".npy")]:
+        raise ValueError(f"the params have {suffixed[0]!r}, but NumPy takes a suffix .npy for its own: rename the key")
     if taken := [name for name in named if name.split("/")[0] == "masks"]:
         raise ValueError(f"the params have {taken[0]!r}, which is where the masks go: rename the key")
     arrays = {name: leaf.astype(np.float32) if leaf.dtype.name == "bfloat16" else leaf for name, leaf in named.items()}
@@ -255,15 +270,20 @@ def save_npz(path: str | os.PathLike, params: Any, masks: Any = None) -> None:
                 np.lib.format.write_array(entry, array, allow_pickle=False)
 
 
-def load_npz(path: str | os.PathLike) -> tuple[Any, Any]:
+def load_npz(path: str | os.PathLike, *, like: Any = None) -> tuple[Any, Any]:
     """Reads what :func:`save_npz` wrote, without pickle.
 
+    Args:
+      path: the file.
+      like: as for :func:`load_dense`.
+
     Returns:
-      The params as nested dicts of NumPy arrays, as :func:`load_dense` gives them, and masks like them: bool arrays,
-      the scalar True for leaves that have none.
+      The params as NumPy arrays, as :func:`load_dense` gives them, and masks like them: bool arrays, the scalar True
+      for leaves that have none.
 
     Raises:
       ArtifactError: if the file is damaged, or masks do not fit.
+      ValueError: if its leaves are not those of ``like``, or have other shapes, naming them.
       OSError: if it cannot be read.
     """
     with naming(path, ArtifactError), open(path, "rb") as file:
@@ -283,7 +303,11 @@ def load_npz(path: str | os.PathLike) -> tuple[Any, Any]:
             if leaf is None or bits.dtype != np.uint8 or bits.shape != (-(-leaf.size // 8),):
                 raise ValueError(f"the mask of {name} does not fit its weights")
             masks[name] = np.unpackbits(bits, count=leaf.size).view(bool).reshape(leaf.shape)
-        return _nested(arrays), _nested(masks)
+        tree, masks = _nested(arrays), _nested(masks)
+    if like is None:
+        return tree, masks
+    with naming(path, ValueError):
+        return in_tree_of(like, tree), in_tree_of(like, masks, check=False)
 
 
 def _converted(params: Any, masks: Any, convert: Callable[[np.ndarray, np.ndarray], Any]) -> Any:
@@ -323,11 +347,17 @@ def _stored(value: Any) -> tuple[Any, list[np.ndarray]] | None:
 def _named(params: Any) -> dict[str, np.ndarray]:
     """The leaves by their paths, which have to say where they are."""
     tree = plain_tree(params)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
-        if not keys or any("/" in key or not key for key in keys):
-            raise ValueError(f"the array of shape {leaf.shape} at {keys} needs keys that are not empty and have no '/'")
-    return dict(zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True))
+    names, named = leaf_paths(tree), {}
+    above = {name[:i]: name for name in names for i, character in enumerate(name) if character == "/"}
+    for name, leaf in zip(names, jax.tree.leaves(tree), strict=True):
+        if not all(name.split("/")):
+            raise ValueError(f"the array of shape {leaf.shape} at {name!r} needs keys that are not empty")
+        if name in named:
+            raise ValueError(f"two leaves of the params have the path {name!r}: rename a key")
+        if name in above:
+            raise ValueError(f"the params have {name!r} and, below it, {above[name]!r}: rename a key")
+        named[name] = leaf
+    return named
 
 
 def _nested(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tracemalloc
+from typing import Any, NamedTuple
 
 import equinox
 import flax
@@ -268,7 +269,8 @@ def test_masks_of_an_optimizer_state_and_what_they_keep(tmp_path):
         ({"w": np.eye(2, dtype=complex)}, {}, "the params at 'w': expected an array of bool, .*, got complex128"),
         ({"w": jax.random.key(0)}, {}, "the params at 'w': expected an array of bool, .*, got key<fry>"),
         ({"w": [1.0]}, {}, "the params at 'w/0': expected a dict, list, tuple, None or array, got builtins.float"),
-        ({1: np.eye(2)}, {}, "the params: expected string keys, got 1"),
+        ({(1, 2): np.eye(2)}, {}, r"the params: expected keys that are strings, or all of them ints, got \(1, 2\)"),
+        ({"a": {"b": np.eye(2), 1: np.eye(2)}}, {}, "the params at 'a': expected keys that are strings, .*, got 1"),
         ({"a/b": np.eye(2), "a": {"b": np.eye(2)}}, {}, "two leaves of the params have the path 'a/b'"),
         ({"w": np.float32([[7e4, 0]])}, {"dtype": "float16"}, "w: 1 of its values are too large for the dtype"),
         ({"w": np.float64([[1e300, -7, 0]])}, {"dtype": "int8"}, "w: 1 of its values are too large for the dtype"),
@@ -283,16 +285,50 @@ def test_what_cannot_be_saved_is_said_before_anything_is_written(tmp_path, param
     assert os.listdir(tmp_path) == []
 
 
-def test_modules_are_told_how_to_become_trees(tmp_path):
-    linear = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"the params: expected .*, got flax.*State.*nnx\.to_pure_dict"):
-        save_sparse(tmp_path / "model", nnx.state(linear))
-    save_sparse(tmp_path / "model", nnx.to_pure_dict(nnx.state(linear)))
-    same_bits(load_sparse(tmp_path / "model")[0]["kernel"], linear.kernel[...])
-    module = equinox.nn.Linear(2, 3, key=jax.random.key(0))
-    with pytest.raises(ValueError, match=r"got equinox.*Linear.*jax\.tree\.leaves"):
-        save_sparse(tmp_path / "model", module)
-    save_sparse(tmp_path / "model", jax.tree.leaves(module))
+def test_modules_are_saved_by_their_parts_and_come_back_in_their_own_tree(tmp_path):
+    class Pair(NamedTuple):
+        value: Any
+        policy: Any
+
+    mlp = equinox.nn.MLP(2, 3, 4, 1, key=jax.random.key(0))
+    stack = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(8, 2, rngs=nnx.Rngs(1)))
+    state = nnx.state(stack, nnx.Param)
+    eye = np.eye(3, dtype=np.float32)
+    for params, paths in (
+        (nnx.to_pure_dict(state), ["layers/0/bias", "layers/0/kernel", "layers/2/bias", "layers/2/kernel"]),
+        (equinox.filter(mlp, equinox.is_array), [f"layers/{i}/{name}" for i in (0, 1) for name in ("bias", "weight")]),
+        (flax.core.freeze({"a": {"kernel": eye}}), ["a/kernel"]),
+        (Pair(eye, 2 * eye), ["policy", "value"]),
+        ({"mlp/~/linear_0": {"w": eye}}, ["mlp/~/linear_0/w"]),
+        ({0: [eye], 10: (None, eye)}, ["0/0", "10/1"]),
+    ):
+        save_sparse(tmp_path / "model", params)
+        plain, _ = load_sparse(tmp_path / "model")
+        assert sorted(by_path(plain)) == paths
+        loaded, masks = load_sparse(tmp_path / "model", like=jax.eval_shape(lambda params=params: params))
+        same_bits(loaded, params)
+        assert jax.tree.structure(masks) == jax.tree.structure(params)
+    same_bits(plain, params)  # ints as keys stay ints
+    nnx.update(stack, load_sparse_of(tmp_path, state))
+    with pytest.raises(ValueError, match=r"at 'activation'.*got builtins.function.*eqx\.filter|got jax.*eqx\.filter"):
+        save_sparse(tmp_path / "module", mlp)
+    with pytest.raises(ValueError, match=r"model: the file must .* has nothing for b$"):
+        load_sparse(tmp_path / "model", like={"b": eye})
+    save_sparse(tmp_path / "model", {"b": eye})
+    with pytest.raises(ValueError, match=r"model: b has shape \(3, 3\), but \(4, 3\) in like="):
+        load_sparse(tmp_path / "model", like={"b": np.ones((4, 3))})
+
+
+def load_sparse_of(folder, params):
+    save_sparse(folder / "again", params)
+    return load_sparse(folder / "again")[0]
+
+
+def test_errors_of_the_system_name_the_file_that_was_asked_for(tmp_path):
+    for path in (tmp_path / "no folder" / "model", tmp_path):
+        for save in (save_sparse, formats.save_dense, formats.save_npz):
+            with pytest.raises(OSError, match=f"{path}'$"):
+                save(path, {"w": np.eye(2)})
 
 
 class FailingDiskError(OSError):
@@ -523,7 +559,9 @@ HOSTILE = {
     "leaves in another order": of_model("leaves", lambda old: old[::-1]),
     **{f"leaves {value!r:.20}": of_model("leaves", value) for value in (None, {}, 1, "leaves", [None])},
     **{f"tree {value!r:.20}": of_model("tree", value)
-       for value in (None, 0, True, 0.5, "tree", [], ["set", 0], [["list"]], {"gaps": 0}, {}, -1, 10**30, ["list", 0])},
+       for value in (None, 0, True, 0.5, "tree", [], ["set", 0], [["list"]], {"gaps": 0}, {}, -1, 10**30, ["list", 0],
+                     ["dict"], ["dict", 0], ["dict", [0]], ["dict", [0, 0, 0]], ["dict", ["a", 0]], ["dict", [True, 0]],
+                     ["dict", [[], 0]], ["dict", [0, 0], [0, 1]])},
     "a leaf twice": of_model("tree", lambda old: old | {"gaps": old["mask"]}),
     "a leaf missing": of_model("tree", lambda old: old | {"gaps": None}),
     "a leaf of no index": of_model("tree", lambda old: old | {"gaps": 99}),

@@ -1,11 +1,13 @@
 import os
 import zipfile
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import sparse
@@ -122,12 +124,47 @@ def test_equal_params_give_equal_files(tmp_path):
         assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
-@pytest.mark.parametrize("params", [{"a/b": np.eye(2)}, {"": np.eye(2)}, np.eye(2)])
-def test_keys_that_are_no_names(tmp_path, params):
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"": np.eye(2)}, r"shape \(2, 2\) at '' needs keys that are not empty"),
+        (np.eye(2), r"shape \(2, 2\) at '' needs keys that are not empty"),
+        ({"a/b": np.eye(2), "a": {"b": np.eye(2)}}, "two leaves of the params have the path 'a/b'"),
+        ({"a/b": np.eye(2), "a": np.eye(2)}, "the params have 'a' and, below it, 'a/b'"),
+    ],
+)
+def test_keys_that_are_no_names(tmp_path, params, message):
     for save in (formats.save_dense, formats.save_npz):
-        with pytest.raises(ValueError, match=r"shape \(2, 2\) at \[.*needs keys that are not empty and have no '/'"):
+        with pytest.raises(ValueError, match=message):
             save(tmp_path / "model", params)
     assert os.listdir(tmp_path) == []
+
+
+def test_keys_that_the_formats_use_themselves(tmp_path):
+    with pytest.raises(ValueError, match="the params have '__metadata__', which safetensors keeps"):
+        formats.save_dense(tmp_path / "model", {"__metadata__": np.ones(2)})
+    with pytest.raises(ValueError, match=r"the params have 'w\.npy', but NumPy takes a suffix"):
+        formats.save_npz(tmp_path / "model", {"w": np.ones(2), "w.npy": np.zeros(3)})
+    assert os.listdir(tmp_path) == []
+
+
+def test_any_tree_comes_back_like_itself(tmp_path):
+    mask = np.array([[True, False], [True, True]])
+    for params in (
+        {"mlp/~/linear_0": {"w": np.eye(2)}, "b": [np.ones(3), (np.zeros((0, 5)), None)]},
+        nnx.to_pure_dict(nnx.state(nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0))))),
+        flax.core.freeze({"a": {"kernel": np.eye(2)}}),
+    ):
+        masks = jax.tree.map(lambda leaf: mask if leaf.shape == (2, 2) else np.array(True), params)
+        params = jax.tree.map(lambda leaf, kept: leaf * kept, params, masks)
+        formats.save_dense(tmp_path / "dense", params)
+        same(formats.load_dense(tmp_path / "dense", like=params), params)
+        formats.save_npz(tmp_path / "npz", params, masks)
+        same(formats.load_npz(tmp_path / "npz", like=params), (params, masks))
+    formats.save_dense(tmp_path / "dense", {"mlp/~/linear_0": {"w": np.eye(2)}})
+    same(formats.load_dense(tmp_path / "dense"), {"mlp": {"~": {"linear_0": {"w": np.eye(2)}}}})
+    with pytest.raises(ValueError, match=r"dense: the file must have the tree of the params, but has nothing for v"):
+        formats.load_dense(tmp_path / "dense", like={"v": np.eye(2)})
 
 
 def test_a_key_for_masks(tmp_path):
