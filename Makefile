@@ -4,11 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG := configs/digits_sparse_momentum.py
 
-.PHONY: help train test notebooks docs lint clean
+.PHONY: help train test test-all test-versions notebooks docs lint clean
 
 help:
 	@echo "make train      train sparse momentum at 90% sparsity on digits, and a dense baseline, and compare"
-	@echo "make test       run the test suite"
+	@echo "make test       run the test suite, but for its slow tests"
+	@echo "make test-all   run the slow tests"
+	@echo "make test-versions  make test with every Python from 3.11 to 3.13 that is here, and with each JAX"
 	@echo "make notebooks  execute the notebooks and write their outputs back"
 	@echo "make docs       build the documentation, into build/docs/index.html"
 	@echo "make lint       ruff, mypy, and a wheel that installs and imports"
@@ -20,7 +22,14 @@ train: $(VENV)/train.installed
 	$(BIN)/python -m experiments.compare runs/digits_dense runs/digits_sparse
 
 test: $(VENV)/test.installed $(VENV)/tpu.compiler
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10
+
+# As fast as can be, unlike the others: what is compiled for users is tested too.
+test-all: $(VENV)/test.installed $(VENV)/tpu.compiler
+	JAX_DISABLE_MOST_OPTIMIZATIONS=False $(BIN)/python -m pytest -n 2 --dist worksteal --durations=10 -m slow
+
+test-versions:
+	$(PYTHON) tests/versions.py
 
 notebooks: $(VENV)/notebooks.installed
 	$(BIN)/python -m notebooks.run

@@ -1,6 +1,6 @@
 """A small run of every method in one layout, and what is left of it: the same in each. Also a program, for processes.
 
-python -m tests.experiments.parallel_runs OUT COORDINATOR PROCESSES PROCESS LAYOUT METHOD...
+python -m tests.experiments.parallel_runs OUT COORDINATOR PROCESSES PROCESS LAYOUT METHOD... [update_masks]
 """
 
 import sys
@@ -167,15 +167,17 @@ def update_masks(layout_name):
 def main(out, coordinator, processes, process, layout, *methods):
     """The first process writes."""
     jax.distributed.initialize(coordinator, int(processes), int(process))
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and "mask_updates" in methods:
         write_masks(f"{out}.safetensors")
     multihost_utils.sync_global_devices("masks")
     results = {
         f"{method}/{name}": leaf
-        for method in methods
+        for method in METHODS
+        if method in methods
         for name, leaf in run(layout, method, f"{out}.safetensors").items()
     }
-    results |= {f"update_masks/{name}": mask for name, mask in update_masks(layout).items()}
+    if "update_masks" in methods:
+        results |= {f"update_masks/{name}": mask for name, mask in update_masks(layout).items()}
     if jax.process_index() == 0:
         np.savez(out, **results)
 

@@ -87,6 +87,7 @@ def train_on_noise(config, workdir, monkeypatch):
     return train.train(config, workdir)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "argument", "changes"),
     [

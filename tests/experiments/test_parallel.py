@@ -1,25 +1,31 @@
 """Every method does the same in every layout of the devices, and in several processes."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
 from tests.experiments import parallel_runs, processes
 
+slow, long = pytest.mark.slow, pytest.mark.long
 LAYOUTS = ("pmap", "data", "fsdp")
-IN_PROCESSES = ("sparse_momentum", "rda", "dep_l0")  # the others take the same ways: with -m long
+# A method in the layout that does most; the others take the same ways, and are slow tests.
+QUICK = "sparse_momentum", "fsdp"
 
 
 @pytest.fixture(scope="module")
-def masks_file(tmp_path_factory):
-    path = str(tmp_path_factory.mktemp("masks") / "model.safetensors")
-    parallel_runs.write_masks(path)
-    return path
+def run(tmp_path_factory):
+    """A run of a method in a layout, once."""
+    masks_file = tmp_path_factory.mktemp("masks") / "model.safetensors"
 
+    @functools.cache
+    def run(layout, method):
+        if method == "mask_updates" and not masks_file.exists():
+            parallel_runs.write_masks(str(masks_file))
+        return parallel_runs.run(layout, method, str(masks_file))
 
-@pytest.fixture(scope="module")
-def alone(masks_file):
-    return {method: parallel_runs.run("one_device", method, masks_file) for method in parallel_runs.METHODS}
+    return run
 
 
 def run_in_processes(folder, layout, methods):
@@ -29,11 +35,6 @@ def run_in_processes(folder, layout, methods):
     assert codes == [0, 0], outputs
     with np.load(out) as results:
         return dict(results)
-
-
-@pytest.fixture(scope="module")
-def in_processes(tmp_path_factory):
-    return run_in_processes(tmp_path_factory.mktemp("processes"), "fsdp", IN_PROCESSES)
 
 
 def under(results, prefix):
@@ -52,15 +53,21 @@ def compare(result, alone, method):
     assert method == "l0" or 0 < sum(int(mask.sum()) for mask in masks) < sum(mask.size for mask in masks)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("method", parallel_runs.METHODS)
-def test_a_run_is_the_same_in_every_layout(layout, method, alone, masks_file):
-    compare(parallel_runs.run(layout, method, masks_file), alone[method], method)
+@pytest.mark.parametrize(
+    ("method", "layout"),
+    [
+        pytest.param(method, layout, marks=() if (method, layout) == QUICK else slow)
+        for method in parallel_runs.METHODS
+        for layout in LAYOUTS
+    ],
+)
+def test_a_run_is_the_same_in_every_layout(layout, method, run):
+    compare(run(layout, method), run("one_device", method), method)
 
 
-@pytest.mark.parametrize("method", IN_PROCESSES)
-def test_a_run_is_the_same_in_two_processes(method, alone, in_processes):
-    compare(under(in_processes, f"{method}/"), alone[method], method)
+def test_a_run_is_the_same_in_two_processes(run, tmp_path):
+    method, layout = QUICK
+    compare(under(run_in_processes(tmp_path, layout, [method]), f"{method}/"), run("one_device", method), method)
 
 
 @pytest.fixture(scope="module")
@@ -68,23 +75,21 @@ def masks_alone():
     return parallel_runs.update_masks("one_device")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [pytest.param("pmap", marks=slow), pytest.param("data", marks=slow), "fsdp"])
 def test_a_mask_update_is_bit_equal_in_every_layout(layout, masks_alone):
     masks = parallel_runs.update_masks(layout)
     assert masks.keys() == masks_alone.keys()
     jax.tree.map(np.testing.assert_array_equal, masks, masks_alone)
 
 
-def test_a_mask_update_is_bit_equal_in_two_processes(masks_alone, in_processes):
-    masks = under(in_processes, "update_masks/")
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param("pmap", marks=long), pytest.param("data", marks=long), pytest.param("fsdp", marks=slow)],
+)
+def test_every_method_is_the_same_in_two_processes(layout, run, masks_alone, tmp_path):
+    results = run_in_processes(tmp_path, layout, [*parallel_runs.METHODS, "update_masks"])
+    for method in parallel_runs.METHODS:
+        compare(under(results, f"{method}/"), run("one_device", method), method)
+    masks = under(results, "update_masks/")
     assert masks.keys() == masks_alone.keys()
     jax.tree.map(np.testing.assert_array_equal, masks, masks_alone)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_method_is_the_same_in_two_processes_in_every_layout(layout, alone, masks_alone, tmp_path):
-    results = run_in_processes(tmp_path, layout, parallel_runs.METHODS)
-    for method in parallel_runs.METHODS:
-        compare(under(results, f"{method}/"), alone[method], method)
-    jax.tree.map(np.testing.assert_array_equal, under(results, "update_masks/"), masks_alone)

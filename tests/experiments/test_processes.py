@@ -105,6 +105,7 @@ def kill_one(workdir, arguments, step, victim):
     assert told.endswith("start all processes again to go on from the last checkpoint")
 
 
+@pytest.mark.slow
 def test_told_to_stop_and_killed(uninterrupted, arguments, tmp_path):
     started = start(tmp_path, arguments)
     wait_for_step(started, tmp_path, 9)
@@ -119,7 +120,7 @@ def test_told_to_stop_and_killed(uninterrupted, arguments, tmp_path):
     assert outcome(tmp_path) == uninterrupted
 
 
-def test_what_one_process_refuses_ends_the_others(uninterrupted, arguments, tmp_path):
+def test_what_one_process_refuses_ends_the_others(arguments, tmp_path):
     (tmp_path / "config.json").write_text('{"epochs": 3}')
     outputs, codes = processes.ends(start(tmp_path, arguments), timeout=120)
     assert codes == [1, 1], outputs
@@ -127,6 +128,7 @@ def test_what_one_process_refuses_ends_the_others(uninterrupted, arguments, tmp_
     assert "error: another process could not begin; it says why" in outputs[1]
 
 
+@pytest.mark.slow
 def test_a_signal_that_reaches_the_processes_that_read_too(arguments, tmp_path):
     flags = [f"--workdir={tmp_path}", "--config.parallel.layout=one_device", "--config.data.workers=1"]
     command = [sys.executable, "-m", "experiments.train", *arguments, *flags]

@@ -93,12 +93,13 @@ def kill_and_resume(workdir, steps, arguments=SMALL, seed=0):
     finish(start(workdir, arguments))
 
 
+@pytest.mark.slow
 def test_killed_three_times(uninterrupted, tmp_path):
     kill_and_resume(tmp_path, (1, 700, 1500))
     assert outcome(tmp_path) == uninterrupted
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_told_to_stop(uninterrupted, tmp_path, number):
     run = start(tmp_path)
     wait_for_step(run, tmp_path, 100)
@@ -114,6 +115,7 @@ def test_told_to_stop(uninterrupted, tmp_path, number):
         assert outcome(tmp_path) == uninterrupted
 
 
+@pytest.mark.slow
 def test_damaged_newest_checkpoint(uninterrupted, tmp_path):
     run = start(tmp_path)
     wait_for_step(run, tmp_path, 700)
@@ -126,6 +128,7 @@ def test_damaged_newest_checkpoint(uninterrupted, tmp_path):
     assert outcome(tmp_path) == uninterrupted
 
 
+@pytest.mark.slow
 def test_disk_that_gets_full(uninterrupted, tmp_path):
     run = start(tmp_path)
     resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))  # files that may not grow stand for a full disk

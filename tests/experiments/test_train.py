@@ -37,6 +37,16 @@ def without_times(lines):
     return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 
+def test_two_steps_give_the_numbers_they_always_gave(tmp_path):
+    """If this alone fails, what a run computes has changed. If that was meant, write the new numbers below."""
+    train.train(smoke_config(**{"data.examples": 32, "epochs": 2, "log_every_steps": 1}), tmp_path)
+    first, second = read_metrics(tmp_path)
+    losses = {"step 1": first["train_loss"], "step 2": second["train_loss"], "test": second["test_loss"]}
+    assert losses == pytest.approx({"step 1": 2.293748, "step 2": 2.291010, "test": 2.318690}, rel=1e-5)
+    flips = {"fc1/kernel": 655, "fc2/kernel": 933, "fc3/kernel": 890}
+    assert second["flips"] == pytest.approx(flips, rel=0.01)  # weights that rank nearly alike may change places
+
+
 @pytest.fixture(scope="module")
 def sparse_run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("sparse")

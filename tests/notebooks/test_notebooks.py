@@ -28,6 +28,7 @@ def write(tmp_path):
     return write_notebook
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_and_shows_what_is_written(path, env, tmp_path):
     written = nbformat.read(path, as_version=4)
