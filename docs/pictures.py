@@ -270,7 +270,7 @@ def asni():
     stages = 50
     schedules = {
         "sigmoid": jaxsparse.sigmoid_sparsity(0.95, stages, scale=5),
-        "cubic": jaxsparse.cubic_sparsity(0.95, stages - 1),
+        "cubic": jaxsparse.cubic_sparsity(0.95, stages - 2),
         "linear": jaxsparse.linear_sparsity(0.95, stages),
     }
     tx = optax.chain(optax.adam(1e-3), jaxsparse.asni(schedules["sigmoid"], STEPS))

@@ -16,7 +16,7 @@ SPARSITIES = {
     "sigmoid": lambda sparsity, stages: jaxsparse.sigmoid_sparsity(
         sparsity.magnitude, stages, sparsity.scale, sparsity.translation, normalised=sparsity.normalised
     ),
-    "cubic": lambda sparsity, stages: jaxsparse.cubic_sparsity(sparsity.magnitude, stages - 1),
+    "cubic": lambda sparsity, stages: jaxsparse.cubic_sparsity(sparsity.magnitude, max(stages - 2, 1)),
     "linear": lambda sparsity, stages: jaxsparse.linear_sparsity(sparsity.magnitude, stages),
 }
 PRUNE_RATES = {

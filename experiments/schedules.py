@@ -17,7 +17,7 @@ SCHEDULES = {
     "two_phase_sparsity, sigmoids to 0.6 and by 0.38": jaxsparse.two_phase_sparsity(
         jaxsparse.sigmoid_sparsity(0.6, 20, scale=2), jaxsparse.sigmoid_sparsity(0.38, 30, scale=2.5), boundary=20
     ),
-    "cubic_sparsity(0.98, 49)": jaxsparse.cubic_sparsity(0.98, STAGES - 1),
+    "cubic_sparsity(0.98, 48)": jaxsparse.cubic_sparsity(0.98, STAGES - 2),
     "linear_sparsity(0.98, 50)": jaxsparse.linear_sparsity(0.98, STAGES),
     "constant_sparsity(0.98)": jaxsparse.constant_sparsity(0.98),
 }

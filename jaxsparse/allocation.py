@@ -19,6 +19,7 @@ from jaxsparse.selection import count_true, top_k_mask
 __all__ = [
     "apportion",
     "check_allocation",
+    "check_precision",
     "check_sparsity",
     "check_total",
     "erdos_renyi",
@@ -243,11 +244,23 @@ def check_allocation(allocation: str) -> None:
         raise ValueError(f"allocation must be one of {list(_ALLOCATIONS)}, got {allocation!r}")
 
 
+def check_precision(name: str, value: Any) -> None:
+    """Raises a ValueError for a float of less than 32 bits, in which 0.999 is 1."""
+    dtype = getattr(value, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
+        raise ValueError(
+            f"{name} must be a Python number or of float32, got {dtype}, in which 0.995 is {float(dtype.type(0.995))}. "
+            "optax.inject_hyperparams gives numbers the dtype of the params, unless it is told another: "
+            "optax.inject_hyperparams(..., hyperparam_dtype=jnp.float32)"
+        )
+
+
 def check_sparsity(sparsity: Any, path: str | None = None) -> None:
-    """Raises a ValueError if a concrete sparsity is not in [0, 1); traced ones pass."""
+    """Raises a ValueError if a concrete sparsity is not in [0, 1), or of low precision; traced ones pass."""
+    of_leaf = f" of {path}" if path else ""
+    check_precision(f"sparsity{of_leaf}", sparsity)
     if isinstance(sparsity, jax.core.Tracer):
         return
-    of_leaf = f" of {path}" if path else ""
     if isinstance(sparsity, str | Mapping | Sequence) or sparsity is None:
         raise ValueError(
             f"sparsity{of_leaf} must be a number in [0, 1), or a mapping from the paths of leaves, such as "

@@ -4,6 +4,7 @@ A *link* is a transformation that stands last in the chain. It sees the update t
 the optimizer proposes and the params, and emits the update that lands on the masks.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from jaxsparse.allocation import check_precision
 from jaxsparse.structures import align, by_path, is_function, is_masked_node, leaf_paths
 
 __all__ = [
@@ -55,7 +57,7 @@ def link_states(opt_state: Any) -> list[Any]:
 def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """``optax.chain`` whose members may also see the gradient and the momentum.
 
-    Members that accept extra args receive two more:
+    Members that hold a sparse link, or whose ``update`` names them, receive two more extra args:
 
     * ``grad``: the gradient as it entered the chain;
     * ``momentum``: a function of no arguments that returns the momentum which the
@@ -67,7 +69,8 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
     names in the states of the earlier members, nested ones too (``chain``,
     ``partition``, ``masked``, ``inject_hyperparams``, ``MultiSteps``), the latest first; of a
     chain in a chain its own members', then those before it. What the caller passes under these
-    names wins.
+    names wins, and goes to every member that accepts extra args, as in :func:`optax.chain`. (The others are not handed
+    ours: line searches such as that of ``optax.lbfgs`` refuse what they do not know.)
 
     Args:
       *transforms: the members, in order; sparse links last.
@@ -98,6 +101,7 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
       brings pruned weights back. :func:`jaxsparse.check` finds it.
     """
     members = [optax.with_extra_args_support(t) for t in transforms]
+    named = [_named(member.update) for member in members]
 
     def init_fn(params):
         states = tuple(member.init(params) for member in members)
@@ -107,18 +111,19 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
                     _require_momentum(link, states[:i], states[i:], params)
         return states
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates, state, params=None, *, grad=None, momentum=None, **extra_args):
         if len(state) != len(members):
             raise ValueError(f"the chain has {len(members)} members, but its state has {len(state)} parts")
-        extra_args.setdefault("grad", updates)
-        given, outer = "momentum" in extra_args, ()
-        if given and isinstance(extra_args["momentum"], _StoredMomentum):  # of a chain around this one
-            given, outer = False, extra_args["momentum"].states
+        entered, outer = updates, ()
+        if isinstance(momentum, _StoredMomentum):  # of a chain around this one
+            momentum, outer = None, momentum.states
+        given = {name: signal for name, signal in (("grad", grad), ("momentum", momentum)) if signal is not None}
         states: list[Any] = []
-        for member, member_state in zip(members, state, strict=True):
-            if not given:
-                extra_args["momentum"] = _StoredMomentum((*outer, *states), params)
-            updates, new_state = member.update(updates, member_state, params, **extra_args)
+        for member, names, member_state in zip(members, named, state, strict=True):
+            ours = {"grad": entered, "momentum": _StoredMomentum((*outer, *states), params)}
+            if not link_states(member_state):
+                ours = {name: ours[name] for name in names}
+            updates, new_state = member.update(updates, member_state, params, **{**ours, **given}, **extra_args)
             states.append(new_state)
         return updates, tuple(states)
 
@@ -228,7 +233,8 @@ def land_on_masks(updates: Any, params: Any, masks: Any) -> Any:
 
 
 def check_range(name: str, value: Any, low: float, high: float | None = None, open_end: bool = False) -> None:
-    """Raises a ValueError for a concrete value out of range or NaN; None and traced values pass."""
+    """Raises a ValueError for a concrete value out of range or NaN, or of low precision; None and traced ones pass."""
+    check_precision(name, value)
     if value is None or isinstance(value, jax.core.Tracer):
         return
     if not (value >= low and (high is None or value < high or (value == high and not open_end))):
@@ -297,6 +303,12 @@ def check_zeros(masks: Any, params: Any, who: str) -> list[str]:
                 )
             )
     return problems
+
+
+def _named(update: Callable[..., Any]) -> list[str]:
+    """Which of the two signals an update function has a parameter for, beside what it takes of any name."""
+    parameters = inspect.signature(update).parameters
+    return [name for name in ("grad", "momentum") if name in parameters]
 
 
 class _Absent:

@@ -1,8 +1,8 @@
 """Optax schedules, step (from 0) to value: prune rates, sparsities, the step sizes and averagings of dual averaging.
 
 The prune rate is the share of a layer's weights that one mask update replaces. The sparsity is the fraction of zeros
-that pruning is to reach; its schedules count stages (or steps, as their user will have it) and compute in the precision
-of what they are called with.
+that pruning is to reach; its schedules count stages (or steps, as their user will have it), and compute in double
+precision where that is enabled, as it is in :func:`jaxsparse.asni`.
 """
 
 import math
@@ -76,19 +76,19 @@ def sigmoid_sparsity(
 
     .. math:: s_t = m \, \sigma\!\left(\frac{t - \tau N}{c}\right), \qquad t = 0, \dots, N - 1
 
-    It starts above 0 and ends below m. With ``normalised``, it is shifted and stretched to reach m exactly at the last
-    stage, N - 1, from exactly 0 one stage before the first:
+    It starts above 0 and ends below m, as published. With ``normalised``, it is shifted and stretched to reach m
+    exactly, from exactly 0 one stage before the first, at N - 2: nothing is pruned after the last stage, so N stages of
+    training with :func:`jaxsparse.asni` end there.
 
-    .. math:: s_t = m \, \frac{\sigma(x_t) - \sigma(x_{-1})}{\sigma(x_{N-1}) - \sigma(x_{-1})}, \qquad
-       x_t = \frac{t - \tau N}{c}
+    .. math:: s_t = m \, \frac{\sigma(x_t) - \sigma(x_{-1})}{\sigma(x_{N-2}) - \sigma(x_{-1})}, \qquad
+       x_t = \frac{t - \tau (N - 1)}{c}
 
     Args:
       magnitude: m, in [0, 1].
       stages: N, at least 1.
       scale: c > 0, in stages: the smaller, the steeper.
       translation: :math:`\tau`: where in the N stages the sigmoid has its middle.
-      normalised: whether it ends at ``magnitude`` exactly. In N epochs of training with :func:`jaxsparse.asni`,
-        ``stages=N - 1`` are pruned: nothing is after the last epoch.
+      normalised: whether it ends at ``magnitude`` exactly.
 
     Raises:
       ValueError: for values out of range.
@@ -97,7 +97,7 @@ def sigmoid_sparsity(
       >>> schedule = sigmoid_sparsity(0.99, stages=160, scale=16)
       >>> [round(float(schedule(t)), 4) for t in (0, 80, 159)]
       [0.0066, 0.495, 0.9829]
-      >>> round(float(sigmoid_sparsity(0.99, stages=160, scale=16, normalised=True)(159)), 4)
+      >>> round(float(sigmoid_sparsity(0.99, stages=160, scale=16, normalised=True)(158)), 4)
       0.99
 
     References:
@@ -108,16 +108,18 @@ def sigmoid_sparsity(
     if not scale > 0:
         raise ValueError(f"scale is a number of stages and must be above 0, got {scale}")
 
+    length = _prunings(stages) if normalised else stages
+
     def value(t):
-        return jax.nn.sigmoid((t - translation * stages) / scale)
+        return jax.nn.sigmoid((t - translation * length) / scale)
 
     if not normalised:
-        return lambda stage: magnitude * value(jnp.asarray(stage))
+        return lambda stage: magnitude * value(_as_float(stage))
 
     def normal(stage):
-        t = jnp.asarray(stage)
+        t = _as_float(stage)
         # The ends in the same precision and by the same operations, so that the last stage is exact.
-        first, last = (value(jnp.full_like(t, end)) for end in (-1, stages - 1))
+        first, last = (value(jnp.full_like(t, end)) for end in (-1, length - 1))
         return magnitude * jnp.clip((value(t) - first) / (last - first), 0, 1)
 
     return normal
@@ -139,7 +141,7 @@ def two_phase_sparsity(first: optax.Schedule, second: optax.Schedule, boundary: 
     Examples:
       >>> schedule = two_phase_sparsity(linear_sparsity(0.5, 5), linear_sparsity(0.4, 2), boundary=5)
       >>> [round(float(schedule(t)), 2) for t in range(7)]
-      [0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9]
+      [0.12, 0.25, 0.38, 0.5, 0.5, 0.9, 0.9]
 
     References:
       As :func:`sigmoid_sparsity`.
@@ -159,7 +161,8 @@ def cubic_sparsity(final_value: float, stages: int, *, init_value: float = 0.0, 
 
     .. math:: s_t = s_f + (s_i - s_f) \left(1 - \frac{t - t_0}{n}\right)^3
 
-    from :math:`s_i` at :math:`t_0` to :math:`s_f` at :math:`t_0 + n`, and constant before and after.
+    from :math:`s_i` at :math:`t_0` to :math:`s_f` at :math:`t_0 + n`, and constant before and after. (N stages of
+    training with :func:`jaxsparse.asni` end at :math:`s_{N-2}`: that is :math:`s_f` for n up to :math:`N - 2 - t_0`.)
 
     Args:
       final_value: :math:`s_f`, in [0, 1].
@@ -181,30 +184,38 @@ def cubic_sparsity(final_value: float, stages: int, *, init_value: float = 0.0, 
     _check_sparsities(stages, final_value=final_value, init_value=init_value)
 
     def value(stage):
-        left = 1 - jnp.clip((jnp.asarray(stage) - start) / stages, 0, 1)
+        left = 1 - jnp.clip((_as_float(stage) - start) / stages, 0, 1)
         return final_value + (init_value - final_value) * left**3
 
     return value
 
 
 def linear_sparsity(final_value: float, stages: int, *, init_value: float = 0.0) -> optax.Schedule:
-    r"""The same share more in each stage: :math:`s_t = s_i + (s_f - s_i) (t + 1) / N`, and constant from N - 1 on.
+    r"""The same share more in each stage: :math:`s_t = s_i + (s_f - s_i) (t + 1) / (N - 1)`, constant from N - 2 on.
+
+    Nothing is pruned after the last stage, so N stages of training with :func:`jaxsparse.asni` end at :math:`s_f`.
 
     Args:
       final_value: :math:`s_f`, in [0, 1].
-      stages: N, at least 1.
+      stages: N, at least 1, those of training.
       init_value: :math:`s_i`, in [0, 1]: before the first stage.
 
     Raises:
       ValueError: for values out of range.
 
     Examples:
-      >>> schedule = linear_sparsity(0.8, 4)
+      >>> schedule = linear_sparsity(0.8, 5)
       >>> [round(float(schedule(t)), 2) for t in range(5)]
       [0.2, 0.4, 0.6, 0.8, 0.8]
     """
     _check_sparsities(stages, final_value=final_value, init_value=init_value)
-    return lambda stage: init_value + (final_value - init_value) * jnp.clip((jnp.asarray(stage) + 1) / stages, 0, 1)
+    steps = _prunings(stages)
+
+    def value(stage):
+        left = 1 - jnp.clip((_as_float(stage) + 1) / steps, 0, 1)  # of the way: from the end, which is then exact
+        return final_value + (init_value - final_value) * left
+
+    return value
 
 
 def constant_sparsity(value: float) -> optax.Schedule:
@@ -337,6 +348,16 @@ def rda_log_cosine(init_value: float, steps: int) -> RDASchedules:
         return init_value * jnp.where(t <= 1 / 50, 50 * t, decayed)
 
     return RDASchedules(step_size, rda_cosine(init_value, steps).averaging)
+
+
+def _as_float(stage):
+    """A count as a float, of double precision where that is enabled: integers would divide to float32."""
+    return jnp.asarray(stage, float)
+
+
+def _prunings(stages: int) -> int:
+    """How often a training of so many stages prunes: not after the last (but a single stage has a schedule too)."""
+    return max(stages - 1, 1)
 
 
 def _counted_from_1(step):

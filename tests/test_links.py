@@ -1,4 +1,6 @@
+import functools
 import warnings
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +17,8 @@ def recorder():
     """A link that keeps the extra args it was given."""
     seen = {}
 
-    def update(updates, state, params=None, **extra_args):
-        seen.update(extra_args)
+    def update(updates, state, params=None, *, grad=None, momentum=None, **extra_args):
+        seen.update(grad=grad, momentum=momentum, **extra_args)
         return updates, state
 
     return seen, optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
@@ -183,3 +185,81 @@ def test_landing_is_exact_in_every_dtype(dtype):
     updates = land_on_masks({"w": jnp.full(1000, jnp.nan)}, {"w": p}, {"w": jnp.zeros(1000, bool)})
     assert updates["w"].dtype == dtype
     assert (optax.apply_updates({"w": p}, updates)["w"] == 0).all()
+
+
+def test_line_searches_work_as_in_optax_chain():
+    params = {"w": jnp.arange(1.0, 17.0).reshape(4, 4)}
+    link = jaxsparse.mask_updates(jaxsparse.random_masks(params, 0.5))
+
+    def loss(p):
+        return jnp.sum((p["w"] - 3.0) ** 2)
+
+    def program(tx):
+        def step(params, state):
+            value, grad = jax.value_and_grad(loss)(params)
+            return tx.update(grad, state, params, value=value, grad=grad, value_fn=loss)
+
+        return str(jax.make_jaxpr(step)(params, jax.eval_shape(tx.init, params)))
+
+    theirs = program(optax.chain(optax.lbfgs(), link))
+    assert "while" in theirs
+    assert program(jaxsparse.chain(optax.lbfgs(), link)) == theirs
+    assert program(jaxsparse.chain(jaxsparse.chain(optax.lbfgs(), optax.identity()), jaxsparse.chain(link))) == theirs
+
+
+def test_links_get_the_signals_however_they_are_wrapped():
+    params, seen = make_params(), {}
+
+    class State(NamedTuple):
+        masks: dict
+
+        def sparse_masks(self):
+            return self.masks
+
+        def wants_momentum(self):
+            return False
+
+        def problems(self, params):
+            return []
+
+    def update(updates, state, params=None, **extra_args):  # names none of them
+        seen.update(extra_args)
+        return updates, state
+
+    link = optax.GradientTransformationExtraArgs(lambda params: State({"w": jnp.ones(2, bool)}), update)
+    grads = gradients(params)
+    for member in (
+        link,
+        optax.chain(optax.identity(), link),
+        optax.named_chain(("a", optax.identity()), ("link", link)),
+        optax.masked(link, jax.tree.map(lambda p: True, params)),
+        optax.partition({"a": link}, jax.tree.map(lambda p: "a", params)),
+        optax.inject_hyperparams(lambda number: link)(0.5),
+        jaxsparse.chain(optax.identity(), optax.chain(link)),
+    ):
+        seen.clear()
+        tx = jaxsparse.chain(optax.sgd(0.1, momentum=0.9), member)
+        tx.update(grads, tx.init(params), params)
+        assert seen["grad"] is grads
+        np.testing.assert_array_equal(seen["momentum"]()["dense"]["kernel"], grads["dense"]["kernel"])
+
+
+def test_numbers_of_low_precision_are_refused():
+    params = {"w": jnp.ones((40, 50), jnp.bfloat16)}
+    gate = jaxsparse.Group("g", {"w": 0})
+    exact = functools.partial(optax.inject_hyperparams, hyperparam_dtype=jnp.float32)
+    for name, make in (
+        ("sparsity", lambda inject: inject(jaxsparse.sparse_momentum)(0.995, 100, decay=0.9)),
+        ("prune_rate", lambda inject: inject(jaxsparse.sparse_momentum, "sparsity")(0.9, 100, prune_rate=0.3)),
+        ("decay", lambda inject: inject(jaxsparse.sparse_momentum, ("sparsity", "prune_rate"))(0.9, 100, decay=0.9)),
+        ("schedule", lambda inject: inject(jaxsparse.asni)(0.995, 100)),
+        ("the strength of the penalty", lambda inject: inject(jaxsparse.l0)(optax.sgd(0.1), [gate], penalty=1.0)),
+    ):
+        message = f"{name} must be a Python number or of float32, got bfloat16.*hyperparam_dtype=jnp.float32"
+        with pytest.raises(ValueError, match=message):
+            make(optax.inject_hyperparams).init(params)
+        with pytest.raises(ValueError, match=message):  # traced
+            jax.eval_shape(make(optax.inject_hyperparams).init, params)
+        jax.eval_shape(make(exact).init, params)
+    state = exact(jaxsparse.sparse_momentum)(0.995, 100, decay=0.9).init(params)
+    assert int(jaxsparse.count(jaxsparse.get_masks(state))) == 10

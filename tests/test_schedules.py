@@ -2,6 +2,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import jaxsparse
@@ -100,7 +101,7 @@ def test_sigmoid_has_the_values_of_the_authors_code():
 @pytest.mark.parametrize("scale", [0.5, 4.0, 16.0])
 def test_normalised_sigmoid_ends_at_its_magnitude_exactly(stages, scale):
     schedule = jaxsparse.sigmoid_sparsity(0.8, stages, scale, normalised=True)
-    values = [float(schedule(t)) for t in range(-1, stages)]
+    values = [float(schedule(t)) for t in range(-1, max(stages - 1, 1))]  # nothing is pruned after the last stage
     assert values[0] == 0
     assert values[-1] == float(jnp.float32(0.8))
     assert values == sorted(values)
@@ -112,7 +113,7 @@ def test_the_other_sparsities():
     assert [float(cubic(t)) for t in (0, 10)] == pytest.approx([0.1, 0.1])
     assert float(cubic(60)) == pytest.approx(0.9 - 0.8 * 0.5**3)
     assert [float(cubic(t)) for t in (110, 1000)] == pytest.approx([0.9, 0.9])
-    linear = jaxsparse.linear_sparsity(0.8, 4, init_value=0.4)
+    linear = jaxsparse.linear_sparsity(0.8, 5, init_value=0.4)
     assert [float(linear(t)) for t in range(5)] == pytest.approx([0.5, 0.6, 0.7, 0.8, 0.8])
     assert float(jaxsparse.constant_sparsity(0.3)(5)) == pytest.approx(0.3)
 
@@ -147,3 +148,58 @@ def test_two_phases_are_the_authors_general_form():
 def test_bad_sparsities(make, args, message):
     with pytest.raises(ValueError, match=message):
         make(*args)
+
+
+def test_so_many_stages_of_training_end_where_the_schedule_says():
+    params = {"w": jnp.arange(1.0, 101.0).reshape(10, 10)}
+    for schedule in (
+        jaxsparse.linear_sparsity(0.9, stages=10),
+        jaxsparse.linear_sparsity(0.9, stages=10, init_value=0.3),
+        jaxsparse.sigmoid_sparsity(0.9, 10, 2, normalised=True),
+        jaxsparse.cubic_sparsity(0.9, 8),
+    ):
+        left = jaxsparse.asni_counts(schedule, 100_000, 9, exact=True)
+        assert left[-2] > left[-1] == 10_000
+        assert float(schedule(8)) == float(jnp.float32(0.9))
+    tx = jaxsparse.asni(jaxsparse.linear_sparsity(0.9, stages=10), 2, exact=True)
+    update, opt_state = jax.jit(tx.update), tx.init(params)
+    for _ in range(20):
+        updates, opt_state = update(jax.tree.map(jnp.zeros_like, params), opt_state, params)
+        params = optax.apply_updates(params, updates)
+    assert int((params["w"] != 0).sum()) == 10
+
+
+def test_schedules_end_at_their_last_value_exactly():
+    for init, end in ((0.5, 0.005), (0.3, 0.7), (0.1, 0.9)):
+        for steps in (1, 3, 7, 100):
+            for schedule, last in (
+                (jaxsparse.cosine_prune_rate(init, steps, end), steps),
+                (jaxsparse.linear_prune_rate(init, steps, end), steps),
+                (jaxsparse.cubic_sparsity(end, steps, init_value=init), steps),
+                (jaxsparse.linear_sparsity(end, steps, init_value=init), steps),
+            ):
+                assert float(schedule(last)) == float(schedule(last + 5)) == float(jnp.float32(end))
+
+
+def test_methods_call_their_schedules_with_an_int32_step():
+    params, seen = {"w": jnp.arange(1.0, 17.0).reshape(4, 4)}, []
+    table = jnp.array([0.0, 0.3, 0.6, 0.9])
+
+    def schedule(step):
+        seen.append(step.dtype)
+        return jax.lax.switch(step, [lambda: table[step], lambda: jnp.take(table, step), lambda: table[step >> 1]])
+
+    for tx in (
+        jaxsparse.asni(schedule, 1),
+        jaxsparse.asni(schedule, 1, exact=True),
+        jaxsparse.asni(schedule, 1, structure=jaxsparse.block(2, 2)),
+        jaxsparse.sparse_momentum(0.5, 1, prune_rate=schedule, decay=0.9),
+        jaxsparse.reweighted_l1(schedule, l1=schedule, averaging=schedule),
+        jaxsparse.velocity(schedule),
+    ):
+        for update in (tx.update, jax.jit(tx.update)):
+            state = tx.init(params)
+            for _ in range(2):
+                _, state = update(params, state, params)
+    assert len(seen) > 20
+    assert set(seen) == {jnp.dtype("int32")}

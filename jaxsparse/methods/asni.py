@@ -109,8 +109,8 @@ def asni(
     :math:`s_{N-2}`, as in the author's tables.
 
     Args:
-      schedule: stage -> fraction of zeros, such as :func:`jaxsparse.sigmoid_sparsity`; values are clipped to [0, 1].
-        A number prunes once, after the first stage.
+      schedule: stage (an int32) -> fraction of zeros, such as :func:`jaxsparse.sigmoid_sparsity`; values are clipped to
+        [0, 1]. A number prunes once, after the first stage.
       update_every: steps of a stage, int >= 1; the author has one epoch.
       exact: leave out q: let n times :math:`1 - s_t` weights be left (of all n, rounded), and skip nothing. For short
         stages, each of which would fall under the 0.001.
@@ -340,7 +340,7 @@ def _left(
     # In double precision, whatever else the program has: 14.7 million weights (VGG-16) leave nothing for the rounding
     # of float32, and every device has to find the same number.
     with jax.enable_x64(True):
-        stage = jnp.asarray(stage).astype(jnp.float64)
+        stage = jnp.asarray(stage, jnp.int32)
 
         def zeros_after(t):
             value = schedule(t) if callable(schedule) else schedule
@@ -350,7 +350,7 @@ def _left(
         if exact:
             left = total - jnp.round(total * now)
         else:
-            before = jnp.where(stage > 0, zeros_after(stage - 1), 0.0)
+            before = jnp.where(stage > 0, zeros_after(jnp.maximum(stage - 1, 0)), 0.0)
             share = (now - before) / jnp.where(before < 1, 1 - before, 1.0)  # q
             left = kept - jnp.where(share > _SMALLEST_SHARE, jnp.floor(kept * share), 0.0)
         return jnp.minimum(left.astype(jnp.int32), kept)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -350,7 +351,7 @@ def _at(value: ArrayLike | optax.Schedule, count: jax.Array) -> jax.Array:
 def _check_schedule(name: str, value: Any, low: float, high: float | None = None) -> None:
     """Raises a ValueError for a value out of range, of a schedule its first."""
     if callable(value):
-        check_range(f"{name}(0)", value(0), low, high)
+        check_range(f"{name}(0)", value(np.int32(0)), low, high)
     else:
         check_range(name, value, low, high)
 

@@ -116,7 +116,7 @@ def run(tx, params, steps):
 
 def test_nothing_goes_before_the_end_of_a_stage():
     params = {"w": jnp.arange(1.0, 101.0).reshape(10, 10)}
-    _, _, counts = run(jaxsparse.asni(jaxsparse.linear_sparsity(0.8, 4), update_every=2), params, 11)
+    _, _, counts = run(jaxsparse.asni(jaxsparse.linear_sparsity(0.8, 5), update_every=2), params, 11)
     assert counts == [100, 100, 80, 80, 60, 60, 40, 40, 20, 20, 20]
 
 
@@ -128,7 +128,7 @@ def test_ties_are_pruned_to_the_exact_count_and_the_first_stay():
 
 def test_small_shares_are_skipped_and_not_made_up_for_unless_exact():
     params = {"w": jax.random.normal(jax.random.key(0), (100, 100))}
-    schedule = jaxsparse.linear_sparsity(0.05, 100)  # 0.05% a stage
+    schedule = jaxsparse.linear_sparsity(0.05, 101)  # 0.05% a stage
     assert run(jaxsparse.asni(schedule, 1), params, 101)[2][-1] == 10_000
     assert run(jaxsparse.asni(schedule, 1, exact=True), params, 101)[2][-1] == 9_500
     assert jaxsparse.asni_counts(schedule, 10_000, 100, exact=True)[::33] == [9_995, 9_830, 9_665, 9_500]
@@ -165,7 +165,7 @@ def test_bad_input(args, message):
 
 
 def test_inject_hyperparams_takes_the_schedule_as_static():
-    tx = optax.inject_hyperparams(jaxsparse.asni, static_args="schedule")(jaxsparse.linear_sparsity(0.8, 4), 1)
+    tx = optax.inject_hyperparams(jaxsparse.asni, static_args="schedule")(jaxsparse.linear_sparsity(0.8, 5), 1)
     assert run(tx, {"w": jnp.arange(1.0, 11.0).reshape(2, 5)}, 5)[2] == [10, 8, 6, 4, 2]
 
 
@@ -189,7 +189,7 @@ def test_units_of_all_leaves_rank_together(score):
     shapes = {"a": (8, 12), "b": (3, 3, 2, 8), "c": (6, 5)}
     params = {name: jax.random.normal(jax.random.key(i), shape) for i, (name, shape) in enumerate(shapes.items())}
     structure = {"a": jaxsparse.block(2, 3, score=score), "b": structures.channel(score=score)}
-    tx = jaxsparse.asni(jaxsparse.linear_sparsity(0.7, 7), 1, exact=True, structure=structure)
+    tx = jaxsparse.asni(jaxsparse.linear_sparsity(0.7, 8), 1, exact=True, structure=structure)
     reduce = getattr(np, score)
     a, b, c = (np.abs(params[name]) for name in "abc")
     scores = [reduce(a.reshape(4, 2, 4, 3), (1, 3)), reduce(b, (0, 1, 2)), c]
@@ -214,7 +214,7 @@ def test_units_of_all_leaves_rank_together(score):
 def test_what_is_short_of_the_schedule_is_made_up_for():
     # Four blocks of 16. Were each stage counted from what the one before kept, nothing would be left at the end.
     params = {"w": jnp.arange(1.0, 65.0).reshape(8, 8)}
-    schedule = jaxsparse.linear_sparsity(0.75, 9)
+    schedule = jaxsparse.linear_sparsity(0.75, 10)
     _, opt_state, counts = run(jaxsparse.asni(schedule, 1, structure=jaxsparse.block(4, 4)), params, 10)
     left = jaxsparse.asni_counts(schedule, 64, 9)
     assert counts == [64, *(16 * (n // 16) for n in left)]
@@ -227,7 +227,7 @@ def test_two_of_four(everywhere):
     params = {"a": jax.random.normal(jax.random.key(0), (16, 12)),
               "b": 0.1 * jax.random.normal(jax.random.key(1), (3, 3, 8, 4))}  # fmt: skip
     structure = rule if everywhere else {"a": rule}
-    tx = jaxsparse.asni(jaxsparse.linear_sparsity(0.5, 5), 1, exact=True, structure=structure)
+    tx = jaxsparse.asni(jaxsparse.linear_sparsity(0.5, 6), 1, exact=True, structure=structure)
     trained, opt_state, counts = run(tx, params, 6)
     assert counts == [480, 432, 384, 336, 288, 240]
     masks = jaxsparse.get_masks(opt_state)
@@ -250,7 +250,7 @@ def test_two_of_four(everywhere):
 def test_units_in_every_layout(structure):
     params = make_params()
     tx = jaxsparse.chain(
-        optax.sgd(0.05, momentum=0.9), jaxsparse.asni(jaxsparse.linear_sparsity(0.6, 3), 2, structure=structure)
+        optax.sgd(0.05, momentum=0.9), jaxsparse.asni(jaxsparse.linear_sparsity(0.6, 4), 2, structure=structure)
     )
     opt_state, step = tx.init(params), make_step(tx)
 
