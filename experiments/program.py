@@ -204,7 +204,7 @@ class Program(abc.ABC):
             "accuracies": accuracies,
             "density": density,
             "remaining": remaining,
-            "layer_density": {path: jnp.mean(mask) for path, mask in new.items()},
+            "layer_density": {path: jaxsparse.density({path: mask}) for path, mask in new.items()},
             "flips": {path: jnp.sum(mask != old[path]) for path, mask in new.items()},
             "finite": {path: jnp.all(jnp.isfinite(leaf)) for path, leaf in by_path(state.params).items()},
         }

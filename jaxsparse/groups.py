@@ -6,6 +6,7 @@ of the batch normalisation behind it, an input slice of the layer that reads it.
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -101,14 +102,15 @@ def group_sizes(groups: Sequence[Group], params: Any) -> tuple[int, ...]:
         if not group.multiplies:
             raise ValueError(f"{who} multiplies nothing: its gates would have no effect")
         lengths = {path: _length(leaves, path, axis, who) for path, axis in group.multiplies.items()}
-        size = next(iter(lengths.values()))
+        first, size = next(iter(lengths.items()))
+        if not size:
+            raise ValueError(f"{who} has no channels: {first} has shape {tuple(leaves[first].shape)}")
         for path, length in lengths.items():
             if path in multiplied:
                 raise ValueError(f"{who} and group {multiplied[path]!r} overlap: both multiply {path}")
             if not jnp.issubdtype(leaves[path].dtype, jnp.floating):
                 raise ValueError(f"{who} multiplies {path} of dtype {leaves[path].dtype}: only floats have gates")
             if length != size:
-                first = next(iter(lengths))
                 raise ValueError(f"{who}: {path} has {length} channels where it is multiplied, but {first} has {size}")
             multiplied[path] = group.name
         for path, axis in group.removes.items():
@@ -162,20 +164,26 @@ def expected_counts(
       >>> {path: float(number) for path, number in counts.items()}
       {'fc1': 12.5, 'fc2': 7.5}
     """
-    kept: dict[tuple[str, int], jax.Array] = {}
+    chances = {name: jnp.asarray(value, jnp.float32) for name, value in open_channels.items()}
+    return {path: jnp.asarray(kept, jnp.float32) for path, kept in _kept(groups, shapes, chances).items()}
+
+
+def _kept(
+    groups: Sequence[Group], shapes: Mapping[str, Sequence[int]], open_channels: Mapping[str, Any]
+) -> dict[str, Any]:
+    """:func:`expected_counts` in the precision of ``open_channels``, arrays of NumPy or JAX."""
+    along: dict[tuple[str, int], Any] = {}
     for group in groups:
-        channels = jnp.asarray(open_channels[group.name], jnp.float32)
+        channels = open_channels[group.name]
         for path in group.removes:
             if path in shapes:
                 axis, numbers = entries(group, path, shapes[path], channels.size)
-                kept[path, axis] = kept.get((path, axis), 1) * channels[numbers]
-    return {
-        path: jnp.asarray(
-            np.prod([size for axis, size in enumerate(shape) if (path, axis) not in kept], dtype=np.float32)
-            * jnp.prod(jnp.stack([jnp.ones(()), *(along.sum() for (p, _), along in kept.items() if p == path)]))
-        )
-        for path, shape in shapes.items()
-    }
+                along[path, axis] = along.get((path, axis), 1) * channels[numbers]
+    counts = {}
+    for path, shape in shapes.items():
+        others = math.prod(size for axis, size in enumerate(shape) if (path, axis) not in along)
+        counts[path] = float(others) * math.prod(chances.sum() for (p, _), chances in along.items() if p == path)
+    return counts
 
 
 class LayerRemaining(NamedTuple):
@@ -264,10 +272,11 @@ def remaining(
     shapes = {path: tuple(leaf.shape) for path, leaf in by_plain_path(params).items()}
     if unknown := sorted(set(positions or {}) - set(shapes)):
         raise ValueError(f"positions names {', '.join(unknown)}, which the params do not have")
-    counts = jax.device_get(expected_counts(groups, shapes, open_channels))
+    chances = {group.name: np.asarray(open_channels[group.name], np.float64) for group in groups}
+    counts = _kept(groups, shapes, chances)  # not in float32, which counts to 2**24
     rows = []
     for path in sorted(shapes, key=natural_order):
-        size, kept = int(np.prod(shapes[path])), float(counts[path])
+        size, kept = math.prod(shapes[path]), float(counts[path])
         places = (positions or {}).get(path, 0)
         rows.append(LayerRemaining(path, size, kept, places * size, places * kept))
     return Remaining(tuple(rows))

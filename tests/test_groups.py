@@ -11,6 +11,7 @@ PARAMS = {
     "norm": {"bias": jnp.zeros(4), "scale": jnp.ones(4)},
     "fc": {"bias": jnp.zeros(5), "kernel": jnp.ones((2 * 2 * 4, 5))},
     "steps": jnp.arange(4),
+    "empty": jnp.zeros((3, 0)),
 }
 NORM = {"norm/scale": 0, "norm/bias": 0}
 CONV = Group("conv", NORM, {"conv/kernel": -1, "conv/bias": 0, **NORM, "fc/kernel": 0})
@@ -35,6 +36,7 @@ def test_sizes():
         ([CONV, CONV], "two groups have the name 'conv'"),
         ([CONV, Group("other", {"norm/bias": 0})], "group 'other' and group 'conv' overlap: both multiply norm/bias"),
         ([Group("a", {})], "group 'a' multiplies nothing"),
+        ([Group("a", {"empty": 1})], r"group 'a' has no channels: empty has shape \(3, 0\)"),
         ([Group("a", {"norm/scales": 0})], "'norm/scales', which the params do not have; they have norm/scale"),
         ([Group("a", {"norm/scale": 1})], r"axis 1 of norm/scale, whose shape is \(4,\)"),
         ([Group("a", {"norm/scale": 0, "fc/bias": 0})], "fc/bias has 5 channels.*norm/scale has 4"),
@@ -82,7 +84,7 @@ def test_channels_in_another_order():
 
 
 def test_remaining_counts_params_and_multiply_adds():
-    params = {name: layer for name, layer in PARAMS.items() if name != "steps"}
+    params = {name: layer for name, layer in PARAMS.items() if name not in ("steps", "empty")}
     found = remaining(
         params,
         [CONV, ROWS],
@@ -100,3 +102,14 @@ def test_remaining_counts_params_and_multiply_adds():
         remaining(params, [ROWS], {"rows": np.ones(4)})
     shapes = jax.eval_shape(lambda: params)
     assert str(remaining(shapes, [ROWS], ALL)) == str(remaining(params, [ROWS], ALL))
+
+
+def test_remaining_counts_above_what_float32_can():
+    shapes = {"a": jax.ShapeDtypeStruct((50257, 1023), jnp.float32), "b": jax.ShapeDtypeStruct((1023,), jnp.float32)}
+    group = Group("h", {"b": 0}, {"a": -1, "b": 0})
+    found = remaining(shapes, [group], {"h": jnp.arange(1023) > 0}, {"a": 3})
+    rows = {row.path: row for row in found.layers}
+    assert rows["a"].kept_params == 50257 * 1022
+    assert rows["a"].kept_multiply_adds == 3 * 50257 * 1022
+    assert found.params == 50258 * 1022 / (50258 * 1023)
+    assert "51,362,654" in str(found)

@@ -238,14 +238,17 @@ def _fold_constants(group: Group, leaves: dict[str, np.ndarray], stats: dict[str
     if not read.any():  # nor is the one that stays
         leaves[kernel][..., 0] = 0
     made = (leaves[kernel] != 0).any(tuple(range(leaves[kernel].ndim - 1)))
-    value = leaves[bias] if bias else np.zeros(size, np.float32)  # of the channels that are made of nothing
+    value = np.zeros(size, np.float32)  # of the channels that are made of nothing
+    if bias:
+        value = value + leaves[bias]  # in float32 at least
     behind_relu = group.name.startswith("fc")  # where VGG's hidden dense layers have their normalisation
     if norm is None or behind_relu:
         value = np.maximum(value, 0)
     if norm is not None:
         scale, shift = leaves[f"{norm}/scale"], leaves[f"{norm}/bias"]
         made &= scale != 0
-        normal = (value - stats[f"{norm}/mean"]) / np.sqrt(stats[f"{norm}/var"] + EPSILON)
+        mean, variance = (stats[f"{norm}/{name}"].astype(value.dtype) for name in ("mean", "var"))
+        normal = (value - mean) / np.sqrt(variance + EPSILON)
         value = np.where(scale != 0, normal * scale, 0) + shift
         if not behind_relu:
             value = np.maximum(value, 0)
@@ -254,8 +257,9 @@ def _fold_constants(group: Group, leaves: dict[str, np.ndarray], stats: dict[str
     next_bias = f"{reader.removesuffix('/kernel')}/bias"
     if leaves[reader].ndim == 2 and next_bias in leaves:
         rows = np.where(constant, value, 0)[channels].astype(np.float64)
-        leaves[next_bias] = (leaves[next_bias] + rows @ leaves[reader]).astype(np.float32)
-        leaves[reader] = np.where(constant[channels][:, None], 0, leaves[reader])
+        added = rows @ leaves[reader].astype(np.float64)
+        leaves[next_bias] = (leaves[next_bias] + added).astype(leaves[next_bias].dtype)
+        leaves[reader][constant[channels]] = 0
     elif constant.sum() > 1:
         carrier = int(np.flatnonzero(constant)[0])
         # A channel that is 1 everywhere, read with the sum of what is read of them all.

@@ -6,21 +6,53 @@ gives them, as a collection of variables:
     masks = jaxsparse.get_masks(opt_state, params)
     y = model.apply({"params": params, "masks": masks}, x)
 
-Without masks they are these dense layers.
+Without masks they are these dense layers. ``nn.scan`` and ``nn.vmap`` pass on the collections that ``variable_axes``
+names, and slice every leaf of them, which a scalar mask of a dense leaf does not allow; so there it is
+
+    Layers = nn.scan(Block, variable_axes={"params": 0, "masks": 0}, ...)
+    y = model.apply({"params": params, "masks": mask_collection(masks)}, x)
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.linen import module as linen_module
 from flax.linen.dtypes import promote_dtype
 
 from jaxsparse.kernels import block_sparse_matmul, masked_matmul
 from jaxsparse.kernels.masked_matmul.block_info import live_tiles
 
-__all__ = ["SparseConv", "SparseDense"]
+__all__ = ["SparseConv", "SparseDense", "mask_collection"]
+
+
+def mask_collection(masks: Any) -> dict[str, Any]:
+    """The masks of the sparse leaves alone, as ``nn.scan`` and ``nn.vmap`` can slice them.
+
+    To the layers a leaf without a mask is dense, as one with the scalar True is.
+
+    Args:
+      masks: nested dicts, such as :func:`jaxsparse.get_masks` gives: bool arrays, the scalar True for dense leaves.
+
+    Returns:
+      The dicts without the scalars, for ``model.apply({"params": params, "masks": ...}, x)``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> masks = {"layers": {"kernel": jnp.ones((3, 4, 4), bool), "bias": jnp.array(True)}, "scale": jnp.array(True)}
+      >>> jax.tree.map(jnp.shape, mask_collection(masks))
+      {'layers': {'kernel': (3, 4, 4)}}
+    """
+    kept: dict[str, Any] = {}
+    for key, mask in masks.items():
+        if isinstance(mask, Mapping):
+            if inner := mask_collection(mask):
+                kept[key] = inner
+        elif jnp.ndim(mask) > 0:
+            kept[key] = mask
+    return kept
 
 
 class SparseDense(nn.Module):
@@ -168,6 +200,8 @@ def _mask(layer: nn.Module, mask: Any, kernel: jax.Array) -> jax.Array | None:
     """The mask of a layer's kernel; None for a dense one."""
     if mask is None and layer.has_variable("masks", "kernel"):
         mask = layer.get_variable("masks", "kernel")
+    elif mask is None:
+        _refuse_masks_left_outside(layer)
     if mask is None or jnp.ndim(mask) == 0:
         return None
     mask = jnp.asarray(mask)
@@ -177,6 +211,21 @@ def _mask(layer: nn.Module, mask: Any, kernel: jax.Array) -> jax.Array | None:
             f"got {mask.dtype} of shape {mask.shape}"
         )
     return mask
+
+
+def _refuse_masks_left_outside(layer: nn.Module) -> None:
+    """Raises a ValueError if the model was given a mask for a layer, and a lifted transformation did not pass it on."""
+    first, *rest = path = (*layer.path, "kernel")
+    stack = getattr(getattr(linen_module, "_context", None), "module_stack", ())  # the modules that are being called
+    for root in {id(outer.scope.root): outer.scope.root for outer in stack if outer and outer.scope}.values():
+        found = root.get_variable("masks", first)
+        for key in rest:
+            found = found.get(key) if isinstance(found, Mapping) else None
+        if found is not None and jnp.ndim(found) > 0:
+            raise ValueError(
+                f"there is a mask for {'/'.join(path)}, but a transformation around {type(layer).__name__} does not "
+                'pass it on: nn.scan and nn.vmap need variable_axes={"params": 0, "masks": 0}'
+            )
 
 
 def _product(layer: Any, x: Any, kernel: Any, mask: jax.Array | None, bias: Any, dense: bool | jax.Array) -> jax.Array:

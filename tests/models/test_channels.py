@@ -207,3 +207,27 @@ def test_channels_of_unstructured_masks_and_of_other_models():
     assert size(slim_params) < 0.2 * size(params)
     with pytest.raises(ValueError, match="there are groups for LeNet300100.*got AlexNet"):
         models.slim(models.AlexNet(), {})
+
+
+@pytest.mark.parametrize("name", ["LeNet-300-100", "LeNet-5", "VGG-11-BN"])
+def test_slim_keeps_dtypes(name):
+    model, shape = MODELS[name]
+    variables = numpy_variables(model, (1, *shape))
+    rng = np.random.default_rng(0)
+
+    def with_dead_channels(leaf):
+        leaf = np.asarray(leaf)
+        return jnp.asarray(leaf * (rng.random(leaf.shape[-1]) < 0.5) + 0.1 * (leaf.ndim == 1), jnp.bfloat16)
+
+    params = jax.tree.map(with_dead_channels, variables["params"])
+    stats = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), variables.get("batch_stats"))
+    small, slim_params, slim_stats = models.slim(model, params, stats)
+    assert size(slim_params) < 0.75 * size(params)
+    assert {leaf.dtype for leaf in jax.tree.leaves((slim_params, slim_stats))} == {jnp.dtype(jnp.bfloat16)}
+    # What is folded into biases is rounded once.
+    images = numpy_images((8, *shape))
+    wanted, found = (
+        evaluated(net, jax.tree.map(jnp.float32, {"params": p} | ({} if s is None else {"batch_stats": s})), images)
+        for net, p, s in ((model, params, stats), (small, slim_params, slim_stats))
+    )
+    np.testing.assert_allclose(found, wanted, atol=0.02 * float(jnp.abs(wanted).max()))

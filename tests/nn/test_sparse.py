@@ -9,7 +9,7 @@ from flax import linen as nn
 
 import jaxsparse
 from jaxsparse.models import MLP
-from jaxsparse.nn import SparseConv, SparseDense
+from jaxsparse.nn import SparseConv, SparseDense, mask_collection
 
 CONVOLUTIONS = {
     "1x1": ((1, 1), (1, 1), "SAME"),
@@ -137,3 +137,46 @@ def test_trains_with_block_sparse_momentum_and_evaluates_with_no_other_change():
     # The pruned weights are 0 in the params, so the dense network computes the same.
     sparse = model.apply({"params": params, "masks": masks}, x)
     np.testing.assert_allclose(sparse, model.apply({"params": params}, x), rtol=1e-5, atol=1e-5)
+
+
+def stacked(lift, axes):
+    """A model of three layers with kernels (3, 8, 8), as nn.scan or nn.vmap stack them, and a plain one."""
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _=None):
+            y = SparseDense(8, block=(4, 4))(x)
+            return (y, None) if lift is nn.scan else y
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            options = {"variable_axes": axes, "split_rngs": {"params": True}}
+            if lift is nn.scan:
+                x, _ = nn.scan(Block, length=3, **options)(name="layers")(x, None)
+            else:
+                x = nn.vmap(Block, axis_size=3, in_axes=None, **options)(name="layers")(x).sum(0)
+            return nn.remat(SparseDense)(8, name="last")(x)
+
+    return Model()
+
+
+@pytest.mark.parametrize("lift", [nn.scan, nn.vmap])
+def test_layers_under_scan_and_vmap_take_their_masks(lift):
+    x = jax.random.normal(jax.random.key(0), (2, 8))
+    model = stacked(lift, {"params": 0, "masks": 0})
+    params = model.init(jax.random.key(1), x)["params"]
+    masks = jaxsparse.magnitude_masks(params, 0.5, structure=jaxsparse.block(4, 4))
+    path = ("SparseDense_0", "kernel")
+    kernel = masks["layers"][path[0]][path[1]]
+    assert kernel.shape == (3, 8, 8)
+    assert int(kernel.sum()) == 96
+    sparse = model.apply({"params": params, "masks": mask_collection(masks)}, x)
+    np.testing.assert_allclose(sparse, model.apply({"params": jaxsparse.apply_masks(params, masks)}, x), rtol=1e-5)
+    for given in (masks, mask_collection(masks)):
+        with pytest.raises(ValueError, match=r"a mask for layers/SparseDense_0/kernel, but .* variable_axes="):
+            stacked(lift, {"params": 0}).apply({"params": params, "masks": given}, x)
+    # Without masks, or with one of a layer that is reached, nothing is missing.
+    dense = model.apply({"params": params}, x)
+    np.testing.assert_array_equal(stacked(lift, {"params": 0}).apply({"params": params}, x), dense)
+    stacked(lift, {"params": 0}).apply({"params": params, "masks": {"last": masks["last"]}}, x)
