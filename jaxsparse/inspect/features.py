@@ -46,7 +46,8 @@ def class_activity(features: Any, labels: jax.Array, num_classes: int) -> dict[s
                 f"activations of {path}: expected (examples, ..., channels) of {of_class.shape[0]} examples, as there "
                 f"are labels, got shape {leaf.shape}"
             )
-        sizes = jnp.abs(leaf.astype(jnp.float32)).sum(axis=tuple(range(1, leaf.ndim - 1)))
+        real = jnp.abs(leaf) if jnp.iscomplexobj(leaf) else leaf
+        sizes = jnp.abs(real.astype(jnp.float32)).sum(axis=tuple(range(1, leaf.ndim - 1)))
         found[path] = jnp.matmul(sizes.T, of_class, precision=jax.lax.Precision.HIGHEST)
     return found
 

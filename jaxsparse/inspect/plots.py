@@ -211,10 +211,12 @@ def plot_weights(opt_state_or_masks: Any, params: Any):
     Raises:
       ValueError: if masks do not fit the params.
     """
-    weights = {path: np.asarray(leaf, np.float32) for path, leaf in by_path(params).items()}
+    weights = by_path(params)
     masks = align(masks_for(opt_state_or_masks, params), params, "masks")
     masked = {path: np.asarray(mask) for path, mask in zip(weights, masks, strict=True)}
-    layers = {path: weights[path][mask] for path, mask in masked.items() if mask.ndim and mask.any()}
+    layers = {
+        path: np.asarray(weights[path], np.float32)[mask] for path, mask in masked.items() if mask.ndim and mask.any()
+    }
     columns = min(4, max(1, len(layers)))
     rows = max(1, -(-len(layers) // columns))
     figure = _figure(4 * columns, 2.8 * rows + 0.6)
@@ -278,7 +280,7 @@ def plot_history(history: History | Mapping[str, History]):
 
 
 def plot_layer_densities(history: History):
-    """Draws the density of each sparse layer (or group of channels) over the epochs, and the flips of its mask.
+    """Draws the density of each sparse layer (or group of channels) over the epochs, and the flips of its mask, if any.
 
     Args:
       history: of :func:`jaxsparse.inspect.read_history`, of a run with masks.
@@ -286,11 +288,11 @@ def plot_layer_densities(history: History):
     Returns:
       A ``matplotlib.figure.Figure``, empty if no densities were logged.
     """
-    figure, (densities, flips) = _panels(2, "epoch")
     nothing: tuple[Any, dict[str, Any]] = ([], {})
     epochs, of_layer = history.layers("layer_density") if "layer_density" in history.names else nothing
     updates, flipped = history.layers("flips") if "flips" in history.names else nothing
-    figure.set_figheight(max(4, 0.18 * len(of_layer)))  # room for the legend
+    figure, (densities, *flips) = _panels(2 if flipped else 1, "epoch")
+    figure.set_size_inches(12 if flipped else 8, max(4, 0.18 * len(of_layer)))  # room for the legend
     deep = len(of_layer) > len(_STYLES) * len(COLOURS)  # more layers than styles: their order as shades
     shades = _shades(len(of_layer))
     for i, (path, shares) in enumerate(of_layer.items()):
@@ -300,14 +302,15 @@ def plot_layer_densities(history: History):
             style |= {"color": shades[i], "linestyle": "-"}
         densities.plot(epochs, 100 * shares, **_marker(epochs), **style)
         if path in flipped:
-            flips.plot(updates, flipped[path], **_marker(updates), **style)
+            flips[0].plot(updates, flipped[path], **_marker(updates), **style)
     seen = [share for shares in of_layer.values() for share in shares if share > 0]
     wide = max(seen, default=1) >= 10 * min(seen, default=1)
     densities.set(ylabel="kept (%)", yscale="log" if wide else "linear")
     densities.yaxis.set_major_formatter("{x:g}")
-    flips.set_yscale("symlog", linthresh=1)
-    flips.set(ylabel="mask entries flipped since the point before", ylim=(0, None))
-    flips.yaxis.set_major_formatter("{x:,.0f}")
+    for axes in flips:
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set(ylabel="mask entries flipped since the point before", ylim=(0, None))
+        axes.yaxis.set_major_formatter("{x:,.0f}")
     if not of_layer:
         densities.text(0.5, 0.5, "no densities logged", ha="center", transform=densities.transAxes)
     else:

@@ -1,10 +1,12 @@
 """Tables of masks: what each layer keeps, and what two masks have in common."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse.inspect.states import masks_for
@@ -23,7 +25,8 @@ class LayerSummary(NamedTuple):
       weights: how many it has.
       kept: how many of them are kept, all of a dense leaf.
       sparse: whether it has a mask.
-      mean_abs: mean absolute value of the kept weights; None if only shapes were given, or nothing is kept.
+      mean_abs: mean absolute value of the kept weights; None if only shapes were given, or nothing is kept, or for PRNG
+        keys.
       dead_inputs: how many inputs (entries of the last axis but one) keep no weight; None for dense leaves and vectors.
       dead_outputs: how many outputs (entries of the last axis) keep no weight; None for dense leaves.
       positions: at how many places of an example the leaf is applied; None where that is not known.
@@ -130,18 +133,27 @@ def summary(opt_state_or_masks: Any, params: Any, *, positions: Mapping[str, int
 
 
 def _layer(path: str, leaf: Any, mask: np.ndarray, places: int | None) -> LayerSummary:
-    weights, sparse = int(np.prod(leaf.shape)), mask.ndim > 0
+    weights, sparse = math.prod(leaf.shape), mask.ndim > 0
     kept = int(np.count_nonzero(mask)) if sparse else weights
     mean_abs = None
-    if kept and not isinstance(leaf, jax.ShapeDtypeStruct):
+    if kept and not isinstance(leaf, jax.ShapeDtypeStruct) and _is_numeric(leaf):
         values = np.asarray(leaf)[mask] if sparse else np.asarray(leaf)
-        mean_abs = float(np.abs(values.astype(np.float32, copy=False)).sum(dtype=np.float64)) / kept
+        mean_abs = float(_magnitude(values).sum(dtype=np.float64)) / kept
     dead_inputs = dead_outputs = None
     if sparse:
         dead_outputs = int(np.count_nonzero(~mask.any(axis=tuple(range(mask.ndim - 1)))))
         if mask.ndim > 1:
             dead_inputs = int(np.count_nonzero(~mask.any(axis=(*range(mask.ndim - 2), mask.ndim - 1))))
     return LayerSummary(path, tuple(leaf.shape), weights, kept, sparse, mean_abs, dead_inputs, dead_outputs, places)
+
+
+def _is_numeric(leaf: Any) -> bool:
+    """Whether a leaf has magnitudes: PRNG keys have none."""
+    return not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+
+
+def _magnitude(values: np.ndarray) -> np.ndarray:
+    return np.abs(values if np.iscomplexobj(values) else values.astype(np.float32, copy=False))
 
 
 class LayerComparison(NamedTuple):
@@ -295,7 +307,10 @@ class _Shown:
 
         if np.ndim(value) == 0 or not isinstance(value, jax.Array | np.ndarray):
             return None
-        picture = treescope.render_array(np.asarray(value, np.float32), valid_mask=self.masks.get(id(value)))
+        if not _is_numeric(value):
+            return None
+        shown = np.abs(value) if np.iscomplexobj(value) else np.asarray(value, np.float32)
+        picture = treescope.render_array(shown, valid_mask=self.masks.get(id(value)))
         return treescope.IPythonVisualization(picture, replace=False)
 
 

@@ -1,6 +1,7 @@
 """At how many places of an example each kernel of a model is applied, which makes multiply-adds of weights."""
 
 import math
+import warnings
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from flax import linen as nn
 
 from jaxsparse.models import layers
 from jaxsparse.nn import SparseConv, SparseDense
+from jaxsparse.structures import by_path, prunable_by_default
 
 __all__ = ["positions"]
 
@@ -26,7 +28,9 @@ def positions(model: nn.Module, shape: tuple[int, ...], **kwargs: Any) -> dict[s
 
     Returns:
       path of the kernel -> output height x width of a convolution (ahead of its max-pool; of a transposed one those of
-      the input), 1 for a dense layer on a vector, the length for one on a sequence.
+      the input), 1 for a dense layer on a vector, the length for one on a sequence; the sum over its calls for a layer
+      that is called several times. A warning names the weights of layers of other types, which are not there, and
+      recurrent layers, of which one time step is counted.
 
     Examples:
       >>> from jaxsparse import models
@@ -34,6 +38,7 @@ def positions(model: nn.Module, shape: tuple[int, ...], **kwargs: Any) -> dict[s
       {'conv1/kernel': 576, 'conv2/kernel': 64, 'fc1/kernel': 1, 'fc2/kernel': 1}
     """
     found: dict[str, int] = {}
+    looked_up, recurrent = set(), set()
 
     def look(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         y, module = call(*args, **kwargs), context.module
@@ -46,9 +51,20 @@ def positions(model: nn.Module, shape: tuple[int, ...], **kwargs: Any) -> dict[s
                 places = [size for axis, size in enumerate(x.shape) if axis and axis not in summed]
             if isinstance(module, layers.Conv) and module.max_pool is not None:
                 places = layers.output_size(x.shape[1:3], module.kernel_size, module.strides, module.padding)
-            found["/".join((*module.path, "kernel"))] = math.prod(places)
+            path = "/".join((*module.path, "kernel"))
+            found[path] = found.get(path, 0) + math.prod(places)
+        elif isinstance(module, nn.Embed):
+            looked_up.add("/".join((*module.path, "embedding")))
+        elif isinstance(module, nn.RNN):
+            recurrent.add("/".join(module.path))
         return y
 
     with nn.intercept_methods(look):
-        jax.eval_shape(lambda key, x: model.init(key, x, **kwargs), jax.random.key(0), jnp.zeros((1, *shape)))
+        key, example = jax.random.key(0), jnp.zeros((1, *shape))
+        variables = jax.eval_shape(lambda key, x: model.init(key, x, **kwargs), key, example)
+    weights = {path for path, leaf in by_path(variables.get("params", {})).items() if prunable_by_default(path, leaf)}
+    if others := sorted(weights - set(found) - looked_up):
+        warnings.warn(f"positions does not know the layers of {', '.join(others)}: they are left out", stacklevel=2)
+    if recurrent:
+        warnings.warn(f"positions counts one time step of {', '.join(sorted(recurrent))}", stacklevel=2)
     return found

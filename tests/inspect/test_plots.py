@@ -327,3 +327,11 @@ def test_arrays_of_numpy_and_jax_alike():
     masks = masks_of_a_network()
     as_numpy = jax.tree.map(np.asarray, masks)
     np.testing.assert_array_equal(drawn(inspect.plot_densities(masks)), drawn(inspect.plot_densities(as_numpy)))
+
+
+def test_a_run_without_flips_has_no_panel_for_them():
+    line = {"step": 1, "epoch": 1, "layer_density": {"a": 0.5}}
+    for flips, panels in (({}, 1), ({"flips": {"a": 3}}, 2)):
+        figure = inspect.plot_layer_densities(inspect.History((line | flips,)))
+        assert len(figure.axes) == panels
+        drawn(figure)

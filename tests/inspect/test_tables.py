@@ -219,3 +219,14 @@ def test_show_greys_out_what_is_pruned():
     assert "attention" in repr(shown)
     with pytest.raises(ValueError, match="masks"):
         inspect.show({"w": jnp.ones(3, bool)}, params)
+
+
+def test_leaves_that_are_no_real_numbers():
+    params = {"w": jnp.ones((2, 2)), "key": jax.random.split(jax.random.key(0), 3), "z": jnp.full((2,), 3 + 4j)}
+    masks = {"w": np.eye(2, dtype=bool), "key": np.array(True), "z": np.array(True)}
+    rows = {row.path: row for row in jaxsparse.summary(masks, params).layers}
+    assert (rows["key"].weights, rows["key"].mean_abs, rows["z"].mean_abs) == (3, None, 5.0)
+    assert "<treescope-container" in inspect.show(masks, params)._repr_html_()
+    inspect.plot_weights(masks, params)
+    activity = inspect.class_activity({"z": jnp.full((1, 2), 3 + 4j)}, jnp.array([0]), num_classes=1)
+    assert activity["z"].tolist() == [[5.0], [5.0]]

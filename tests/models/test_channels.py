@@ -157,6 +157,24 @@ def test_positions_of_other_layers_of_flax():
     }  # fmt: skip
 
 
+def test_positions_add_up_over_calls_and_name_what_they_do_not_know():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            conv = nn.Conv(8, (3, 3), name="conv")
+            tokens = nn.Embed(4, 8, name="embed")(jnp.zeros((1, 5), jnp.int32))
+            time = nn.RNN(nn.GRUCell(4, name="cell"), name="rnn")(tokens)
+            low_rank = nn.Einsum((8, 3), "bhwi,ij->bj", name="einsum")(conv(x))
+            return conv(x[:, ::2, ::2]).mean((1, 2)).sum(1) + low_rank.sum(1) + time.mean((1, 2))
+
+    with pytest.warns(UserWarning, match="positions") as told:
+        places = models.positions(Model(), (32, 32, 3))
+    assert places["conv/kernel"] == 32 * 32 + 16 * 16
+    messages = [str(warning.message) for warning in told]
+    assert messages[0] == "positions does not know the layers of einsum/kernel: they are left out"
+    assert messages[1] == "positions counts one time step of rnn"
+
+
 def test_statistics_are_not_gathered_in_evaluation():
     variables = Attends().init(jax.random.key(0), jnp.ones((1, 8, 8, 1)), train=True)
     arguments = (Attends(), variables["params"], variables["batch_stats"], [jnp.ones((4, 8, 8, 1))])
