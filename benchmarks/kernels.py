@@ -40,11 +40,43 @@ def calls_in(run, args, seconds):
     return max(1, min(100, int(seconds / (time.perf_counter() - start))))
 
 
-def measure(multiplies, args, rounds):
-    """Median seconds of each product forward, and with both gradients."""
+def compiled_both(multiplies):
+    """Each product forward, and each with both gradients, jitted: masks may change, and nothing is compiled anew."""
+    return [{name: ways(multiply) for name, multiply in multiplies.items()} for ways in (forward, both_ways)]
+
+
+def products(side, implementation):
+    """The alternatives: ours is of blocks of that side, or for 1 of single weights."""
+
+    def ours(x, w, mask):
+        product = masked_matmul if side == 1 else block_sparse_matmul
+        return product(x, w, mask, implementation=implementation)
+
+    return {
+        "dense": lambda x, w, mask: x @ w,
+        "masked copy": lambda x, w, mask: masked_matmul(x, w, mask, implementation="xla"),
+        "ours": ours,
+    }
+
+
+def operands(spec, dtype, random):
+    """x, w and the gradient of their product, standard normal."""
+    sizes = (spec.rows, spec.inputs), (spec.inputs, spec.outputs), (spec.rows, spec.outputs)
+    return [jnp.asarray(random.standard_normal(size, np.float32), dtype) for size in sizes]
+
+
+def random_blocks(spec, side, density, random):
+    """A mask of blocks with that share of them alive, and the same of single weights."""
+    shape = spec.inputs // side, spec.outputs // side
+    ranks = random.permutation(shape[0] * shape[1]).reshape(shape)
+    blocks = jnp.asarray(ranks < round(density * ranks.size))
+    return blocks, jnp.repeat(jnp.repeat(blocks, side, 0), side, 1)
+
+
+def measure(compiled_ways, args, rounds):
+    """Median seconds of each product of :func:`compiled_both` forward, and with both gradients."""
     medians = []
-    for ways in (forward, both_ways):
-        compiled = {name: ways(multiply) for name, multiply in multiplies.items()}
+    for compiled in compiled_ways:
         calls = {name: calls_in(run, args[name], 0.02) for name, run in compiled.items()}
 
         def repeated(name, compiled=compiled, calls=calls):
@@ -55,10 +87,10 @@ def measure(multiplies, args, rounds):
     return medians
 
 
-def row(shape, unit, live, spec, multiplies, args, options):
+def row(shape, unit, live, spec, compiled, args, options):
     """A row of the table: milliseconds, ratios to the dense product, share of the peak."""
     cells = [shape, unit, f"{live:.1%}"]
-    for times, products in zip(measure(multiplies, args, options.rounds), (1, 3), strict=True):
+    for times, products in zip(measure(compiled, args, options.rounds), (1, 3), strict=True):
         dense, ours = times["dense"], times["ours"]
         cells += [f"{1e3 * times[name]:.3f}" for name in ("dense", "masked copy", "ours")]
         ratio = dense / ours
@@ -89,32 +121,19 @@ def main():
     for shape in options.shapes:
         spec = BENCHMARKS[shape]
         rng = np.random.default_rng(0)
-        sizes = (spec.rows, spec.inputs), (spec.inputs, spec.outputs), (spec.rows, spec.outputs)
-        x, w, dy = (jnp.asarray(rng.standard_normal(size, np.float32), options.dtype) for size in sizes)
+        x, w, dy = operands(spec, options.dtype, rng)
         units = [(f"block {side}", side) for side in options.blocks] + [("weight", 1)] * options.unstructured
         for unit, side in units:
             if spec.inputs % side or spec.outputs % side:
                 continue
+            compiled = compiled_both(products(side, options.implementation))
             for density in options.densities:
                 if time.monotonic() - begin > 60 * options.minutes:
                     left_out += 1
                     continue
-                shape_of_blocks = spec.inputs // side, spec.outputs // side
-                ranks = rng.permutation(shape_of_blocks[0] * shape_of_blocks[1]).reshape(shape_of_blocks)
-                blocks = ranks < round(density * ranks.size)
-                block_mask = jnp.asarray(blocks)
-                mask = jnp.repeat(jnp.repeat(block_mask, side, 0), side, 1)
-                multiplies = {
-                    "dense": lambda x, w, mask: x @ w,
-                    "masked copy": lambda x, w, mask: masked_matmul(x, w, mask, implementation="xla"),
-                    "ours": lambda x, w, mask, side=side: (
-                        masked_matmul(x, w, mask, implementation=options.implementation)
-                        if side == 1
-                        else block_sparse_matmul(x, w, mask, implementation=options.implementation)
-                    ),
-                }
-                args = {name: (x, w, block_mask if name == "ours" else mask, dy) for name in multiplies}
-                cells, won = row(shape, unit, float(blocks.mean()), spec, multiplies, args, options)
+                blocks, mask = random_blocks(spec, side, density, rng)
+                args = {name: (x, w, blocks if name == "ours" else mask, dy) for name in compiled[0]}
+                cells, won = row(shape, unit, float(blocks.mean()), spec, compiled, args, options)
                 rows.append(cells)
                 place = f"{shape}, {unit}"
                 wins[place] = max(wins.get(place, 0.0), float(blocks.mean()) if won else 0.0)

@@ -37,6 +37,25 @@ def close(model, params, share, random):
     return jax.tree.structure(params).unflatten(list(leaves.values()))
 
 
+def pair(name, share, batch, random):
+    """The evaluation of the whole network and of the slim one, their sizes, and how far apart their results are."""
+    model, shape = NETWORKS[name]
+    images = jnp.asarray(random.standard_normal((batch, *shape)), jnp.float32)
+    variables = jax.jit(model.init)(jax.random.key(0), images)
+    params, stats = close(model, variables["params"], share, random), variables.get("batch_stats")
+    small, slim_params, slim_stats = models.slim(model, params, stats)
+
+    def evaluation(model, params, stats):
+        apply = jax.jit(model.apply)
+        collections = {"params": params} | ({} if stats is None else {"batch_stats": stats})
+        return lambda: apply(collections, images)
+
+    runs = {"whole": evaluation(model, params, stats), "slim": evaluation(small, slim_params, slim_stats)}
+    away = float(jnp.abs(runs["whole"]() - runs["slim"]()).max() / jnp.abs(runs["whole"]()).max())
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (params, slim_params)]
+    return runs, sizes, away
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--closed", type=float, default=0.5, help="share of the channels that are closed")
@@ -45,21 +64,9 @@ def main():
     args = parser.parse_args()
 
     rows, random = [], np.random.RandomState(0)
-    for name, (model, shape) in NETWORKS.items():
-        images = jnp.asarray(random.standard_normal((args.batch, *shape)), jnp.float32)
-        variables = jax.jit(model.init)(jax.random.key(0), images)
-        params, stats = close(model, variables["params"], args.closed, random), variables.get("batch_stats")
-        small, slim_params, slim_stats = models.slim(model, params, stats)
-
-        def evaluation(model, params, stats, images=images):
-            apply = jax.jit(model.apply)
-            collections = {"params": params} | ({} if stats is None else {"batch_stats": stats})
-            return lambda: apply(collections, images)
-
-        runs = {"whole": evaluation(model, params, stats), "slim": evaluation(small, slim_params, slim_stats)}
-        away = float(jnp.abs(runs["whole"]() - runs["slim"]()).max() / jnp.abs(runs["whole"]()).max())
+    for name in NETWORKS:
+        runs, sizes, away = pair(name, args.closed, args.batch, random)
         median = timing.interleaved(runs, args.rounds)
-        sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (params, slim_params)]
         rows.append([
             name, f"{sizes[0]:,}", f"{sizes[1]:,}", f"{1e3 * median['whole']:.1f}", f"{1e3 * median['slim']:.1f}",
             f"{median['whole'] / median['slim']:.1f}", f"{away:.0e}",

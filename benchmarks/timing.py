@@ -9,7 +9,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 
@@ -42,12 +42,23 @@ def machine() -> str:
     return f"{kind}; {versions}, Python {platform.python_version()}; {datetime.date.today()}"
 
 
+def line(cells: list[str]) -> str:
+    """A row of a Markdown table."""
+    return "| " + " | ".join(cells) + " |"
+
+
+def as_markdown(
+    name: str, title: str, header: list[str], rows: Iterable[list[str]], notes: str, where: str | None = None
+) -> str:
+    """A page with a table, the command that this program was given, and where it ran; None: on this machine."""
+    table = [line(header), line(["---"] * len(header)), *map(line, rows)]
+    command = shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
+    return f"# {title}\n\n`{command}` on {where or machine()}.\n\n" + "\n".join(table) + f"\n\n{notes}\n"
+
+
 def save(name: str, title: str, header: list[str], rows: list[list[str]], notes: str) -> None:
     """Prints a table and keeps it as ``benchmarks/results/NAME_PLATFORM.md``."""
-    table = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    table += ["| " + " | ".join(row) + " |" for row in rows]
-    command = shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
-    text = f"# {title}\n\n`{command}` on {machine()}.\n\n" + "\n".join(table) + f"\n\n{notes}\n"
+    text = as_markdown(name, title, header, rows, notes)
     print(text)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}_{jax.default_backend()}.md").write_text(text)

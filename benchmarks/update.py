@@ -3,18 +3,21 @@
 Times ``tx.update`` and ``optax.apply_updates``, jitted, with params and state donated, on 25.6 million parameters: the
 dense optimizer, and the same with a link behind it on a step that changes no mask and on one that does.
 
-Usage: ``python -m benchmarks.update [--rounds 15]``
+Usage: ``python -m benchmarks.update [--rounds 15]``; with ``--against COMMIT`` every method's update as that commit has
+it beside the working tree's, each in a process of its own, in turn, and nothing is written.
 """
 
 import argparse
 import functools
 import itertools
+import sys
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import jaxsparse
-from benchmarks import networks, timing
+from benchmarks import against, networks, timing
 
 NEVER = 1 << 30
 OPTIMIZERS = {
@@ -25,6 +28,20 @@ LINKS = {  # with the steps between two changes of masks
     "sparse_momentum": functools.partial(jaxsparse.sparse_momentum, 0.9),
     "asni": functools.partial(jaxsparse.asni, jaxsparse.linear_sparsity(0.9, 100)),
 }
+
+# What --against compares, behind or around an optimizer: made when it is asked for, since an old version may lack it.
+METHODS = {
+    "mask_updates": lambda inner, params, every: optax.chain(
+        inner, jaxsparse.mask_updates({name: jnp.ones(p.shape, bool) for name, p in params.items()})
+    ),
+    "sparse_momentum": lambda inner, params, every: jaxsparse.chain(inner, LINKS["sparse_momentum"](every)),
+    "asni": lambda inner, params, every: jaxsparse.chain(inner, LINKS["asni"](every)),
+    "reweighted_l1": lambda inner, params, every: optax.chain(inner, jaxsparse.reweighted_l1(1e-3, l1=1e-3)),
+    "l0": lambda inner, params, every: jaxsparse.l0(
+        inner, [jaxsparse.Group("features", {"head/kernel": 0})], penalty=jaxsparse.Penalty(1e-6, "all")
+    ),
+}
+CHANGE = ", mask update"
 
 
 def runner(tx, params, grads):
@@ -46,12 +63,50 @@ def runner(tx, params, grads):
     return run
 
 
+@functools.cache
+def trees():
+    """Params and two gradients."""
+    return [networks.resnet50(jax.random.key(seed)) for seed in range(3)]
+
+
+def case(name):
+    """What --against times by that name: one update."""
+    params, *grads = trees()
+    optimizer, _, method = name.removesuffix(CHANGE).partition(" + ")
+    inner = OPTIMIZERS[optimizer]()
+    tx = METHODS[method](inner, params, 1 if name.endswith(CHANGE) else NEVER) if method else inner
+    return runner(tx, params, grads)
+
+
+def compare(commit, rounds):
+    """Prints the table of --against; whether nothing is slower than allowed."""
+    cases = {}
+    for optimizer in OPTIMIZERS:
+        cases |= {optimizer: rounds}  # the same program twice, but for the process
+        cases |= {f"{optimizer} + {method}": rounds for method in METHODS}
+        cases |= {f"{optimizer} + {link}{CHANGE}": max(5, rounds // 3) for link in LINKS}
+    header = ["update", "old, ms", "new, ms", "new / old", "old / old, middle half of rounds", "verdict"]
+    print(f"{commit} (old) and the working tree (new), on {timing.machine()}\n")
+    print(timing.line(header), timing.line(["---"] * len(header)), sep="\n", flush=True)
+    slower = False
+    for row in against.compare(commit, "benchmarks.update", cases):
+        print(timing.line(row), flush=True)
+        slower |= row[-1] == against.SLOWER
+    return not slower
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds of each alternative")
+    parser.add_argument("--against", metavar="COMMIT", help="compare this commit's library with the working tree's")
     args = parser.parse_args()
+    if args.against:
+        try:
+            sys.exit(not compare(args.against, args.rounds))
+        except ValueError as error:
+            sys.exit(f"error: {error}")
 
-    params, *grads = (networks.resnet50(jax.random.key(seed)) for seed in range(3))
+    params, *grads = trees()
     size = sum(p.size for p in params.values())
     rows = []
     for (name, optimizer), link_name in itertools.product(OPTIMIZERS.items(), LINKS):

@@ -5,7 +5,8 @@ mask, :mod:`ops` has the gradients, and ``xla_*`` and ``pallas_*`` are the backe
 ``backward_x`` and ``backward_w`` of the same arguments.
 
 The kernels are checked in Pallas' interpreters and compiled ahead of time. They have not run on a TPU or a GPU yet: no
-speed is claimed for them, and on GPUs they have to be asked for by name.
+speed is claimed for them, and on GPUs they have to be asked for by name. ``python -m benchmarks.gpu`` checks and times
+them on one.
 """
 
 from jaxsparse.kernels.masked_matmul.api import block_sparse_matmul, masked_matmul
