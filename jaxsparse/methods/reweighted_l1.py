@@ -113,11 +113,12 @@ def reweighted_l1(
     * proximal SGD: ``averaging=0``, then b = s w and y is nothing but the step;
     * regularised dual averaging (Xiao, 2010): ``averaging=1``, then y and b accumulate for ever;
     * plain l1: ``max_factor=1``, then w = 1;
-    * Adam or any other optimizer: ``optax.chain(optax.adam(1e-3), reweighted_l1(1e-3, l1=1e-6))``.
+    * Adam or any other optimizer: ``optax.chain(optax.adam(1e-3), reweighted_l1(1e-3, l1=1e-2))``.
 
     Args:
       step_size: s, the learning rate of the optimizer before it: a float >= 0 or a schedule of the step.
-      l1: strength of the penalty, :math:`\lambda` >= 0, possibly traced, or a schedule of the step.
+      l1: strength of the penalty, :math:`\lambda` >= 0, possibly traced, or a schedule of the step. How much is left
+        follows from l1 times the sum of the step sizes: start with ``l1 = 0.03 / (step_size * steps)``.
       averaging: a, in [0, 1], or a schedule of the step.
       weight_time: :math:`\tau` > 0, over which time (the sum of the step sizes) the absolute values are averaged.
       max_factor: M >= 1: how much more the smallest weights are shrunk than the largest.
