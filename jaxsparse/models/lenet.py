@@ -65,7 +65,7 @@ class LeNet300100(nn.Module):
 class LeNet5Caffe(nn.Module):
     """LeNet-5 as Caffe has it: 430,500 weights and 580 biases for MNIST's 28 x 28 x 1 images.
 
-    Convolution 20@5x5, ReLU, max-pool 2, convolution 50@5x5, ReLU, max-pool 2, 500 units with ReLU, the logits. No
+    20 filters of 5 x 5, ReLU, max-pool 2, 50 filters of 5 x 5, ReLU, max-pool 2, 500 units with ReLU, the logits. No
     padding. Kernels and biases start from U(-1/sqrt(fan_in), 1/sqrt(fan_in)). The model returns logits; the papers'
     log-softmax followed by the negative log-likelihood is the softmax cross-entropy of these logits.
 

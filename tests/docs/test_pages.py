@@ -1,5 +1,6 @@
 """The pages of docs/: their Python runs, and their links lead somewhere."""
 
+import ast
 import contextlib
 import io
 import logging
@@ -16,6 +17,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(path for folder in (".", "*") for path in DOCS.glob(f"{folder}/*.md") if path.parent.name != "notebooks")
 FENCE = re.compile(r"^(`{3,})([^\n`]*)\n(.*?)^\1`*\s*$", re.MULTILINE | re.DOTALL)
 PRINTED = re.compile(r"^\s*print\(.*\)  # (.*)$")
+DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -89,3 +91,16 @@ def test_contents_exist(page):
         for entry in block.split("\n"):
             if entry and not entry.startswith(":") and "*" not in entry:
                 assert (page.parent / f"{entry}.md").exists(), f"{name(page)} lists {entry}"
+
+
+def test_no_word_looks_like_a_mail_address():
+    """What does becomes a link to write a mail to, in a page as in a docstring."""
+    address, code = re.compile(r"(?<![\w`])[\w.+-]+@[\w-]+\.?\w"), re.compile(r"`+[^`]*`+")
+    texts = {page: FENCE.sub("", page.read_text()) for page in [*PAGES, ROOT / "README.md"]}
+    for file in (ROOT / "jaxsparse").rglob("*.py"):
+        trees = (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, DOCUMENTED))
+        texts[file] = "\n".join(ast.get_docstring(node) or "" for node in trees)
+    for file, text in texts.items():
+        found = [m[0] for line in text.splitlines() if not line.lstrip().startswith(">>>")
+                 for m in address.finditer(code.sub("", line))]  # fmt: skip
+        assert not found, f"{file} has {found}: it would be a mail link"
