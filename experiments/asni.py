@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from absl import app, flags
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
 from experiments import command_line
 from experiments.compare import mean_and_error
+from experiments.optimizers import refuse_idle
 from experiments.train import FLAGS, Stopped, as_seeds, shrink, train, with_seed
 from jaxsparse.tables import Table
 
@@ -105,8 +106,9 @@ def main(argv: Sequence[str]) -> None:
     """Runs :func:`run` with the flags; what the user can set right is told in a line, without a traceback."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; options start with --")
-    config = shrink(FLAGS.config) if FLAGS.config.smoke else FLAGS.config
     try:
+        refuse_idle(FLAGS.config, config_flags.get_override_values(FLAGS["config"]))
+        config = shrink(FLAGS.config) if FLAGS.config.smoke else FLAGS.config
         seeds = [config.seed] if FLAGS.seeds is None else as_seeds(FLAGS.seeds)
         print(run(config, Path(FLAGS.workdir), seeds, tuple(FLAGS.arms or ARMS)))
     except Stopped as stopped:

@@ -4,19 +4,22 @@ import argparse
 import difflib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+EMPTY = "is empty; is a variable of the shell not set?"
+
 
 def parse_flags(argv: list[str]) -> list[str]:
     """absl's parser of flags, for ``app.run(main, flags_parser=parse_flags)`` where there is a flag ``--config``.
 
-    Ends the program with a message if the config file cannot be read, or does not have a key that is to be changed; the
-    message then names the nearest key and all others. Unless ``--verbosity`` is given, only warnings are logged: at
-    absl's own default JAX and matplotlib have much to say.
+    Ends the program with a message if the config file cannot be read or does not take its argument, if it lacks a key
+    that is to be changed (the message then names the nearest key and all others), and if a flag is empty. Unless
+    ``--verbosity`` is given, only warnings are logged: at absl's own default JAX and matplotlib have much to say.
 
     Args:
       argv: the program's name and its arguments.
@@ -24,14 +27,13 @@ def parse_flags(argv: list[str]) -> list[str]:
     Returns:
       What is left of them without the flags.
     """
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--config")
+    config = parser.parse_known_args(argv)[0].config
+    keys = [] if config is None else list(_keys(read_config(config)))
     try:
         rest = app.parse_flags_with_usage(argv)
-    except OSError as error:
-        sys.exit(f"error: {error}")
     except (AttributeError, KeyError):  # what ml_collections raises for a key that is not there
-        parser = argparse.ArgumentParser(allow_abbrev=False)
-        parser.add_argument("--config")
-        keys = list(_keys(flags.FLAGS["config"].parser.parse(parser.parse_known_args(argv)[0].config)))
         changed = [arg.removeprefix("--config.").partition("=")[0] for arg in argv if arg.startswith("--config.")]
         unknown = [key for key in changed if key not in keys]
         if not unknown:
@@ -39,9 +41,42 @@ def parse_flags(argv: list[str]) -> list[str]:
         nearest = difflib.get_close_matches(unknown[0], keys, n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         sys.exit(f"error: the config has no key {unknown[0]!r}{hint}\nIts keys are {', '.join(keys)}")
+    for name in flags.FLAGS:
+        if flags.FLAGS[name].present and flags.FLAGS[name].value in ("", []):
+            sys.exit(f"error: --{name} {EMPTY}")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     return rest
+
+
+def read_config(config: str) -> ConfigDict:
+    """What the file and its argument, FILE or FILE:ARGUMENT, give; ends the program if they give nothing."""
+    file = config.partition(":")[0]
+    if not file:
+        sys.exit(f"error: --config {EMPTY}")
+    try:
+        Path(file).read_bytes()
+        return flags.FLAGS["config"].parser.parse(config)
+    except OSError as error:
+        sys.exit(f"error: --config: {error}")
+    except ValueError as error:  # with a traceback in its text
+        sys.exit(f"error: --config={config}: {str(error).strip().splitlines()[-1].removeprefix('ValueError: ')}")
+    except AttributeError as error:
+        if "get_config" not in str(error):
+            raise
+        sys.exit(f"error: --config: {file!r} has no function get_config")
+
+
+def not_empty(text: str) -> str:
+    """An argument of the command line, for ``type=`` of argparse; it refuses what an unset variable gives."""
+    if not text:
+        raise argparse.ArgumentTypeError(EMPTY)
+    return text
+
+
+def as_path(text: str) -> Path:
+    """A path on the command line, which :func:`not_empty` has checked."""
+    return Path(not_empty(text))
 
 
 def progress_bar(total: int, label: str | None = None, unit: str = "step", **options: Any) -> tqdm:

@@ -3,21 +3,24 @@
   python -m experiments.compare WORKDIR WORKDIR ...
 
 Of a folder with several runs in it, such as that of --seeds, all of them. The last column is the difference from the
-first run's test accuracy, in points.
+test accuracy of the first run on the same data, in points.
 """
 
+import argparse
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from experiments.workdir import read_json
+from experiments.command_line import as_path
+from experiments.workdir import flat, read_json
 from jaxsparse.structures import natural_order
 from jaxsparse.tables import Table
 
 
 def find_runs(folders: Sequence[str | Path]) -> list[Path]:
-    """The folders of runs: those given, or, where one is none itself, all runs below it; each once.
+    """The given run folders, and all runs found below folders that are no runs themselves; without duplicates.
 
     Raises:
       OSError: if there is none.
@@ -46,13 +49,26 @@ def table(workdirs: Sequence[str | Path]) -> Table:
             raise OSError(f"{str(path)!r} is not finished: it has no result.json")
         if missing := {"density", "test_accuracy"} - set(result):
             raise ValueError(f"{path / 'result.json'} has no {' and no '.join(sorted(missing))}")
-        results[path] = result["density"], result["test_accuracy"]
-    first = next(accuracy for _, accuracy in results.values())
-    rows = [
-        (str(path), f"{density:.2%}", f"{accuracy:.2%}", f"{100 * (accuracy - first):+.2f}")
-        for path, (density, accuracy) in results.items()
-    ]
-    return Table(("run", "density", "test accuracy", "difference"), tuple(rows))
+        images = tested_on(flat(read_json(path / "config.json") or {}))
+        results[path] = images, result["density"], result["test_accuracy"]
+    first: dict[str, float] = {}
+    rows = []
+    for path, (images, density, accuracy) in results.items():
+        difference = accuracy - first.setdefault(images, accuracy)
+        rows.append((str(path), images, f"{density:.2%}", f"{accuracy:.2%}", f"{100 * difference:+.2f}"))
+    if len(first) == 1:
+        rows = [(path, "", *numbers) for path, _, *numbers in rows]
+    header = ("run", "data", "density", "test accuracy", "difference")
+    return Table(header, tuple(rows), left=(0, 1)).without_empty_columns()
+
+
+def tested_on(config: Mapping[str, Any]) -> str:
+    """Which images a run is tested on, by its configuration (keys such as "data.name"): others do not compare."""
+    classes, examples = config.get("data.classes"), config.get("data.examples")
+    told = [str(config.get("data.name", ""))]
+    told += [f"classes {', '.join(map(str, classes))}"] if classes else []
+    told += [f"the first {examples:,} images"] if examples else []
+    return ", ".join(told)
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
@@ -61,10 +77,17 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), error
 
 
-if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        sys.exit(__doc__.strip())
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("workdirs", nargs="+", type=as_path, metavar="WORKDIR", help="folder of a run or of runs")
     try:
-        print(table(sys.argv[1:]).text())
+        print(table(parser.parse_args(argv).workdirs).text())
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

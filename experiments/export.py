@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 import jaxsparse
 from experiments.checkpoints import Checkpoints
+from experiments.command_line import as_path, not_empty
 from experiments.optimizers import is_gated
 from experiments.program import make_program, masks_of, open_dataset
 from experiments.train import one_a_run, size_in_bytes
@@ -86,7 +87,7 @@ def restore(workdir: Path, data_dir: str | None = None) -> tuple[Any, Any]:
         raise OSError(f"{str(workdir)!r} has no checkpoint")
     config.data_dir = data_dir or config.data_dir
     program = make_program(config, open_dataset(config), side_by_side=seeds is not None)
-    shapes = jax.eval_shape(program.init, config.seed if seeds is None else np.asarray(seeds))
+    shapes = jax.eval_shape(program.init, np.asarray(config.seed if seeds is None else seeds, np.uint32))
     with closing(Checkpoints(folder)) as checkpoints:
         restored = checkpoints.restore(lambda about: program.layout.collected_shapes(shapes, about.get("devices")))
     if restored is None:
@@ -101,11 +102,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=Path, metavar="WORKDIR_OR_FILE", help="folder of a run, or a sparse model")
-    parser.add_argument("out", type=Path, metavar="OUT", help="the file to write")
+    parser.add_argument("source", type=as_path, metavar="WORKDIR_OR_FILE", help="folder of a run, or a sparse model")
+    parser.add_argument("out", type=as_path, metavar="OUT", help="the file to write")
     parser.add_argument("--to", choices=FORMATS, help="npz for a name that ends in .npz, else sparse")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "int8"), help="of the values, for sparse")
-    parser.add_argument("--data_dir", help="where the data of the run are, if not where they were")
+    parser.add_argument("--data_dir", type=not_empty, help="where the data of the run are, if not where they were")
     args = parser.parse_args(argv)
     logging.set_verbosity(logging.WARNING)
     try:

@@ -1,7 +1,7 @@
 """The optimizers of the papers, each with its sparse link or wrapper or, dense, without."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -252,6 +252,29 @@ METHODS = {
     "dep_l0": _gates,
 }
 GATES = ("l0", "dep_l0")
+
+
+def refuse_idle(config: ConfigDict, changed: Iterable[str]) -> None:
+    """Raises a ValueError if one of the keys ``changed``, such as "data.workers", has no effect in this run."""
+    schedule, method = config.optimizer.get("schedule"), config.sparsity.method
+    gates_decay = method in GATES and config.sparsity.gate_decay_rate != 1
+    needs = {  # what is needed: whether it is there, and the keys that need it
+        "config.data.streamed": (config.data.streamed, "data.image_size data.workers data.classes"),
+        "config.data.pad": (config.data.pad, "data.pad_mode"),
+        "config.optimizer.name='sgd'": (config.optimizer.get("name", "sgd") == "sgd", "optimizer.momentum"),
+        "config.optimizer.schedule='every_steps'": (schedule == "every_steps", "optimizer.decay_every_steps"),
+        "config.optimizer.schedule='at_epochs'": (schedule == "at_epochs" or gates_decay, "optimizer.decay_at_epochs"),
+        "a config.optimizer.schedule with it": (schedule in ("every_steps", "at_epochs"), "optimizer.decay_rate"),
+        "config.optimizer.schedule='epoch_cosine'": (schedule == "epoch_cosine", "optimizer.cosine_scale"),
+        "config.optimizer.schedule='halving'": (schedule == "halving", "optimizer.halve_after_epochs"),
+        "config.sparsity.method='mask_updates'": (method == "mask_updates", "sparsity.masks_from sparsity.start"),
+        "config.sparsity.schedule='sigmoid'": (
+            config.sparsity.get("schedule") == "sigmoid", "sparsity.scale sparsity.translation sparsity.normalised"
+        ),
+    }  # fmt: skip
+    for what, (there, keys) in needs.items():
+        if not there and (idle := sorted(set(keys.split()) & set(changed))):
+            raise ValueError(f"config.{idle[0]} has no effect without {what}")
 
 
 def choose(options: Mapping[str, Any], name: str, key: str) -> Any:

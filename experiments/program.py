@@ -232,7 +232,7 @@ class Program(abc.ABC):
 
 
 class ResidentProgram(Program):
-    """Of images that are on the devices, whole: all steps of a chunk in one scan, so that none waits for Python.
+    """Trains on a data set held in device memory: all steps of a chunk in one scan, without returning to Python.
 
     That is fast for convolutions too, because jaxsparse.models takes the form of them that is fast inside a loop on the
     device at hand.
@@ -273,14 +273,14 @@ class ResidentProgram(Program):
 
 
 class _Masks(NamedTuple):
-    """Masks in the form of a state."""
+    """Masks in the fields of a train state, so that they can be passed where one is expected."""
 
     masks: Any
     model_state: Any = ()
 
 
 class StreamedProgram(Program):
-    """Of images that are read while training: a program a step, called from Python.
+    """Trains on images that are read while it runs, with one compiled call per step.
 
     Attributes:
       train_step: (state, (images, labels, numbers), step) -> the state after the step, and loss and accuracy. Donates
@@ -290,8 +290,6 @@ class StreamedProgram(Program):
     def __init__(self, *args):
         super().__init__(*args)
         config, compile_ = self._config, self.layout.compile
-        if not 0 <= config.seed < 2**32:
-            raise ValueError(f"config.seed is from 0 to 2^32 - 1 where images are streamed, got {config.seed}")
         self.train_step = compile_(self._step(lambda batch, _: batch))
         # Of a copy: the state itself is given up by the first step.
         self._copied_masks = compile_(

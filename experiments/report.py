@@ -4,7 +4,7 @@
   python -m experiments.report runs/mnist --out=mnist.html --title="MNIST, 5%"   # all runs in the folder
 
 The page stands alone, in one file: it loads nothing, and follows the light or dark scheme of the browser. Differences
-in accuracy are from the first run. Runs need not be finished.
+in accuracy are from the first run on the same data. Runs need not be finished.
 """
 
 import argparse
@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 import jaxsparse
 from experiments import workdir
-from experiments.compare import find_runs, mean_and_error
+from experiments.command_line import as_path
+from experiments.compare import find_runs, mean_and_error, tested_on
 from jaxsparse import inspect
 from jaxsparse.structures import by_path, natural_order
 from jaxsparse.tables import Table
@@ -138,27 +139,42 @@ def report(runs: Sequence[Run], title: str, progress: Callable[[Any], Any] = ite
       title: of the page.
       progress: is handed the runs while their pictures are drawn, such as ``tqdm``.
     """
+    sets = by_test_set(runs)
+
+    def of_each(part: Callable[[Sequence[Run]], str]) -> list[str]:
+        """What ``part`` makes of the runs on each data set, under its name where there are several."""
+        made = {images: part(of_set) for images, of_set in sets.items()}
+        titles = {images: f"<h3>{html.escape(images)}</h3>" if len(sets) > 1 else "" for images in sets}
+        return [titles[images] + text for images, text in made.items() if text]
+
     with matplotlib.style.context(STYLE):
-        parts = ["<h2>Runs</h2>", runs_table(runs).html()]
+        parts = ["<h2>Runs</h2>", *of_each(lambda runs: runs_table(runs).html())]
         if (seeds := seeds_table(runs)).rows:
             parts += ["<h2>Over seeds</h2>", "<p>Runs whose configurations differ by the seed alone: mean ± standard "
                       "error of what they ended with.</p>", seeds.html()]  # fmt: skip
-        if picture := _accuracy_against_kept(runs):
-            parts += ["<h2>Accuracy against kept weights</h2>", _figure(picture, "Test accuracy of finished runs.")]
-        logged = {run.name: run.history for run in runs if "train_loss" in run.history.names}
-        if logged:
-            parts += ["<h2>Learning curves</h2>", _figure(inspect.plot_history(logged), "Loss and error by epoch.")]
+        if pictures := of_each(_accuracy):
+            parts += ["<h2>Accuracy against kept weights</h2>", *pictures]
+        if pictures := of_each(_learning_curves):
+            parts += ["<h2>Learning curves</h2>", *pictures]
         parts += ["<h2>Configurations</h2>", _configurations(runs)]
-        if (overlaps := overlap_table(runs)).rows:
+        if tables := of_each(lambda runs: table.html() if (table := overlap_table(runs)).rows else ""):
             about = "Jaccard: what both keep as a share of what either keeps; by chance: of random masks as dense."
-            parts += ["<h2>Masks in common</h2>", f"<p>{about}</p>", overlaps.html()]
+            parts += ["<h2>Masks in common</h2>", f"<p>{about}</p>", *tables]
         parts.append("<h2>Each run</h2>")
         parts += [_details(run, opened=len(runs) <= 2) for run in progress(runs)]
     return PAGE.format(title=html.escape(title), body="\n".join(parts))
 
 
+def by_test_set(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs by the images that they are tested on: only those of one set are compared."""
+    sets: dict[str, list[Run]] = {}
+    for run in runs:
+        sets.setdefault(tested_on(run.config), []).append(run)
+    return sets
+
+
 def runs_table(runs: Sequence[Run]) -> Table:
-    """A line a run: what it is and what came out."""
+    """A line a run on one data set: what it is and what came out."""
     header = ("run", "method", "state", "kept", "test accuracy", "difference", "validation", "images/s", "seconds")
     first = runs[0].last("test_accuracy")
     rows = []
@@ -175,7 +191,7 @@ def runs_table(runs: Sequence[Run]) -> Table:
 
 
 def over_seeds(runs: Sequence[Run]) -> list[list[Run]]:
-    """The finished runs, those together that differ by their seed alone."""
+    """Finished runs, grouped by configuration (ignoring the seed)."""
     groups: dict[str, dict[Any, Run]] = {}
     for run in runs:
         if run.result is not None:
@@ -208,6 +224,16 @@ def overlap_table(runs: Sequence[Run]) -> Table:
             rows.append((run.name, f"{total.both:,}", f"{total.flips:,}", f"{total.jaccard:.3f}", f"{by_chance:.3f}"))
     first = f"against {sparse[0].name}" if sparse else ""
     return Table((first, "kept by both", "flips", "Jaccard", "by chance"), tuple(rows))
+
+
+def _learning_curves(runs: Sequence[Run]) -> str:
+    logged = {run.name: run.history for run in runs if "train_loss" in run.history.names}
+    return _figure(inspect.plot_history(logged), "Loss and error by epoch.") if logged else ""
+
+
+def _accuracy(runs: Sequence[Run]) -> str:
+    picture = _accuracy_against_kept(runs)
+    return _figure(picture, "Test accuracy of finished runs.") if picture else ""
 
 
 def _accuracy_against_kept(runs: Sequence[Run]) -> Any:
@@ -346,8 +372,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="folder of a run, or of runs")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the file to write (%(default)s)")
+    parser.add_argument("workdirs", nargs="+", type=as_path, metavar="WORKDIR", help="folder of a run or of runs")
+    parser.add_argument("--out", type=as_path, default=Path("report.html"), help="the file to write (%(default)s)")
     parser.add_argument("--title", default="Sparse training runs", help="of the page (%(default)s)")
     args = parser.parse_args(argv)
     try:

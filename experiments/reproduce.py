@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 
 from experiments import plots
 from experiments.asni import masks_of
+from experiments.command_line import as_path, not_empty
 from experiments.compare import mean_and_error
 from experiments.tables import TABLES, Row, Table
 from experiments.train import Stopped, as_seeds, shrink, train
@@ -233,14 +234,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     about = "\n".join(f"  {name}: {table.title.partition('. ')[0]}" for name, table in TABLES.items())
     parser.epilog = f"tables:\n{about}"
     parser.add_argument("table", choices=TABLES, metavar="TABLE", help="one of those below")
-    parser.add_argument("--data_dir", help="where TensorFlow Datasets has its data (~/tensorflow_datasets)")
+    parser.add_argument(
+        "--data_dir", type=not_empty, help="where TensorFlow Datasets has its data (~/tensorflow_datasets)"
+    )
     parser.add_argument("--seeds", help="these, such as 0,1,2, instead of the table's own")
     parser.add_argument("--only", default="", metavar="REGEX", help="only runs whose folder it is found in")
     parser.add_argument(
         "--add", action="store_true", help="keep what the .json of the results has, run what it has not"
     )
-    parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="folder of the runs (%(default)s)")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the table (%(default)s)")
+    for name, default, what in (("--runs", "runs/reproduce", "runs"), ("--results", "results", "table")):
+        parser.add_argument(name, type=as_path, default=Path(default), help=f"folder of the {what} (%(default)s)")
     args = parser.parse_args(argv)
     logging.set_verbosity(logging.WARNING)
     table, stopped = TABLES[args.table], None

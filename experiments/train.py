@@ -49,7 +49,7 @@ import jaxsparse
 from experiments import command_line, data, processes
 from experiments.checkpoints import KEPT, Checkpoints
 from experiments.compare import mean_and_error
-from experiments.optimizers import is_gated
+from experiments.optimizers import is_gated, refuse_idle
 from experiments.program import Program, TrainState, make_program, masks_of, open_dataset
 from experiments.workdir import Follower, Workdir, require_space, write_json, writing
 from jaxsparse import inspect, models
@@ -69,6 +69,8 @@ flags.DEFINE_integer("process", None, "With --coordinator: which of them this is
 flags.DEFINE_bool("profile", False, "Write a trace of the second chunk of steps to WORKDIR/profile, for TensorBoard.")
 flags.mark_flags_as_required(["config", "workdir"])
 
+SEEDS = 2**32  # how many there are: PRNG keys are made of 32 bits
+
 # Of one device, in operations a second with 16-bit floats, as their makers give them.
 PEAKS = {
     "TPU v4": 275e12,
@@ -82,7 +84,7 @@ PEAKS = {
 
 
 class Stopped(Exception):  # noqa: N818  # not an error
-    """A signal told the run to stop; it can be gone on with.
+    """The run was stopped by a signal and can be resumed.
 
     Attributes:
       signal: the number of the signal.
@@ -122,7 +124,7 @@ def train(
         dataset = open_dataset(config)
         check_config(config, num_examples=data.count(dataset.train))
         program = make_program(config, dataset, side_by_side=seeds is not None)
-        seed = config.seed if seeds is None else np.asarray(seeds)
+        seed = np.asarray(config.seed if seeds is None else seeds, np.uint32)
         shapes = jax.eval_shape(program.init, seed)  # what does not fit together is found here, before writing
     layout = program.layout
     steps_per_epoch = data.count(dataset.train) // config.data.batch_size
@@ -201,6 +203,7 @@ def train(
         else:
             stop = total_steps
         checkpoints.wait()
+        bar.close()  # what is printed now begins on a line of its own
         state = layout.one_copy(state)
         if leads:
             for run, mine in zip(runs, one_a_run(state, seeds), strict=True):
@@ -247,7 +250,7 @@ def speedometer(config: ConfigDict, program: Program, shapes: TrainState) -> Cal
     """A function of steps, the seconds they took, and those of them spent waiting for images, to log.
 
     It gives images a second, milliseconds of a step on the devices, the share of the time that was spent waiting, and
-    where the devices' peak is known, the share of it that forward and backward pass of the dense network make.
+    where the devices' peak is known, the model FLOPs utilisation: forward and backward pass of the dense network.
     """
     kind, layout = program.layout.devices[0].device_kind, program.layout
     peak = next((peak for name, peak in PEAKS.items() if kind.startswith(name)), None)
@@ -442,6 +445,10 @@ def check_config(config: ConfigDict, num_examples: int) -> None:
         value = (config[part] if part else config).get(name, 1)  # which of them there are depends on the method
         if value < 1:
             raise ValueError(f"config.{key} is at least 1, got {value}")
+    if not 0 <= config.seed < SEEDS:
+        raise ValueError(f"config.seed is from 0 to 2^32 - 1, got {config.seed}")
+    if config.data.classes is not None and not config.data.streamed:
+        raise ValueError("config.data.classes is for streamed images, config.data.streamed")
     if not 1 <= config.data.batch_size <= num_examples:
         raise ValueError(
             f"config.data.batch_size is between 1 and the {num_examples} train examples, got {config.data.batch_size}"
@@ -486,8 +493,10 @@ def as_seeds(texts: Sequence[str]) -> list[int]:
         seeds = [int(text) for text in texts]
     except ValueError:
         seeds = []
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"--seeds takes different whole numbers such as 0,1,2, got {','.join(texts)!r}")
+    if not seeds or len(set(seeds)) < len(seeds) or not 0 <= min(seeds) <= max(seeds) < SEEDS:
+        raise ValueError(
+            f"--seeds takes different whole numbers from 0 to 2^32 - 1, such as 0,1,2, got {','.join(texts)!r}"
+        )
     return seeds
 
 
@@ -496,9 +505,10 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; options start with --")
     config, workdir = FLAGS.config, Path(FLAGS.workdir)
-    if config.smoke:
-        config = shrink(config)
     try:
+        refuse_idle(config, config_flags.get_override_values(FLAGS["config"]))
+        if config.smoke:
+            config = shrink(config)
         processes.join(FLAGS.distributed, FLAGS.coordinator, FLAGS.processes, FLAGS.process)
         if FLAGS.seeds is None:
             train(config, workdir, profile=FLAGS.profile)

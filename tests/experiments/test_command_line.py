@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from experiments import command_line, train
+from experiments import command_line, compare, export, report, reproduce, train
 
 CONFIG = Path(__file__).parents[2] / "configs" / "digits_sparse_momentum.py"
 
@@ -13,6 +13,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "digits_sparse_momentum.py"
 def parse(monkeypatch):
     def parse(*arguments):
         argv = ["train", *map(str, arguments)]
+        monkeypatch.delitem(sys.modules, "config_config", raising=False)  # the file of the test before
         monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for changes of the config
         return command_line.parse_flags(argv)
 
@@ -46,9 +47,38 @@ def test_unknown_key_names_the_nearest_and_all(parse, config, change, message):
     assert "data.std, data.streamed, data.validation, data.workers, data_dir, dense, epochs," in stop.value.code
 
 
-def test_missing_config_file(parse):
-    with pytest.raises(SystemExit, match=r"No such file or directory: 'nowhere\.py'"):
-        parse("--config=nowhere.py", "--workdir=somewhere", "--config.epochs=3")
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("nowhere.py", r"--config: .*No such file or directory: 'nowhere\.py'$"),
+        ("", "--config is empty; is a variable of the shell not set"),
+        (CONFIG.parent, f"--config: .*Is a directory: '{CONFIG.parent}'$"),
+        (CONFIG.with_name("common.py"), "--config: '.*common.py' has no function get_config$"),
+        (f"{CONFIG.with_name('mnist_mlp.py')}:rows", "rows: this config comes with the units .*, got 'rows'$"),
+    ],
+)
+@pytest.mark.parametrize("change", [(), ("--config.epochs=3",)])
+def test_config_files_that_give_no_config(parse, config, message, change):
+    with pytest.raises(SystemExit, match=message):
+        parse(f"--config={config}", "--workdir=somewhere", *change)
+
+
+@pytest.mark.parametrize("flag", ["workdir", "seeds", "coordinator", "config.data_dir"])
+def test_an_empty_flag_is_an_unset_variable(parse, flag):
+    with pytest.raises(SystemExit, match=f"error: --{flag} is empty; is a variable of the shell not set"):
+        parse(f"--config={CONFIG}", "--workdir=somewhere", f"--{flag}=")
+
+
+def test_an_empty_argument_is_an_unset_variable(capsys):
+    for main, arguments in (
+        (compare.main, [""]),
+        (report.main, ["somewhere", "--out="]),
+        (export.main, ["", "model"]),
+        (reproduce.main, ["mnist_mlp", "--runs="]),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert "is empty; is a variable of the shell not set?" in capsys.readouterr().err
 
 
 def test_value_of_the_wrong_type(parse, capsys):

@@ -44,3 +44,26 @@ def test_folders_that_cannot_be_compared(tmp_path, monkeypatch, files, message):
     monkeypatch.delitem(sys.modules, "experiments.compare")
     with pytest.raises(SystemExit, match=message):
         runpy.run_module("experiments.compare", run_name="__main__")
+
+
+def test_runs_on_other_data_are_not_compared(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, images, accuracy in (
+        ("a", "mnist", 0.98),
+        ("b", "digits", 0.5),
+        ("c", "mnist", 0.97),
+        ("d", "digits", 0.6),
+    ):
+        finished(tmp_path / name, 1.0, accuracy)
+        (tmp_path / name / "config.json").write_text(json.dumps({"data": {"name": images, "examples": None}}))
+    assert compare.table(["a", "b", "c", "d"]).text().splitlines() == [
+        "run  data    density  test accuracy  difference",
+        "---  ------  -------  -------------  ----------",
+        "a    mnist   100.00%         98.00%       +0.00",
+        "b    digits  100.00%         50.00%       +0.00",
+        "c    mnist   100.00%         97.00%       -1.00",
+        "d    digits  100.00%         60.00%      +10.00",
+    ]
+    assert compare.tested_on({"data.name": "x", "data.classes": [1, "b"], "data.examples": 1408}) == (
+        "x, classes 1, b, the first 1,408 images"
+    )

@@ -17,6 +17,7 @@ from tests.experiments.test_configs import ALL, ROOT, config_of
 
 IMAGENET = list(runpy.run_path(str(ROOT / "configs/imagenet.py"))["EXPERIMENTS"])
 TRAIN_IMAGES = 1_281_167
+ALL_OF_MNIST = (("mnist_sparse_momentum", "lenet_300_100"), ("mnist_asni", "fc"), ("mnist_l0", "lenet_300_100"))
 
 
 def imagenet(experiment, **changes):
@@ -140,3 +141,24 @@ def test_every_experiment_on_imagenet_makes_resnet_50_and_its_optimizer(experime
     if config.sparsity.method == "asni":
         schedule = optimizers.SPARSITIES[config.sparsity.schedule](config.sparsity, config.epochs)
         assert schedule(88) == pytest.approx(0.8031, abs=1e-4)  # in the last epoch
+
+
+def test_a_changed_key_that_has_no_effect_is_refused():
+    mnist, asni, l0 = (config_of(*pair) for pair in ALL_OF_MNIST)
+    for config, keys, needed in (
+        (mnist, ("data.image_size", "data.workers", "data.classes"), "config.data.streamed"),
+        (mnist, ("data.pad_mode",), "config.data.pad"),
+        (mnist, ("optimizer.decay_at_epochs",), "config.optimizer.schedule='at_epochs'"),
+        (asni, ("optimizer.momentum",), "config.optimizer.name='sgd'"),
+        (asni, ("sparsity.masks_from", "sparsity.start"), "config.sparsity.method='mask_updates'"),
+        (asni, ("optimizer.decay_every_steps",), "config.optimizer.schedule='every_steps'"),
+    ):
+        for key in keys:
+            with pytest.raises(ValueError, match=f"config.{key} has no effect without {needed}"):
+                optimizers.refuse_idle(config, ["seed", key])
+    optimizers.refuse_idle(mnist, ["optimizer.decay_every_steps", "optimizer.decay_rate", "optimizer.momentum"])
+    optimizers.refuse_idle(asni, ["sparsity.scale", "optimizer.cosine_scale", "sparsity.schedule"])
+    optimizers.refuse_idle(l0, ["optimizer.decay_at_epochs", "sparsity.gate_decay_rate"])
+    optimizers.refuse_idle(imagenet("rda")[0], ["data.image_size", "data.workers", "data.classes"])
+    with pytest.raises(ValueError, match="halve_after_epochs has no effect without .*='halving'"):
+        optimizers.refuse_idle(imagenet("rda")[0], ["optimizer.halve_after_epochs"])

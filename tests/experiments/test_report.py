@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 import runpy
@@ -15,6 +16,7 @@ from jaxsparse import inspect
 from tests.experiments.test_train import ROOT, smoke_config
 from tests.pages import Page
 
+SPARSE = {"params": {"w": np.eye(3)}, "masks": {"w": np.eye(3) > 0}}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -185,6 +187,30 @@ def test_a_run_in_a_run_and_one_that_is_given_twice(runs, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "outer")
     paths = compare.find_runs([tmp_path / "outer", tmp_path / "outer/inner", tmp_path / "link"])
     assert report._names(paths) == ["outer", "inner"]
+
+
+def test_runs_on_other_data_are_not_compared():
+    history = ({"step": 1, "epoch": 1, "train_loss": 1.0},)
+    runs = []
+    for name, images, dense, accuracy in (
+        ("a", "mnist", True, 0.98),
+        ("b", "mnist", False, 0.975),
+        ("c", "digits", True, 0.91),
+        ("d", "digits", False, 0.9),
+    ):
+        run = made_up(name, accuracy=accuracy, dense=dense, history=history)
+        runs.append(dataclasses.replace(run, config={**run.config, "data.name": images}, **SPARSE))
+    shown = Page(report.report(runs, "two sets"))
+    tables = [table for table in shown.tables if "difference" in table[0]]
+    assert [[row[0] for row in table[1:]] for table in tables] == [["a", "b"], ["c", "d"]]
+    assert [table[2][table[0].index("difference")] for table in tables] == ["-0.50 points", "-1.00 points"]
+    assert [table[0][0] for table in shown.tables if table[0][-1] == "by chance"] == ["against a", "against c"]
+    assert shown.text.count("Test accuracy of finished runs.") == shown.text.count("Loss and error by epoch.") == 2
+    alone = Page(report.report(runs[:2], "one set"))
+    assert alone.text.count("Loss and error by epoch.") == 1
+    assert [list(of_set) for of_set in (report.by_test_set(runs), report.by_test_set(runs[:2]))] == [
+        ["mnist", "digits"], ["mnist"],
+    ]  # fmt: skip
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium to look at the page with")

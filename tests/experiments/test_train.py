@@ -218,6 +218,8 @@ def test_batch_statistics_are_trained_used_and_saved(tmp_path, monkeypatch):
         ("data.pad_mode", "mirror", "config.data.pad_mode is one of 'zeros', 'reflect', got 'mirror'"),
         ("model.dtype", "float16", "config.model.dtype is one of 'float32', 'bfloat16', got 'float16'"),
         ("epochs", 0, "config.epochs is at least 1, got 0"),
+        ("seed", 2**32, r"config.seed is from 0 to 2\^32 - 1, got 4294967296"),
+        ("data.classes", (1, 2), "config.data.classes is for streamed images, config.data.streamed"),
         ("label_smoothing", 1.0, r"config.label_smoothing is in \[0, 1\), got 1.0"),
         ("model.num_classes", 9, "config.model.num_classes is 9, but the data have 10 classes"),
         ("parallel.layout", "mesh", "config.parallel.layout: a layout is one of 'one_device', 'pmap', .*, got 'mesh'"),
@@ -330,7 +332,7 @@ def test_images_to_evaluate_on_that_cannot_be_read_are_left_out(tmp_path, caplog
 @pytest.mark.parametrize(
     ("changes", "seeds", "message"),
     [
-        ({"seed": -1}, None, r"config.seed is from 0 to 2\^32 - 1 where images are streamed, got -1"),
+        ({"seed": -1}, None, r"config.seed is from 0 to 2\^32 - 1, got -1"),
         ({}, [0, 1], "--vmap_seeds is for images that fit into the memory, not for config.data.streamed"),
         ({"data.streamed": False}, None, r"has no split 'test', it has .*are streamed: --config.data.streamed"),
     ],
@@ -413,3 +415,17 @@ def test_chunk_grid(arguments, grid):
 def test_seeds_that_are_none(texts):
     with pytest.raises(ValueError, match="--seeds takes different whole numbers such as 0,1,2, got"):
         train.as_seeds(texts)
+
+
+@pytest.mark.parametrize("seeds", ["0,4294967296", "-1", "0,0", "1.5", ""])
+def test_seeds_are_different_numbers_of_32_bits(seeds):
+    with pytest.raises(ValueError, match=r"--seeds takes different whole numbers from 0 to 2\^32 - 1"):
+        train.as_seeds(seeds.split(","))
+
+
+def test_seeds_of_32_bits_are_all_different():
+    config = smoke_config()
+    made = program.make_program(config, program.open_dataset(config))
+    seeds = train.as_seeds(f"0,{2**31},{2**32 - 1}".split(","))
+    keys = {tuple(jax.random.key_data(made.init(np.asarray(seed, np.uint32)).order_key).tolist()) for seed in seeds}
+    assert len(keys) == 3
