@@ -80,8 +80,8 @@ class Checkpoints:
     def restore(self, like: Any) -> tuple[int, Any] | None:
         """The newest checkpoint that is whole: its step and state; None if there is none.
 
-        One that cannot be read, or not with the values that were saved, is moved to ``damaged/`` beside the folder,
-        with a warning.
+        A checkpoint that is unreadable or fails its checksum is moved to ``damaged/`` beside the folder, with a
+        warning.
 
         Args:
           like: a state of the same structure, shapes and dtypes, or ``jax.ShapeDtypeStruct`` for its leaves, which may

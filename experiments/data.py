@@ -68,7 +68,7 @@ def load(
       data_dir: where TensorFlow Datasets keeps its data; None takes its default, ~/tensorflow_datasets.
       validation: the fraction of the train examples, the last of them, that is held out, in [0, 1).
       mean, std: of the pixels divided by 255, one number or one a channel; None takes those of the train images.
-      examples: of the train and the test examples take the first so many, at most; None takes all.
+      examples: keep at most this many examples from the start of each split; None keeps all.
 
     Returns:
       The same :class:`Dataset` on every call and machine.
@@ -242,7 +242,7 @@ def _from_tfds(name: str, data_dir: str | None) -> tuple[Split, Split, int]:
 
 
 def physical_memory() -> int:
-    """Of this machine, in bytes."""
+    """Physical memory of this machine, in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

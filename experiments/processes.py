@@ -12,7 +12,7 @@ import jax
 
 from jaxsparse.parallel import any_process
 
-HEARTBEAT_SECONDS = 30  # a process that was not heard of for so long is taken for dead
+HEARTBEAT_SECONDS = 30  # a process silent for this long is considered dead
 LOST = "start all processes again to go on from the last checkpoint"
 
 # What is told of processes that cannot be reached; other errors, such as of too little memory, have other causes.

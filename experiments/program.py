@@ -106,11 +106,11 @@ class Program(abc.ABC):
 
         Measured are "losses" and "accuracies" of the batches, (length,); "density" of all sparse leaves together;
         "layer_density" and "flips" by the path of every sparse leaf, the flips being the entries of its mask that the
-        chunk has changed; "finite" by the path of every leaf, whether all of its weights are. Of gates, "density" is
-        the share of the params that stay when closed channels are removed, "layer_density" and "flips" are of the
-        channels by the name of their group, and "remaining" has the shares of the multiply-adds, and what is expected
-        of both. Of streamed images also "input_wait", the seconds that were spent waiting for them, and "replaced",
-        the numbers of those that could not be read.
+        chunk has changed; "finite" by the path of every leaf, whether all of its weights are. For methods with gates,
+        "density" is the share of the params left when closed channels are removed, "layer_density" and "flips" count
+        channels by the name of their group, and "remaining" adds the share of the multiply-adds, and the expected
+        values of both. Of streamed images also "input_wait", the seconds that were spent waiting for them, and
+        "replaced", the numbers of those that could not be read.
         """
 
     @abc.abstractmethod
@@ -210,7 +210,7 @@ class Program(abc.ABC):
         }
 
     def _shares(self, state, open_channels):
-        """Of the params and of the multiply-adds, how much stays."""
+        """The shares of the params and of the multiply-adds that stay."""
         shapes = {path: leaf.shape for path, leaf in by_path(state.params).items()}
         kept = groups.expected_counts(models.channel_groups(self.model), shapes, open_channels)
         sizes = {path: math.prod(shape) for path, shape in shapes.items()}
@@ -347,7 +347,7 @@ class StreamedProgram(Program):
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
-    """Of each example, float32; ``smoothing`` of the labels' weight is spread over all classes."""
+    """The loss of each example, float32; ``smoothing`` of the labels' weight is spread over all classes."""
     logits = logits.astype(jnp.float32)
     if smoothing == 0:
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels)

@@ -97,7 +97,7 @@ def open_set(
         secret, or "test" where there is no other.
       data_dir: where TensorFlow Datasets keeps its data; None takes its default, ~/tensorflow_datasets.
       validation: the fraction of the train examples, the last of them, that is held out, in [0, 1).
-      examples: of the train and the test examples take the first so many, at most; None takes all.
+      examples: keep at most this many examples from the start of each split; None keeps all.
       classes: take the images of these classes only, given by name ("n01440764") or number; they become the labels 0,
         1, ... in this order. This reads the whole set once.
 
@@ -181,11 +181,10 @@ def train_stream(
 def eval_batches(
     source: Source, *, batch_size: int, image_size: int, shard: tuple[int, int] = (0, 1), workers: int = 0
 ) -> "Stream":
-    """The centres of the examples, in order, each once.
+    """Centre crops of all examples, once each, in order.
 
-    Every shard gets equally many batches, the last filled up with examples that are not ``real``; nor are those that
-    cannot be read. The picture is the
-    centre of the image whose shorter side was made ``image_size`` * 256/224.
+    Every shard gets equally many batches; the last is padded. Padding and images that cannot be read have
+    ``real=False``. The picture is the centre of the image whose shorter side was made ``image_size`` * 256/224.
 
     Args:
       source: the examples.

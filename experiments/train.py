@@ -456,7 +456,7 @@ def check_config(config: ConfigDict, num_examples: int) -> None:
 
 
 def size_in_bytes(state: Any) -> int:
-    """Of all arrays of a tree, or of what ``jax.eval_shape`` gives for them."""
+    """Bytes of all arrays of a tree, or of what ``jax.eval_shape`` gives for them."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 

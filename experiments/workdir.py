@@ -152,7 +152,7 @@ class _EventFile:
 
 @contextmanager
 def writing(path: Path, checkpoints: Checkpoints | None = None) -> Iterator[None]:
-    """Turns what goes wrong with the disk meanwhile into a WorkdirError that says so, and what is safe."""
+    """Re-raises disk errors as WorkdirError, with the last checkpoint that is intact."""
     try:
         yield
     except WorkdirError:

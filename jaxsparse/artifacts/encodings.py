@@ -181,7 +181,7 @@ def in_bytes(bits: int) -> int:
 
 
 def require(condition: object, otherwise: str) -> None:
-    """Raises a ValueError that says what is wrong, unless it is not."""
+    """Raises ``ValueError(otherwise)`` unless ``condition`` holds."""
     if not condition:
         raise ValueError(otherwise)
 

@@ -173,7 +173,7 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, dict[str, Any]]
 
 @contextlib.contextmanager
 def naming(what: str | os.PathLike, kind: type[ValueError]) -> Iterator[None]:
-    """Says of what is wrong where that is, and raises it as an error of that kind, in one line.
+    """Re-raises a ValueError from inside as a one-line ``kind`` that names ``what``.
 
     Examples:
       >>> with naming("model.npz", ArtifactError):

@@ -38,7 +38,7 @@ class History(Tabular):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of everything that was logged, in the order in which it first was."""
+        """All logged names, in order of first appearance."""
         return tuple(dict.fromkeys(name for line in self.lines for name in line))
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:

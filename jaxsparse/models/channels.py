@@ -94,8 +94,8 @@ def slim(model: nn.Module, params: Any, batch_stats: Any = None) -> tuple[nn.Mod
     A channel goes if nothing reads it, or if it is the same for every input: its filter is zero, or the scale of its
     batch normalisation, as where a gate is closed. What a constant other than zero adds to the next layer goes into
     the bias there, or, if that is a convolution (whose padding is no constant), into one channel that stays for all of
-    them. Then it is looked again, since the layers before and behind may have lost their use too. Each layer keeps
-    one channel at least.
+    them. This repeats until nothing changes, because removing a channel can make others removable in the layers before
+    and after it. Each layer keeps one channel at least.
 
     So it does not matter what has closed the channels: gates (hand in :func:`jaxsparse.eval_params`, which folds the
     gates that are between 0 and 1 into the weights), dual averaging with ``structure="channel"``, or so many weights
