@@ -95,13 +95,14 @@ def in_tree_of(like: Any, tree: Any, check: bool = True) -> Any:
 
 
 def _parts(node: Any) -> dict[Any, Any]:
-    """The children of a node of any registered type, by key; none of a leaf."""
+    """The children of a node of any registered type, by key; none of a leaf, nor of nodes whose parts have no names."""
     children, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda child: child is not node)
-    return {
-        path[0].key if isinstance(path[0], jax.tree_util.DictKey) else path_name(path): child
-        for path, child in children
-        if path
-    }
+    parts = {}
+    for path, child in children:
+        if not path or not isinstance(path[0], jax.tree_util.DictKey | jax.tree_util.GetAttrKey):
+            return {}
+        parts[path[0].key if isinstance(path[0], jax.tree_util.DictKey) else path_name(path)] = child
+    return parts
 
 
 def _is_variable(node: Any, parts: Mapping[Any, Any]) -> bool:

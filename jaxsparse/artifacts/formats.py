@@ -255,6 +255,8 @@ def save_npz(path: str | os.PathLike, params: Any, masks: Any = None) -> None:
         raise ValueError(f"the params have {suffixed[0]!r}, but NumPy takes a suffix .npy for its own: rename the key")
     if taken := [name for name in named if name.split("/")[0] == "masks"]:
         raise ValueError(f"the params have {taken[0]!r}, which is where the masks go: rename the key")
+    if cut := [name for name in named if zipfile.ZipInfo(name).filename != name]:
+        raise ValueError(f"the params have {cut[0]!r}, which cannot name a file in an archive: rename the key")
     arrays = {name: leaf.astype(np.float32) if leaf.dtype.name == "bfloat16" else leaf for name, leaf in named.items()}
     if masks is not None:
         checked = jax.tree.leaves(validate_masks(masks, plain_tree(params)), is_leaf=is_masked_node)

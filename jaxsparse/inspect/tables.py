@@ -307,7 +307,7 @@ class _Shown:
 
         if np.ndim(value) == 0 or not isinstance(value, jax.Array | np.ndarray):
             return None
-        if not _is_numeric(value):
+        if not value.size or not _is_numeric(value):
             return None
         shown = np.abs(value) if np.iscomplexobj(value) else np.asarray(value, np.float32)
         picture = treescope.render_array(shown, valid_mask=self.masks.get(id(value)))

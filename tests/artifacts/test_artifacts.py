@@ -20,6 +20,7 @@ import safetensors.numpy
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import sparse as jsparse
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxsparse
@@ -276,6 +277,7 @@ def test_masks_of_an_optimizer_state_and_what_they_keep(tmp_path):
         ({"w": np.float64([[1e300, -7, 0]])}, {"dtype": "int8"}, "w: 1 of its values are too large for the dtype"),
         ({"w": np.float32([[np.nan, 1, 0]])}, {"dtype": "int8"}, "w: int8 needs finite weights"),
         ({"w": np.eye(2)}, {"init": {"v": (-1.0, 1.0)}}, "v"),
+        ({"w": jsparse.BCOO.fromdense(np.eye(2))}, {}, "the params at 'w': expected a dict, .*, got jax.*BCOO"),
         ({"w": optax.EmptyState()}, {}, "the params at 'w': expected a dict, .*, got optax.*EmptyState"),
     ],
 )

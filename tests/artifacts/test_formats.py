@@ -145,6 +145,8 @@ def test_keys_that_the_formats_use_themselves(tmp_path):
         formats.save_dense(tmp_path / "model", {"__metadata__": np.ones(2)})
     with pytest.raises(ValueError, match=r"the params have 'w\.npy', but NumPy takes a suffix"):
         formats.save_npz(tmp_path / "model", {"w": np.ones(2), "w.npy": np.zeros(3)})
+    with pytest.raises(ValueError, match=r"the params have 'w\\x00v', which cannot name a file in an archive"):
+        formats.save_npz(tmp_path / "model", {"w\0v": np.ones(2)})
     assert os.listdir(tmp_path) == []
 
 

@@ -226,7 +226,8 @@ def test_leaves_that_are_no_real_numbers():
     masks = {"w": np.eye(2, dtype=bool), "key": np.array(True), "z": np.array(True)}
     rows = {row.path: row for row in jaxsparse.summary(masks, params).layers}
     assert (rows["key"].weights, rows["key"].mean_abs, rows["z"].mean_abs) == (3, None, 5.0)
-    assert "<treescope-container" in inspect.show(masks, params)._repr_html_()
+    empty = {"e": jnp.zeros((0, 5)), **params}, {"e": np.ones((0, 5), bool), **masks}
+    assert "<treescope-container" in inspect.show(*empty[::-1])._repr_html_()
     inspect.plot_weights(masks, params)
     activity = inspect.class_activity({"z": jnp.full((1, 2), 3 + 4j)}, jnp.array([0]), num_classes=1)
     assert activity["z"].tolist() == [[5.0], [5.0]]
