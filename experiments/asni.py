@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from experiments import command_line
 from experiments.compare import mean_and_error
-from experiments.optimizers import refuse_idle
-from experiments.train import FLAGS, Stopped, as_seeds, shrink, train, with_seed
+from experiments.train import FLAGS, Stopped, as_seeds, config_of_flags, train, with_seed
 from jaxsparse.tables import Table
 
 flags.DEFINE_list("arms", None, "Train these only; by default all of them.")
@@ -107,8 +106,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; options start with --")
     try:
-        refuse_idle(FLAGS.config, config_flags.get_override_values(FLAGS["config"]))
-        config = shrink(FLAGS.config) if FLAGS.config.smoke else FLAGS.config
+        config = config_of_flags()
         seeds = [config.seed] if FLAGS.seeds is None else as_seeds(FLAGS.seeds)
         print(run(config, Path(FLAGS.workdir), seeds, tuple(FLAGS.arms or ARMS)))
     except Stopped as stopped:

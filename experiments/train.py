@@ -500,15 +500,23 @@ def as_seeds(texts: Sequence[str]) -> list[int]:
     return seeds
 
 
+def config_of_flags() -> ConfigDict:
+    """The config of the command line. Made small by ``--config.smoke``, but for the keys that are changed there."""
+    config, changed = FLAGS.config, config_flags.get_override_values(FLAGS["config"])
+    refuse_idle(config, changed)
+    if config.smoke:
+        config = shrink(config)
+        config.update_from_flattened_dict(changed)
+    return config
+
+
 def main(argv: Sequence[str]) -> None:
     """Runs :func:`train` with the flags; what the user can set right is told in a line, without a traceback."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; options start with --")
-    config, workdir = FLAGS.config, Path(FLAGS.workdir)
+    workdir = Path(FLAGS.workdir)
     try:
-        refuse_idle(config, config_flags.get_override_values(FLAGS["config"]))
-        if config.smoke:
-            config = shrink(config)
+        config = config_of_flags()
         processes.join(FLAGS.distributed, FLAGS.coordinator, FLAGS.processes, FLAGS.process)
         if FLAGS.seeds is None:
             train(config, workdir, profile=FLAGS.profile)

@@ -28,6 +28,19 @@ def test_changes_reach_the_config(parse):
     assert rest == ["train"]
 
 
+def test_what_is_changed_is_not_made_small(parse):
+    changes = {"data.batch_size": 16, "epochs": 7, "optimizer.decay_every_steps": 5, "log_every_steps": 3}
+    parse(
+        f"--config={CONFIG}",
+        "--workdir=w",
+        "--config.smoke",
+        *(f"--config.{key}={value}" for key, value in changes.items()),
+    )
+    config = train.config_of_flags()
+    assert (config.data.batch_size, config.epochs, config.log_every_steps) == (16, 7, 3)
+    assert (config.optimizer.decay_every_steps, config.data.examples, config.eval_every_epochs) == (5, 44 * 32, 2)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
