@@ -85,6 +85,7 @@ from jaxsparse.artifacts.files import (
     ArtifactError,
     in_tree_of,
     naming,
+    plain_nodes,
     plain_tree,
     printable,
     read_safetensors,
@@ -305,7 +306,7 @@ def _kept(tree: Any, masks: Any) -> list[np.ndarray | None]:
     if masks is None:
         found = [bit_view(leaf) != 0 if prunable_by_default(path_name(path), leaf) else None for path, leaf in leaves]
         return [None if mask is None or mask.all() else mask for mask in found]
-    checked = jax.tree.leaves(validate_masks(masks, tree), is_leaf=is_masked_node)
+    checked = jax.tree.leaves(validate_masks(plain_nodes(masks, "masks"), tree), is_leaf=is_masked_node)
     found = [None if is_masked_node(mask) else np.asarray(mask) for mask in checked]
     for (path, leaf), mask in zip(leaves, found, strict=True):
         if mask is not None and (outside := np.count_nonzero(leaf[~mask])):

@@ -11,13 +11,14 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 
-from jaxsparse.structures import align, path_name
+from jaxsparse.structures import by_path, is_masked_node, path_name
 
 __all__ = [
     "DTYPES",
     "ArtifactError",
     "in_tree_of",
     "naming",
+    "plain_nodes",
     "plain_tree",
     "printable",
     "read_safetensors",
@@ -36,7 +37,7 @@ class ArtifactError(ValueError):
     """A file that is damaged, not of the format that it is read as, or of a newer version of it."""
 
 
-def plain_tree(params: Any) -> Any:
+def plain_tree(params: Any, what: str = "params") -> Any:
     """The same tree of dicts, lists, tuples and None, with NumPy arrays as leaves.
 
     Other nodes become dicts by the names of their parts: flax.nnx.State, FrozenDict, NamedTuples, dataclasses, Equinox
@@ -48,7 +49,7 @@ def plain_tree(params: Any) -> Any:
     """
 
     def plain(node, path):
-        where = f"the params at {'/'.join(path)!r}" if path else "the params"
+        where = f"the {what} at {'/'.join(path)!r}" if path else f"the {what}"
         if node is None:
             return None
         if type(node) in (list, tuple):
@@ -75,6 +76,13 @@ def plain_tree(params: Any) -> Any:
     return plain(params, ())
 
 
+def plain_nodes(tree: Any, what: str = "params") -> Any:
+    """The tree with the nodes that :func:`plain_tree` gives it, around leaves of any kind."""
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_masked_node)
+    numbers = plain_tree(treedef.unflatten(map(np.array, range(len(leaves)))), what)
+    return jax.tree.map(lambda number: leaves[number], numbers)
+
+
 def in_tree_of(like: Any, tree: Any, check: bool = True) -> Any:
     """The arrays of a plain tree in the tree of ``like``, matched by path.
 
@@ -86,12 +94,19 @@ def in_tree_of(like: Any, tree: Any, check: bool = True) -> Any:
     Raises:
       ValueError: for leaves that only one of them has, or of other shapes, naming them.
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(like)
-    values = align(tree, like, "the file")
-    for (path, leaf), value in zip(leaves, values, strict=True):
+    leaves, treedef = jax.tree.flatten(like)
+    numbered = treedef.unflatten(map(np.array, range(len(leaves))))
+    numbers, values = by_path(plain_tree(numbered, "tree of like=")), by_path(tree)
+    if only := sorted(set(numbers) ^ set(values)):
+        where = "the file" if only[0] in values else "like="
+        raise ValueError(f"{only[0]} is in {where} alone")
+    found = [None] * len(leaves)
+    for path, number in numbers.items():
+        value, leaf = values[path], leaves[number]
         if check and np.shape(value) != np.shape(leaf):
-            raise ValueError(f"{path_name(path)} has shape {np.shape(value)}, but {np.shape(leaf)} in like=")
-    return treedef.unflatten(values)
+            raise ValueError(f"{path} has shape {np.shape(value)}, but {np.shape(leaf)} in like=")
+        found[number] = value
+    return treedef.unflatten(found)
 
 
 def _parts(node: Any) -> dict[Any, Any]:

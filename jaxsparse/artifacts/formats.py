@@ -20,6 +20,7 @@ from jaxsparse.artifacts.files import (
     ArtifactError,
     in_tree_of,
     naming,
+    plain_nodes,
     plain_tree,
     read_safetensors,
     replacing,
@@ -259,7 +260,8 @@ def save_npz(path: str | os.PathLike, params: Any, masks: Any = None) -> None:
         raise ValueError(f"the params have {cut[0]!r}, which cannot name a file in an archive: rename the key")
     arrays = {name: leaf.astype(np.float32) if leaf.dtype.name == "bfloat16" else leaf for name, leaf in named.items()}
     if masks is not None:
-        checked = jax.tree.leaves(validate_masks(masks, plain_tree(params)), is_leaf=is_masked_node)
+        plain = plain_nodes(masks, "masks")
+        checked = jax.tree.leaves(validate_masks(plain, plain_tree(params)), is_leaf=is_masked_node)
         arrays |= {
             f"masks/{name}": np.packbits(np.asarray(mask))
             for name, mask in zip(named, checked, strict=True)
