@@ -268,6 +268,11 @@ def refuse_idle(config: ConfigDict, changed: Iterable[str]) -> None:
         "config.optimizer.schedule='epoch_cosine'": (schedule == "epoch_cosine", "optimizer.cosine_scale"),
         "config.optimizer.schedule='halving'": (schedule == "halving", "optimizer.halve_after_epochs"),
         "config.sparsity.method='mask_updates'": (method == "mask_updates", "sparsity.masks_from sparsity.start"),
+        "a config.sparsity.method that prunes": (
+            method != "mask_updates",
+            "sparsity.schedule sparsity.magnitude sparsity.scale sparsity.translation sparsity.normalised "
+            "sparsity.exact sparsity.structure sparsity.update_every_epochs",
+        ),
         "config.sparsity.schedule='sigmoid'": (
             config.sparsity.get("schedule") == "sigmoid", "sparsity.scale sparsity.translation sparsity.normalised"
         ),

@@ -156,6 +156,13 @@ def test_a_changed_key_that_has_no_effect_is_refused():
         for key in keys:
             with pytest.raises(ValueError, match=f"config.{key} has no effect without {needed}"):
                 optimizers.refuse_idle(config, ["seed", key])
+    asni.sparsity.method = "mask_updates"
+    with pytest.raises(
+        ValueError, match="sparsity.magnitude has no effect without a .*method that prunes"
+    ):
+        optimizers.refuse_idle(asni, ["sparsity.method", "sparsity.magnitude"])
+    optimizers.refuse_idle(asni, ["sparsity.masks_from", "sparsity.start"])
+    asni.sparsity.method = "asni"
     optimizers.refuse_idle(mnist, ["optimizer.decay_every_steps", "optimizer.decay_rate", "optimizer.momentum"])
     optimizers.refuse_idle(asni, ["sparsity.scale", "optimizer.cosine_scale", "sparsity.schedule"])
     optimizers.refuse_idle(l0, ["optimizer.decay_at_epochs", "sparsity.gate_decay_rate"])
