@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG := configs/digits_sparse_momentum.py
 
-.PHONY: help train test test-all test-versions notebooks docs lint clean
+.PHONY: help train test test-all test-versions test-optax notebooks docs lint clean
 
 help:
 	@echo "make train      train sparse momentum at 90% sparsity on digits, and a dense baseline, and compare"
 	@echo "make test       run the test suite, but for its slow tests"
 	@echo "make test-all   run the slow tests"
 	@echo "make test-versions  make test with every Python from 3.11 to 3.13 that is here, and with each JAX"
+	@echo "make test-optax run Optax's own tests over our links (OPTAX=CHECKOUT: those of another Optax)"
 	@echo "make notebooks  execute the notebooks and write their outputs back"
 	@echo "make docs       build the documentation, into build/docs/index.html"
 	@echo "make lint       ruff, mypy, and a wheel that installs and imports"
@@ -30,6 +31,9 @@ test-all: $(VENV)/test.installed $(VENV)/tpu.compiler
 
 test-versions:
 	$(PYTHON) tests/versions.py
+
+test-optax: $(VENV)/test.installed
+	$(BIN)/python -m tests.optax_contract $(OPTAX)
 
 notebooks: $(VENV)/notebooks.installed
 	$(BIN)/python -m notebooks.run
