@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 
 
-def resnet50(key: jax.Array, base: int = 64) -> dict:
-    """The 25.6 million parameters of a ResNet-50 for ImageNet: kernels HWIO, BatchNorm scale and bias; or narrower."""
-    shapes: dict[str, tuple[int, ...]] = {"stem/conv/kernel": (7, 7, 3, base), **norm("stem", base)}
-    channels = base
-    for stage, (blocks, width) in enumerate([(3, base), (4, 2 * base), (6, 4 * base), (3, 8 * base)]):
+def resnet50(key: jax.Array) -> dict:
+    """The 25.6 million parameters of a ResNet-50 for ImageNet: kernels HWIO, BatchNorm scale and bias."""
+    shapes: dict[str, tuple[int, ...]] = {"stem/conv/kernel": (7, 7, 3, 64), **norm("stem", 64)}
+    channels = 64
+    for stage, (blocks, width) in enumerate([(3, 64), (4, 128), (6, 256), (3, 512)]):
         for block in range(blocks):
             name, out = f"stage{stage}/block{block}", 4 * width
             sizes = {"conv1": (1, 1, channels, width), "conv2": (3, 3, width, width), "conv3": (1, 1, width, out)}
@@ -17,7 +17,7 @@ def resnet50(key: jax.Array, base: int = 64) -> dict:
             for conv, shape in sizes.items():
                 shapes |= {f"{name}/{conv}/kernel": shape, **norm(f"{name}/{conv}", shape[-1])}
             channels = out
-    shapes |= {"head/kernel": (32 * base, 1000), "head/bias": (1000,)}
+    shapes |= {"head/kernel": (2048, 1000), "head/bias": (1000,)}
     keys = jax.random.split(key, len(shapes))
     return {
         path: 0.05 * jax.random.normal(k, shape, jnp.float32)

@@ -90,8 +90,10 @@ def test_a_table_that_nothing_was_reached_of(tmp_path):
 
 
 @pytest.mark.slow
-def test_all_of_it_runs(tmp_path, monkeypatch):
+def test_every_kind_of_row_runs(tmp_path, monkeypatch):
+    """But for four of the five methods with which ResNet-50 is trained: a minute of compiling each."""
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "True")
+    monkeypatch.setattr(gpu, "EXPERIMENTS", gpu.EXPERIMENTS[:1])
     gpu.main(["--minutes", "60", "--output", str(tmp_path / "table.md")])
     table = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| ")]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table[2:]]
