@@ -71,7 +71,9 @@ def compare(commit: str, benchmark: str, cases: dict[str, int]) -> Iterable[list
             versions[name] = Measuring("benchmarks.against", benchmark, str(tree), tree=tree)
             stack.callback(versions[name].close)
         for case, rounds in cases.items():
-            made = {name: version.ask({"case": case}) for name, version in versions.items()}
+            for version in versions.values():
+                version.send({"case": case})
+            made = {name: version.answer() for name, version in versions.items()}
             if failed := [f"{name}: {answer['error']}" for name, answer in made.items() if "error" in answer]:
                 yield [case, "", "", "", "", "; ".join(failed)]
                 continue

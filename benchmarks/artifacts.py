@@ -28,7 +28,7 @@ def lenet():
 
 
 def resnet50():
-    return flax.traverse_util.unflatten_dict(networks.resnet50(jax.random.key(0)), sep="/")
+    return flax.traverse_util.unflatten_dict(networks.resnet50(0), sep="/")
 
 
 def formats(params, masks):

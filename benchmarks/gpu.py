@@ -197,13 +197,12 @@ def product(shape, side, density, ways, dtype, implementation, rounds):
 
 def update(optimizer, link, leaves, rounds):
     """One update of the first so many params of a ResNet-50 with a link, beside the dense optimizer's."""
-    import jax
 
     import jaxsparse
     from benchmarks import networks
     from benchmarks.update import LINKS, NEVER, OPTIMIZERS, runner
 
-    whole = (networks.resnet50(jax.random.key(seed)) for seed in range(3))
+    whole = (networks.resnet50(seed) for seed in range(3))
     params, *grads = (dict(itertools.islice(tree.items(), leaves)) for tree in whole)
 
     def run(*links):

@@ -1,10 +1,10 @@
 """Parameter trees of well-known shapes, filled with random numbers."""
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 
 
-def resnet50(key: jax.Array) -> dict:
+def resnet50(seed: int) -> dict:
     """The 25.6 million parameters of a ResNet-50 for ImageNet: kernels HWIO, BatchNorm scale and bias."""
     shapes: dict[str, tuple[int, ...]] = {"stem/conv/kernel": (7, 7, 3, 64), **norm("stem", 64)}
     channels = 64
@@ -18,11 +18,8 @@ def resnet50(key: jax.Array) -> dict:
                 shapes |= {f"{name}/{conv}/kernel": shape, **norm(f"{name}/{conv}", shape[-1])}
             channels = out
     shapes |= {"head/kernel": (2048, 1000), "head/bias": (1000,)}
-    keys = jax.random.split(key, len(shapes))
-    return {
-        path: 0.05 * jax.random.normal(k, shape, jnp.float32)
-        for k, (path, shape) in zip(keys, shapes.items(), strict=True)
-    }
+    draw = np.random.default_rng(seed).standard_normal  # on the host: nothing to compile for each shape
+    return {path: jnp.asarray(np.float32(0.05) * draw(shape, np.float32)) for path, shape in shapes.items()}
 
 
 def norm(name: str, channels: int) -> dict[str, tuple[int, ...]]:

@@ -33,7 +33,18 @@ class Measuring:
         self._waiting.register(self._from, selectors.EVENT_READ)
 
     def ask(self, request: object, seconds: float | None = None) -> dict:
-        """What it answers.
+        """What it answers to a request; raises as :meth:`answer`."""
+        self.send(request)
+        return self.answer(seconds)
+
+    def send(self, request: object) -> None:
+        """Lets it begin with a request, for :meth:`answer`."""
+        with contextlib.suppress(BrokenPipeError):  # it has ended, as the answer will say
+            self._to.write(json.dumps(request).encode() + b"\n")
+            self._to.flush()
+
+    def answer(self, seconds: float | None = None) -> dict:
+        """What it answers to the request that was sent.
 
         Raises:
           TimeoutError: if it does not in so many seconds.
@@ -41,20 +52,15 @@ class Measuring:
         """
         until = None if seconds is None else time.monotonic() + seconds
         answer = b""
-        try:
-            self._to.write(json.dumps(request).encode() + b"\n")
-            self._to.flush()
-            while not answer.endswith(b"\n"):
-                left = None if until is None else max(0.0, until - time.monotonic())
-                if not self._waiting.select(left):
-                    raise TimeoutError(f"no answer in {seconds:.0f} s")
-                part = os.read(self._from.fileno(), 1 << 16)
-                if not part:
-                    raise BrokenPipeError
-                answer += part
-        except BrokenPipeError:
-            code = self._process.wait()
-            raise RuntimeError(f"the process that measures ended with {code}: its last words are above") from None
+        while not answer.endswith(b"\n"):
+            left = None if until is None else max(0.0, until - time.monotonic())
+            if not self._waiting.select(left):
+                raise TimeoutError(f"no answer in {seconds:.0f} s")
+            part = os.read(self._from.fileno(), 1 << 16)
+            if not part:
+                code = self._process.wait()
+                raise RuntimeError(f"the process that measures ended with {code}: its last words are above")
+            answer += part
         return json.loads(answer)
 
     def close(self) -> None:

@@ -29,7 +29,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds of each alternative")
     args = parser.parse_args()
 
-    params, *grads = (networks.resnet50(jax.random.key(seed)) for seed in range(3))
+    params, *grads = (networks.resnet50(seed) for seed in range(3))
     step_size, averaging = jaxsparse.rda_cosine(1.0, 10_000)
     alternatives = {"SGD momentum": (optax.sgd(0.1, momentum=0.9), DENSE)}
     for structure, size in (("weight", WEIGHTS), ("kernel", GROUPS), ("channel", GROUPS)):

@@ -66,7 +66,7 @@ def runner(tx, params, grads):
 @functools.cache
 def trees():
     """Params and two gradients."""
-    return [networks.resnet50(jax.random.key(seed)) for seed in range(3)]
+    return [networks.resnet50(seed) for seed in range(3)]
 
 
 def case(name):
