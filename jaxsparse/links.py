@@ -5,7 +5,7 @@ the optimizer proposes and the params, and emits the update that lands on the ma
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -14,7 +14,7 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxsparse.allocation import check_precision
-from jaxsparse.structures import align, by_path, is_function, is_masked_node, leaf_paths
+from jaxsparse.structures import align, by_path, is_function, is_masked_node, leaf_paths, path_name
 
 __all__ = [
     "LinkState",
@@ -31,6 +31,7 @@ __all__ = [
 class LinkState(Protocol):
     """What the accessors ask of a link's state, wherever it lies in an optimizer state.
 
+    It may also have ``notes()``, of what is legal but seldom meant, in the form of ``problems``, for warnings.
     That of a wrapper may also have an ``inner_state``, with further links in it; ``eval_weights()``, the leaves to
     evaluate with where they are not the params on their masks; and ``log_alpha`` and ``open_channels()``, of its gates.
     """
@@ -68,7 +69,9 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
     divided by ``sqrt(nu) + 1e-8`` (no bias correction), or ``ema``, looked up by these
     names in the states of the earlier members, nested ones too (``chain``,
     ``partition``, ``masked``, ``inject_hyperparams``, ``MultiSteps``), the latest first; of a
-    chain in a chain its own members', then those before it. What the caller passes under these
+    chain in a chain its own members', then those before it. Optimizers for parts of the params (``masked``,
+    ``partition``, ``optax.contrib.muon``) have momenta of their own scales; links that compare layers are told which
+    leaves have the same kind of optimizer. What the caller passes under these
     names wins, and goes to every member that accepts extra args, as in :func:`optax.chain`. (The others are not handed
     ours: line searches such as that of ``optax.lbfgs`` refuse what they do not know.)
 
@@ -140,22 +143,61 @@ def stored_momentum(states: Any, params: Any) -> Any:
     Returns:
       A pytree like ``params``, with ``optax.MaskedNode()`` where no state stores a momentum.
     """
-    found: dict[str, jax.Array] = {}
-    names = leaf_paths(params)
-    shapes = dict(zip(names, map(jnp.shape, jax.tree.leaves(params)), strict=True))
-    for state in jax.tree.leaves(states, is_leaf=lambda node: _momentum_field(node) is not None):
+    found = {
+        name: momentum if squares is None else momentum / (jnp.sqrt(squares) + 1e-8)
+        for name, (momentum, squares, _) in _nearest_momenta(states, params).items()
+    }
+    return jax.tree.structure(params).unflatten([found.get(name, optax.MaskedNode()) for name in leaf_paths(params)])
+
+
+def momentum_kinds(signal: Any, params: Any) -> list[Any]:
+    """For every leaf of ``params`` the kind of optimizer that its momentum is of: those of one kind have one scale.
+
+    Optimizers that stand for parts of the params, by ``optax.masked`` or ``optax.partition``, are of one kind if
+    their states are of the same types. Of a signal that the caller handed in, all leaves are of one kind.
+    """
+    kinds = {}
+    if isinstance(signal, _StoredMomentum):
+        kinds = {name: kind for name, (_, _, kind) in _nearest_momenta(signal.states, signal.params).items()}
+    return [kinds.get(name) for name in leaf_paths(params)]
+
+
+def _nearest_momenta(states: Any, params: Any) -> dict[str, tuple[jax.Array, jax.Array | None, Any]]:
+    """For the path of each leaf that has any the last momentum, Adam's nu beside it, and the kind of its optimizer."""
+    found = {}
+    shapes = dict(zip(leaf_paths(params), map(jnp.shape, jax.tree.leaves(params)), strict=True))
+    for state, kind in _momentum_states(states):
         field = _momentum_field(state)
-        if field is None:
-            continue
         squares = by_path(state.nu) if field == "mu" and hasattr(state, "nu") else {}
         for name, leaf in by_path(getattr(state, field)).items():
-            if shapes.get(name) != jnp.shape(leaf):
-                continue
-            if name in squares:
-                leaf = leaf / (jnp.sqrt(squares[name]) + 1e-8)
-            found[name] = leaf
-    treedef = jax.tree.structure(params)
-    return treedef.unflatten([found.get(name, optax.MaskedNode()) for name in names])
+            if shapes.get(name) == jnp.shape(leaf):
+                found[name] = leaf, squares.get(name), kind
+    return found
+
+
+def _momentum_states(node: Any, around: tuple[str, ...] = ()) -> Iterator[tuple[Any, Any]]:
+    """The states with a momentum in them, each with what they are of: their type, and those in the same masked part."""
+    if _momentum_field(node):
+        yield node, (*around, type(node).__name__)
+        return
+    if isinstance(node, optax.MaskedState):
+        around = tuple(_types(node.inner_state))
+    for part in _parts(node):
+        yield from _momentum_states(part, around)
+
+
+def _types(node: Any) -> Iterator[str]:
+    """The names of the states within an optimizer state that have arrays in them, beside counts."""
+    if any(jnp.ndim(leaf) for leaf in jax.tree.leaves(node)):
+        if hasattr(node, "_fields"):
+            yield type(node).__name__
+        for part in _parts(node):
+            yield from _types(part)
+
+
+def _parts(node: Any) -> list[Any]:
+    parts = jax.tree.leaves(node, is_leaf=lambda part: part is not node)
+    return [part for part in parts if part is not node]  # a leaf is its own
 
 
 class _StoredMomentum:
@@ -171,10 +213,20 @@ class _StoredMomentum:
 def align_signal(signal: Any, params: Any, what: str) -> list[jax.Array | None]:
     """The leaves of an extra arg (a tree, or a function that makes one) that belong to ``params``.
 
-    ``None`` where the extra arg has ``optax.MaskedNode()``.
+    ``None`` where the extra arg has it, or ``optax.MaskedNode()``.
     """
     tree = signal() if is_function(signal) else signal
-    tree = jax.tree.map(lambda leaf: _Absent() if is_masked_node(leaf) else leaf, tree, is_leaf=is_masked_node)
+
+    wanted = set(leaf_paths(params))
+
+    def absent(path, leaf):  # a None may also be one that the params have
+        return is_masked_node(leaf) or (leaf is None and path_name(path) in wanted)
+
+    tree = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: _Absent() if absent(path, leaf) else leaf,
+        tree,
+        is_leaf=lambda node: node is None or is_masked_node(node),
+    )
     return [None if isinstance(leaf, _Absent) else leaf for leaf in align(tree, params, what)]
 
 
@@ -212,7 +264,7 @@ def land_on_masks(updates: Any, params: Any, masks: Any) -> Any:
     """The update that leaves every pruned weight at exactly 0: ``-p``, since ``p + (-p)`` is 0.
 
     Args:
-      updates: the proposed update, like ``params``.
+      updates: the proposed update, like ``params``; None for leaves without one, which stays so where they are dense.
       params: the params.
       masks: bool arrays, ``optax.MaskedNode()`` for dense leaves.
 
@@ -221,7 +273,9 @@ def land_on_masks(updates: Any, params: Any, masks: Any) -> Any:
     """
 
     def land(p, u, mask):
-        u = u.astype(p.dtype)
+        if u is None and is_masked_node(mask):
+            return None
+        u = jnp.zeros_like(p) if u is None else jnp.asarray(u, jnp.result_type(p))
         if is_masked_node(mask):
             return u
         # Compared as a byte: on a CPU, XLA's select on a stored bool is not vectorised and takes a third longer.

@@ -20,6 +20,7 @@ from jaxsparse.selection import count_true, global_top_k_masks, random_scores, t
 from jaxsparse.structures import (
     StructureLike,
     align,
+    as_array,
     is_masked_node,
     leaf_paths,
     leaf_structures,
@@ -253,17 +254,18 @@ def validate_masks(masks: Any, params: Any, what: str = "masks") -> Any:
             continue
         if not hasattr(mask, "dtype"):
             mask = np.asarray(mask)
-        if mask.dtype != jnp.bool_ or (mask.shape != leaf.shape and mask.shape != ()):
+        shape = as_array(path, leaf).shape
+        if mask.dtype != jnp.bool_ or (mask.shape != shape and mask.shape != ()):
             raise ValueError(
-                f"{what} of {path_name(path)}: expected bool of shape {leaf.shape} (or the scalar True for a "
+                f"{what} of {path_name(path)}: expected bool of shape {shape} (or the scalar True for a "
                 f"dense leaf), got {mask.dtype} of shape {mask.shape}"
             )
-        if mask.shape == () and leaf.shape != ():
+        if mask.shape == () and shape != ():
             if not isinstance(mask, jax.core.Tracer) and not bool(mask):
                 raise ValueError(f"{what} of {path_name(path)}: the scalar False would remove the whole leaf")
             checked.append(optax.MaskedNode())
         else:
-            checked.append(optax.MaskedNode() if leaf.shape == () else mask)
+            checked.append(optax.MaskedNode() if shape == () else mask)
     return treedef.unflatten(checked)
 
 

@@ -30,10 +30,10 @@ from jaxsparse.allocation import exact_sum
 from jaxsparse.selection import count_true, top_k_mask
 
 __all__ = [
-    "Prunable", "Structure", "StructureLike", "align", "all_but", "block", "by_path", "by_plain_path", "channel",
-    "check_structure", "check_units", "is_function", "is_masked_node", "kernel", "leaf_paths", "leaf_structures",
-    "mask_structures", "n_of_m", "natural_order", "path_name", "plain_path", "prunable_by_default", "prunable_leaves",
-    "unit_scores", "weight",
+    "Prunable", "Structure", "StructureLike", "align", "all_but", "as_array", "block", "by_path", "by_plain_path",
+    "channel", "check_structure", "check_units", "is_function", "is_masked_node", "kernel", "leaf_paths",
+    "leaf_structures", "mask_structures", "n_of_m", "natural_order", "path_name", "plain_path",
+    "prunable_by_default", "prunable_leaves", "unit_scores", "weight",
 ]  # fmt: skip
 
 logger = logging.getLogger("jaxsparse")
@@ -194,6 +194,7 @@ def prunable_leaves(params: Any, prunable: Any = None) -> Any:
         does not cover the params.
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    leaves = [(path, as_array(path, leaf)) for path, leaf in leaves]
     if prunable is None:
         chosen = [prunable_by_default(path_name(path), leaf) for path, leaf in leaves]
     elif isinstance(prunable, Prunable):
@@ -221,6 +222,18 @@ def prunable_leaves(params: Any, prunable: Any = None) -> Any:
         dense = [path_name(path) for (path, _), choice in zip(leaves, chosen, strict=True) if not choice]
         logger.info("prunable: %s; dense: %s", ", ".join(sparse), ", ".join(dense) or "nothing")
     return treedef.unflatten(chosen)
+
+
+def as_array(path: tuple, leaf: Any) -> Any:
+    """A leaf that has a shape and a dtype: Python numbers are made arrays of no dimensions, as by JAX."""
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        return leaf
+    if not isinstance(leaf, bool | int | float | complex):
+        raise ValueError(
+            f"the params must be arrays, but {path_name(path)} is {leaf!r}. Of an Equinox module, whose functions are "
+            "leaves too, give its arrays: eqx.filter(model, eqx.is_inexact_array)"
+        )
+    return np.asarray(leaf)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)

@@ -263,3 +263,43 @@ def test_numbers_of_low_precision_are_refused():
         jax.eval_shape(make(exact).init, params)
     state = exact(jaxsparse.sparse_momentum)(0.995, 100, decay=0.9).init(params)
     assert int(jaxsparse.count(jaxsparse.get_masks(state))) == 10
+
+
+def make_links(params):
+    masks = jax.tree.map(lambda p: jnp.eye(4, dtype=bool) if jnp.ndim(p) == 2 else True, params)
+    return (
+        jaxsparse.mask_updates(masks),
+        jaxsparse.asni(0.5, 2),
+        jaxsparse.sparse_momentum(0.5, 2, decay=0.9),
+        jaxsparse.reweighted_l1(0.1, l1=0.1),
+    )
+
+
+def test_python_numbers_are_leaves_as_for_optax():
+    params = {"w": jnp.ones((4, 4)), "temperature": 1.0, "number": 3}
+    for link in make_links(params):
+        state = link.init(params)
+        updates, state = link.update(params, state, params)
+        assert (updates["temperature"].dtype, updates["number"].dtype) == (jnp.float32, jnp.int32)
+        trained = optax.apply_updates(params, updates)
+        jaxsparse.check(state, trained)
+        assert float(jaxsparse.sparsify(state, trained)["temperature"]) == 2.0
+
+
+def test_functions_among_the_leaves_are_named():
+    params = {"layer": {"w": jnp.ones((4, 4)), "activation": jax.nn.relu}}
+    for link in make_links({"layer": {"w": params["layer"]["w"], "activation": jnp.ones(())}}):
+        with pytest.raises(
+            ValueError, match=r"layer/activation is .* give its arrays: eqx.filter\(model, eqx.is_inexact_array\)"
+        ):
+            link.init(params)
+
+
+def test_updates_of_none_stay_none():
+    params = {"w": jnp.ones((4, 4)), "steps": jnp.arange(3), "absent": None}
+    for link in make_links(params):
+        updates, _ = link.update({"w": params["w"], "steps": None, "absent": None}, link.init(params), params)
+        assert updates["steps"] is updates["absent"] is None
+        zeros, _ = link.update({"w": 0 * params["w"], "steps": None, "absent": None}, link.init(params), params)
+        none, _ = link.update({"w": None, "steps": None, "absent": None}, link.init(params), params)
+        np.testing.assert_array_equal(none["w"], zeros["w"])  # a sparse leaf lands on its mask all the same

@@ -4,6 +4,7 @@ The optimizer state comes first, then the params.
 """
 
 import functools
+import warnings
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 
 from jaxsparse.links import link_states
 from jaxsparse.masks import apply_masks, validate_masks
-from jaxsparse.structures import by_path, by_plain_path, is_masked_node, prunable_leaves
+from jaxsparse.structures import by_path, by_plain_path, is_masked_node, path_name, prunable_leaves
 
 __all__ = [
     "SparsityError",
@@ -141,17 +142,25 @@ def check(opt_state: Any, params: Any = None) -> None:
     Looked at are: masks that are off their budget, NaN among the scores that masks were chosen by and,
     given ``params``, pruned weights that are not zero (as when an outer wrapper moves the params).
 
+    What is legal but seldom meant is a warning: layers (or groups of channels) of which nothing is left, and layers
+    that take no part in mask updates since they are frozen.
+
     Args:
       opt_state: the optimizer state. Replicated and vmapped ones are checked in every replica.
       params: the params, for the zeros.
 
     Raises:
       SparsityError: naming every broken invariant.
-      ValueError: if there is no sparse link in the state.
+      ValueError: if there is no sparse link in the state, or it is traced.
     """
-    problems = [problem for link in _links(opt_state, params) for problem in link.problems(params)]
-    if problems:
+    _refuse_traced((opt_state, params), "check")
+    links = _links(opt_state, params)
+    if problems := [problem for link in links for problem in link.problems(params)]:
         raise SparsityError("; ".join(problems))
+    for link in links:
+        notes = link.notes() if hasattr(link, "notes") else []
+        for note in notes + _emptied(link):
+            warnings.warn(note, stacklevel=2)
 
 
 def closed_channels(params: Any, *, prunable: Any = None) -> dict[str, np.ndarray]:
@@ -195,6 +204,34 @@ def _links(opt_state: Any, params: Any = None) -> list[Any]:
     return links
 
 
+def _emptied(link: Any) -> list[str]:
+    """Says which layers, or groups of channels, have nothing left, in any replica."""
+    if hasattr(link, "open_channels"):  # which gates are open in a step is random
+        kept, of = link.open_channels(), "open channels of group "
+    else:
+        kept, of = by_plain_path(link.sparse_masks()), "weights of "
+    counts = jax.tree.leaves(link.count) if "count" in getattr(link, "_fields", ()) else []
+    replica_axes = max(map(jnp.ndim, counts), default=0)
+    found = []
+    for name, mask in kept.items():
+        left = np.asarray(jnp.any(mask, axis=tuple(range(replica_axes, jnp.ndim(mask)))))
+        if jnp.size(mask) and not left.all():
+            found.append(
+                f"0 of {jnp.size(mask) // left.size} {of}{name} are left, so nothing passes through. It is small for "
+                "what the whole network is to lose: give it a budget of its own, or leave it out by prunable="
+            )
+    return found
+
+
+def _refuse_traced(tree: Any, who: str) -> None:
+    """Raises a ValueError if any leaf is traced."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
+        raise ValueError(
+            f"{who} looks at values, and there are none inside jit, vmap, grad or scan: call it outside, with what the "
+            "transformed function returns"
+        )
+
+
 def _gated_links(opt_state: Any) -> list[Any]:
     links = [link for link in link_states(opt_state) if hasattr(link, "log_alpha")]
     if not links:
@@ -205,14 +242,22 @@ def _gated_links(opt_state: Any) -> list[Any]:
 def _masks_of_leaves(opt_state: Any, params: Any) -> list[jax.Array]:
     """For every leaf of the params its mask, the scalar True for dense leaves, matched by path."""
     found: dict[str, Any] = {}
+    known: set[str] = set()  # paths of leaves, and of what stands for a dense leaf or a subtree
     for link in _links(opt_state, params):
-        masks = by_path(link.sparse_masks())
+        paths, _ = jax.tree_util.tree_flatten_with_path(link.sparse_masks(), is_leaf=is_masked_node)
+        masks = {path_name(path): mask for path, mask in paths if not is_masked_node(mask)}
+        known |= {path_name(path) for path, _ in paths}
         if twice := sorted(set(found) & set(masks)):
             raise ValueError(f"two sparse links mask the same leaf: {', '.join(twice)}")
         found |= masks
     leaves = by_path(params)
     if unknown := sorted(set(found) - set(leaves)):
         raise ValueError(f"the optimizer state has masks of leaves that the params lack: {', '.join(unknown)}")
+    if new := sorted(path for path in leaves if not known & set(_prefixes(path))):
+        raise ValueError(
+            f"the optimizer state knows nothing of these leaves of the params: {', '.join(new)}. It is that of another "
+            "model: make one with tx.init(params)"
+        )
     for name, mask in found.items():
         if np.shape(mask) != np.shape(leaves[name]):
             raise ValueError(
@@ -222,8 +267,14 @@ def _masks_of_leaves(opt_state: Any, params: Any) -> list[jax.Array]:
     return [found.get(name, jnp.ones((), bool)) for name in leaves]
 
 
+def _prefixes(path: str) -> list[str]:
+    parts = path.split("/")
+    return ["", *("/".join(parts[:n]) for n in range(1, len(parts) + 1))]
+
+
 def masks_for(opt_state_or_masks: Any, params: Any) -> Any:
     """Masks that fit the params: those given, or those that the optimizer state given holds."""
+    _refuse_traced((opt_state_or_masks, params), "a table or picture")
     if _all_bool(params) and not _all_bool(opt_state_or_masks):
         raise ValueError("the params and the masks have changed places: masks come first")
     dtypes = [getattr(leaf, "dtype", None) for leaf in jax.tree.leaves(opt_state_or_masks)]

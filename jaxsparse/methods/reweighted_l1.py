@@ -216,7 +216,9 @@ def reweighted_l1(
         leaves, treedef = jax.tree.flatten(params)
         flat = map(treedef.flatten_up_to, (updates, state.pre_prox, state.threshold, state.magnitude))
         stepped = [
-            (u.astype(x.dtype), y, threshold, r) if is_masked_node(y) else step(u, x, y, threshold, r)
+            (u if u is None else jnp.asarray(u, jnp.result_type(x)), y, threshold, r)
+            if is_masked_node(y)
+            else step(0 if u is None else u, x, y, threshold, r)
             for x, u, y, threshold, r in zip(leaves, *flat, strict=True)
         ]
         updates, *trees = (treedef.unflatten([leaf[i] for leaf in stepped]) for i in range(4))

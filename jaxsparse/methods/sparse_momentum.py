@@ -12,7 +12,7 @@ their scores take the place of the weights, and those of the momentum the place 
 import dataclasses
 import warnings
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ from jaxsparse.links import (
     check_steps,
     check_zeros,
     land_on_masks,
+    momentum_kinds,
     on_update_steps,
     refuse_replicated,
     require_params,
@@ -52,15 +53,16 @@ from jaxsparse.structures import (
     leaf_paths,
     mask_structures,
     n_of_m,
+    plain_path,
     unit_scores,
     weight,
 )
 
 __all__ = ["SparseMomentumState", "momentum_regrowth", "sparse_momentum"]
 
-GROWTH = ("momentum", "random", "momentum_neuron")
-REDISTRIBUTION = ("momentum", "magnitude", "nonzeros", "none")
-PRUNE = ("magnitude", "SET", "global_magnitude")
+Growth: TypeAlias = Literal["momentum", "random", "momentum_neuron"]
+Redistribution: TypeAlias = Literal["momentum", "magnitude", "nonzeros", "none"]
+Prune: TypeAlias = Literal["magnitude", "SET", "global_magnitude"]
 # The authors' code leaves units alone that would grow fewer weights than this.
 _SMALLEST_NEURON_QUOTA = 10
 
@@ -76,6 +78,10 @@ class SparseMomentumState(NamedTuple):
       budget: (), int32: how many weights the masks keep, at every step.
       nan_scores: (), int32: NaNs met among the weights and momenta that masks were chosen by.
       rng_key: (), typed PRNG key: for the random choices of the next mask update.
+      fingerprints: (sparse leaves,), uint32: of each one's weights when its mask was last chosen. One that still has
+        the same weights at the next mask update is frozen.
+      resting: (sparse leaves,), bool: which kept their masks in the last mask update, since they are frozen or
+        without any momentum.
     """
 
     count: jax.Array  # type: ignore[assignment]  # the name that Optax gives it
@@ -84,6 +90,8 @@ class SparseMomentumState(NamedTuple):
     budget: jax.Array
     nan_scores: jax.Array
     rng_key: jax.Array
+    fingerprints: jax.Array
+    resting: jax.Array
 
     def sparse_masks(self) -> Any:
         """The masks in the form of a state."""
@@ -105,15 +113,27 @@ class SparseMomentumState(NamedTuple):
             )
         return found + ([] if params is None else check_zeros(self.masks, params, who))
 
+    def notes(self) -> list[str]:
+        """Layers that took no part in the last mask update."""
+        resting = np.asarray(jax.tree.leaves(self.resting)[0])  # flax.nnx wraps the leaves of an optimizer state
+        resting = resting.any(tuple(range(resting.ndim - 1)))
+        return [
+            f"sparse_momentum: {path} kept its mask in the last mask update, because it does not move or has no "
+            "momentum: it is frozen, or no gradient reaches it. If it is meant to be frozen, leave it out, or it stays "
+            f"as sparse as it was at the start: prunable=jaxsparse.all_but({path!r})"
+            for path, rests in zip(map(plain_path, leaf_paths(self.masks)), resting, strict=True)
+            if rests
+        ]
+
 
 def sparse_momentum(
     sparsity: Sparsity,
     update_every: ArrayLike,
     *,
     prune_rate: ArrayLike | optax.Schedule = 0.5,
-    growth: str = "momentum",
-    redistribution: str = "momentum",
-    prune: str = "magnitude",
+    growth: Growth = "momentum",
+    redistribution: Redistribution = "momentum",
+    prune: Prune = "magnitude",
     allocation: str = "uniform",
     masks: Any = None,
     decay: ArrayLike | None = None,
@@ -142,6 +162,15 @@ def sparse_momentum(
     The momentum is the one that the optimizer stores, if the chain is
     :func:`jaxsparse.chain`. In a plain ``optax.chain`` pass it as ``tx.update(..., momentum=tree)``,
     or the proposed update is taken in its place, which works but makes every step dearer.
+
+    If optimizers of several kinds move parts of the params (``optax.partition``, ``optax.masked``,
+    ``optax.contrib.muon``), layers compare by their mean momentum over that of all layers with an optimizer of the same
+    kind. Optimizers of one kind are compared as they are, whatever their decay and learning rate.
+
+    A layer that has not moved since its mask was chosen (``optax.freeze``, ``optax.set_to_zero``, ``stop_gradient``),
+    or that has no momentum anywhere while others have, keeps its mask and exchanges nothing with the others, and
+    :func:`jaxsparse.check` warns of it. But its first mask is as random as the others': leave frozen layers out by
+    ``prunable``, for instance :func:`jaxsparse.all_but`.
 
     Args:
       sparsity: the fraction of zeros among the prunable weights, in [0, 1), possibly traced; or one for
@@ -236,13 +265,16 @@ def sparse_momentum(
             # Copies: the state may be donated, the caller's masks must survive that.
             start = jax.tree.map(lambda mask: jnp.array(mask, copy=True), start)
             check_total(mask.size for mask in jax.tree.leaves(start))
+        flat = jax.tree.leaves(start)
         return SparseMomentumState(
             count=jnp.zeros([], jnp.int32),
             masks=start,
             momentum=optax.EmptyState() if decay is None else _sparse_zeros(params, start),
-            budget=sum(map(count_true, jax.tree.leaves(start)), jnp.zeros([], jnp.int32)),
+            budget=sum(map(count_true, flat), jnp.zeros([], jnp.int32)),
             nan_scores=jnp.zeros([], jnp.int32),
             rng_key=rng_key,
+            fingerprints=_fingerprints(_masked_leaves(params, start), flat),
+            resting=jnp.zeros(len(flat), bool),
         )
 
     def update_fn(updates, state, params=None, *, grad=None, momentum=None, **extra_args):
@@ -261,17 +293,19 @@ def sparse_momentum(
             )
 
         def changed(old):
-            masks, nan_scores, rng_key = old
+            masks, nan_scores, rng_key, fingerprints, _ = old
             rng_key, draw = jax.random.split(rng_key)
             rate = prune_rate(state.count) if callable(prune_rate) else prune_rate
             flat = _Leaves.of(params, signal, masks, mask_structures(structure, params, masks, quiet=True))
-            new, nans = _updated(flat, rate, growth, redistribution, prune, draw)
-            return flat.rebuild(new), nan_scores + nans, rng_key
+            resting = _fingerprints(flat.weights, flat.masks) == fingerprints
+            new, nans, resting = _updated(flat, rate, growth, redistribution, prune, draw, resting)
+            return flat.rebuild(new), nan_scores + nans, rng_key, _fingerprints(flat.weights, new), resting
 
         due = (state.count > 0) & (state.count % update_every == 0) & (state.count >= start_at)
         if stop_at is not None:
             due &= state.count < stop_at
-        new_masks, nan_scores, rng_key = on_update_steps(due, changed, (state.masks, state.nan_scores, state.rng_key))
+        old = state.masks, state.nan_scores, state.rng_key, state.fingerprints, state.resting
+        new_masks, nan_scores, rng_key, fingerprints, resting = on_update_steps(due, changed, old)
         return land_on_masks(updates, params, new_masks), SparseMomentumState(
             count=optax.safe_increment(state.count),
             masks=new_masks,
@@ -279,6 +313,8 @@ def sparse_momentum(
             budget=state.budget,
             nan_scores=nan_scores,
             rng_key=rng_key,
+            fingerprints=fingerprints,
+            resting=resting,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -290,9 +326,9 @@ def momentum_regrowth(
     masks: Any,
     prune_rate: ArrayLike,
     *,
-    growth: str = "momentum",
-    redistribution: str = "momentum",
-    prune: str = "magnitude",
+    growth: Growth = "momentum",
+    redistribution: Redistribution = "momentum",
+    prune: Prune = "magnitude",
     structure: StructureLike = "weight",
     key: ArrayLike | None = None,
 ) -> Any:
@@ -310,11 +346,13 @@ def momentum_regrowth(
     5. Within a layer, the missing weights of largest momentum return (those just pruned among them).
 
     The masks that come out keep exactly as many weights as those that came in. The 99% give way if the number could not
-    be met with them. Without any momentum (v all 0) every layer regrows what it lost.
+    be met with them. Without any momentum (v all 0) every layer regrows what it lost; a layer without any, where others
+    have some, keeps its mask.
 
     Args:
       params: the weights, a pytree.
-      momentum: the momentum of all weights, missing ones too: like ``params``. Its scale does not matter.
+      momentum: the momentum of all weights, missing ones too: like ``params``. Its scale does not matter, if it is
+        one for all layers.
       masks: like ``params``: bool arrays, and the scalar True or ``MaskedNode`` for dense leaves.
       prune_rate: the share of each layer's weights to replace, in [0, 1], possibly traced.
       growth, redistribution, prune, structure: as for :func:`sparse_momentum`. With a structure, read "unit" for
@@ -343,25 +381,31 @@ def momentum_regrowth(
     structures = mask_structures(structure, params, checked)
     check_units(checked, structures)
     flat = _Leaves.of(params, momentum, checked, structures)
-    new, _ = _updated(flat, prune_rate, growth, redistribution, prune, as_key(0 if key is None else key))
+    moving = jnp.zeros(len(flat.masks), bool)
+    new, *_ = _updated(flat, prune_rate, growth, redistribution, prune, as_key(0 if key is None else key), moving)
     renewed = flat.rebuild(new)
     return jax.tree.map(
         lambda n, old: old if is_masked_node(n) else n, renewed, masks, is_leaf=is_masked_node
     )  # fmt: skip
 
 
-def _updated(leaves: "_Leaves", prune_rate, growth, redistribution, prune, key):
-    """The new masks of the sparse leaves, and the number of NaN scores seen.
+def _updated(leaves: "_Leaves", prune_rate, growth, redistribution, prune, key, frozen):
+    """The new masks of the sparse leaves, the number of NaN scores seen, and which leaves rest: keep their masks.
 
     Layers regrow together if their units are of one size; those that keep n of every m, each by itself.
     """
     new, nans = list(leaves.masks), 0
+    resting = frozen
+    if leaves.masks and (redistribution == "momentum" or growth.startswith("momentum")):
+        silent = jnp.stack([~jnp.any(momentum != 0) for momentum in leaves.momenta])
+        resting |= silent & ~jnp.all(silent)
     classes: dict[int, list[int]] = {}
     for i, unit in enumerate(leaves.structures):
         if isinstance(unit, n_of_m):
-            new[i], seen = _regrow_in_groups(
+            grown, seen = _regrow_in_groups(
                 unit, leaves.weights[i], leaves.momenta[i], leaves.masks[i], prune_rate, growth, _draw(key, i)
             )
+            new[i] = jnp.where(resting[i], leaves.masks[i], grown)
             nans += seen
         else:
             classes.setdefault(unit.unit_size(leaves.masks[i].shape), []).append(i)
@@ -374,11 +418,12 @@ def _updated(leaves: "_Leaves", prune_rate, growth, redistribution, prune, key):
         )
         masks = [unit.units(leaves.masks[i]) for unit, i in zip(units, members, strict=True)]
         draws = [_draw(key, i) for i in members]
-        grown, seen = _regrow(weights, momenta, masks, prune_rate, growth, redistribution, prune, draws)
+        kinds, rests = [leaves.kinds[i] for i in members], resting[np.asarray(members)]
+        grown, seen = _regrow(weights, momenta, masks, prune_rate, growth, redistribution, prune, draws, kinds, rests)
         for unit, i, mask in zip(units, members, grown, strict=True):
-            new[i] = unit.expand(mask, leaves.masks[i])
+            new[i] = jnp.where(resting[i], leaves.masks[i], unit.expand(mask, leaves.masks[i]))
         nans += seen
-    return new, nans
+    return new, nans, resting
 
 
 def _regrow_in_groups(unit, weights, momentum, mask, prune_rate, growth, draw):
@@ -397,9 +442,15 @@ def _draw(key, i):
     return lambda shape: random_scores(jax.random.fold_in(key, i), shape)
 
 
-def _regrow(weights, momenta, masks, prune_rate, growth, redistribution, prune, draws):
-    """The new masks of layers that regrow together, given as lists, and the number of NaN scores seen."""
-    sizes = np.asarray([mask.size for mask in masks], np.int32)
+def _regrow(weights, momenta, masks, prune_rate, growth, redistribution, prune, draws, kinds, resting):
+    """The new masks of layers that regrow together, given as lists, and the number of NaN scores seen.
+
+    Those that rest are treated as if they had no weights at all.
+    """
+    nans = sum(count_true(jnp.isnan(w) & m) for w, m in zip(weights, masks, strict=True))
+    nans += sum(count_true(jnp.isnan(m)) for m in momenta)
+    masks = [mask & ~rests for mask, rests in zip(masks, resting, strict=True)]
+    sizes = jnp.where(resting, 0, np.asarray([mask.size for mask in masks], np.int32))
     kept = jnp.stack([count_true(mask) for mask in masks])
 
     # 1. Shares of the regrowth, on the masks before pruning.
@@ -410,12 +461,16 @@ def _regrow(weights, momenta, masks, prune_rate, growth, redistribution, prune, 
         "none": lambda _, __, mask: jnp.float32(mask.size),
     }[redistribution]
     values = jnp.stack([statistic(*leaf) for leaf in zip(momenta, weights, masks, strict=True)])
+    values = jnp.where(resting, 0, values)
+    if redistribution == "momentum" and len(set(kinds)) > 1:
+        values /= _scales(momenta, kinds, sizes)
     total = exact_sum(values)
     shares = values / jnp.where(total > 0, total, 1)
 
     # 2. A dense layer that is still growing prunes at min(p, sparsity).
-    sparsity = (sizes - kept) / sizes.astype(np.float32)
-    growing = (sparsity < 0.2) & (shares > 1 / len(masks))
+    sparsity = (sizes - kept) / jnp.maximum(sizes, 1).astype(jnp.float32)
+    mean_share = jnp.asarray(1 / np.arange(1, len(masks) + 1), jnp.float32)[jnp.sum(~resting) - 1]
+    growing = (sparsity < 0.2) & (shares > mean_share)
     rates = jnp.where(growing, jnp.minimum(sparsity, prune_rate), prune_rate).astype(jnp.float32)
 
     # 3. Prune. Exactly ceil(rate * kept) of each layer, or of the whole.
@@ -452,9 +507,15 @@ def _regrow(weights, momenta, masks, prune_rate, growth, redistribution, prune, 
         grown = top_k_masks(scores, gains, where=missing)
     else:
         grown = [_grow_by_neuron(*leaf) for leaf in zip(momenta, missing, gains, strict=True)]
-    nans = sum(count_true(jnp.isnan(w) & m) for w, m in zip(weights, masks, strict=True))
-    nans += sum(count_true(jnp.isnan(m)) for m in momenta)
     return [s | g for s, g in zip(survivors, grown, strict=True)], nans
+
+
+def _scales(momenta: list[jax.Array], kinds: list[Any], sizes: jax.Array) -> jax.Array:
+    """For each layer the mean momentum of all layers whose optimizer is of the same kind; 1 where there is none."""
+    sums = jnp.where(sizes > 0, jnp.stack([exact_sum(m) for m in momenta]), 0)
+    same = np.asarray([[a == b for b in kinds] for a in kinds])
+    means = jnp.stack([exact_sum(sums, row) / jnp.maximum(jnp.sum(sizes, where=row), 1) for row in same])
+    return jnp.where(means > 0, means, 1)
 
 
 def _grow_by_neuron(momentum: jax.Array, missing: jax.Array, gain: jax.Array) -> jax.Array:
@@ -479,21 +540,24 @@ class _Leaves(NamedTuple):
     momenta: list[jax.Array]
     masks: list[jax.Array]
     structures: list[Structure]
+    kinds: list[Any]  # of the optimizers that the momenta are of
     template: Any
 
     @classmethod
     def of(cls, params: Any, signal: Any, masks: Any, structures: Any) -> "_Leaves":
         leaves, treedef = jax.tree.flatten(params)
         flat_masks = treedef.flatten_up_to(masks)
-        named = zip(leaf_paths(params), leaves, align_signal(signal, params, "momentum"), flat_masks, strict=True)
-        sparse = [(name, p, m, mask) for name, p, m, mask in named if not is_masked_node(mask)]
-        for name, p, m, _ in sparse:
+        momenta, kinds = align_signal(signal, params, "momentum"), momentum_kinds(signal, params)
+        named = zip(leaf_paths(params), leaves, momenta, flat_masks, kinds, strict=True)
+        sparse = [leaf for leaf in named if not is_masked_node(leaf[3])]
+        for name, p, m, *_ in sparse:
             if m is None:
                 raise ValueError(f"there is no momentum of {name}: use an optimizer that stores one, or decay=")
             if m.shape != p.shape:
                 raise ValueError(f"momentum of {name}: expected shape {p.shape}, got {m.shape}")
         units = jax.tree.leaves(structures)
-        return cls([x[1] for x in sparse], [x[2] for x in sparse], [x[3] for x in sparse], units, masks)
+        weights, momenta, flat_masks, kinds = ([leaf[i] for leaf in sparse] for i in range(1, 5))
+        return cls(weights, momenta, flat_masks, units, kinds, masks)
 
     def rebuild(self, masks: list[jax.Array]) -> Any:
         return jax.tree.structure(self.template).unflatten(masks)
@@ -501,10 +565,33 @@ class _Leaves(NamedTuple):
 
 def _averaged(average: Any, gradients: list[Any], decay: ArrayLike, treedef: Any) -> Any:
     def step(old, g):
+        g = 0 if g is None else g  # no gradient
         return old if is_masked_node(old) else (decay * old + (1 - decay) * g).astype(old.dtype)
 
     olds = treedef.flatten_up_to(average)
     return treedef.unflatten([step(old, g) for old, g in zip(olds, gradients, strict=True)])
+
+
+@jax.jit
+def _fingerprints(weights: list[jax.Array], masks: list[jax.Array]) -> jax.Array:
+    """One number for the weights that each leaf keeps, (leaves,), uint32: equal as long as no bit of them changes."""
+
+    def fingerprint(w, mask):
+        bits = jax.lax.bitcast_convert_type(w, {1: jnp.uint8, 2: jnp.uint16}.get(w.dtype.itemsize, jnp.uint32))
+        kept = mask & (w != 0)  # which leaves out the sign of a zero
+        kept = kept.reshape(kept.shape + (1,) * (bits.ndim - kept.ndim))  # a float64 has two of 32 bits
+        mixed = bits.astype(jnp.uint32)
+        for factor in (0x85EBCA6B, 0xC2B2AE35):  # MurmurHash3: what adds up in the weights must not in their numbers
+            mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(factor)
+        return jnp.sum(mixed ^ (mixed >> 16), where=kept, dtype=jnp.uint32)
+
+    prints = [fingerprint(*leaf) for leaf in zip(weights, masks, strict=True)]
+    return jnp.stack(prints) if prints else jnp.zeros(0, jnp.uint32)
+
+
+def _masked_leaves(params: Any, masks: Any) -> list[jax.Array]:
+    leaves, treedef = jax.tree.flatten(params)
+    return [leaf for leaf, mask in zip(leaves, treedef.flatten_up_to(masks), strict=True) if not is_masked_node(mask)]
 
 
 def _sparse_zeros(params: Any, masks: Any) -> Any:
@@ -515,12 +602,12 @@ def _sparse_zeros(params: Any, masks: Any) -> Any:
 
 def _check_modes(growth: str, redistribution: str, prune: str, structure: StructureLike) -> None:
     for name, value, options in (
-        ("growth", growth, GROWTH),
-        ("redistribution", redistribution, REDISTRIBUTION),
-        ("prune", prune, PRUNE),
+        ("growth", growth, Growth),
+        ("redistribution", redistribution, Redistribution),
+        ("prune", prune, Prune),
     ):
-        if value not in options:
-            raise ValueError(f"{name} must be one of {list(options)}, got {value!r}")
+        if value not in get_args(options):
+            raise ValueError(f"{name} must be one of {list(get_args(options))}, got {value!r}")
     check_structure(structure)
     for unit in structure.values() if isinstance(structure, Mapping) else [structure]:
         if prune == "SET" and not (unit == "weight" or isinstance(unit, weight)):

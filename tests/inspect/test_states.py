@@ -1,3 +1,5 @@
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,3 +91,42 @@ def test_check_says_what_is_wrong():
         jaxsparse.check((inner, link._replace(masks=full)))
     with pytest.raises(jaxsparse.SparsityError, match="3 NaN"):
         jaxsparse.check((inner, link._replace(nan_scores=jnp.int32(3))))
+
+
+def test_a_state_of_a_smaller_model_is_refused():
+    params = make_params()
+    more = params | {"new": {"kernel": jnp.ones((4, 4))}, "head": jnp.ones(3)}
+    hidden = optax.masked(jaxsparse.asni(0.5, 2), {name: name != "conv" for name in params})
+    for state in (sparse_state(), hidden.init(params)):
+        for look in (jaxsparse.get_masks, jaxsparse.summary, jaxsparse.sparsify, jaxsparse.eval_params):
+            look(state, params)
+            with pytest.raises(ValueError, match="knows nothing of these leaves of the params: head, new/kernel"):
+                look(state, more)
+
+
+def test_layers_of_which_nothing_is_left_are_warned_of():
+    params = {"big": jnp.ones((100, 100)), "out": {"kernel": 0.01 * jnp.ones((5, 4))}, "dense": jnp.ones((2, 2))}
+    masks = {"big": params["big"] > 0, "out": {"kernel": jnp.zeros((5, 4), bool)}, "dense": True}
+    links = [jaxsparse.mask_updates(masks), jaxsparse.sparse_momentum(0.5, 9, masks=masks, decay=0.9)]
+    for state in (link.init(params) for link in links):
+        with pytest.warns(UserWarning, match="^0 of 20 weights of out/kernel are left") as told:
+            jaxsparse.check(state, jaxsparse.sparsify(state, params))
+        assert len(told) == 1
+    state = jax.vmap(lambda key: jaxsparse.sparse_momentum(0.5, 9, decay=0.9, key=key).init(params))(jnp.arange(2))
+    with warnings.catch_warnings(action="error"):
+        jaxsparse.check(state)  # replicas count apart
+    one_emptied = state.masks | {"out": {"kernel": state.masks["out"]["kernel"].at[1].set(False)}}
+    with pytest.warns(UserWarning, match="^0 of 20 weights of out/kernel are left"):
+        jaxsparse.check(state._replace(masks=one_emptied, budget=state.budget.at[1].add(-10)))
+    tx = jaxsparse.l0(optax.sgd(0.1), [jaxsparse.Group("g", {"big": 0})], penalty=1.0, log_alpha=-9.0)
+    with pytest.warns(UserWarning, match="^0 of 100 open channels of group g are left"):
+        jaxsparse.check(tx.init(params))
+
+
+def test_looking_inside_jit_says_so():
+    params, state = make_params(), sparse_state()
+    for look in (jaxsparse.check, jaxsparse.summary, inspect.plot_weights, inspect.show):
+        with pytest.raises(ValueError, match="looks at values, and there are none inside jit.* call it outside"):
+            jax.jit(lambda state, params, look=look: str(look(state, params)))(state, params)
+    jax.jit(jaxsparse.get_masks)(state, params)
+    jax.jit(jaxsparse.eval_params)(state, params)

@@ -2,6 +2,7 @@ import functools
 import json
 import pathlib
 import warnings
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxsparse
+from jaxsparse.links import _StoredMomentum
 from jaxsparse.methods import sparse_momentum as module
 from jaxsparse.structures import check_units, leaf_structures, prunable_leaves
 from tests.problems import SPARSE_SIZE, gradients, make_params, make_step
@@ -141,7 +143,7 @@ def test_redistribution_statistics_set_the_shares():
     weights["b"] = weights["b"].at[0, :20].set(0.0)  # 20 of b's existing weights are exactly 0
     momentum = {"a": jnp.ones((20, 20)), "b": jnp.full((20, 60), 4.0)}
     gains = {}
-    for mode in module.REDISTRIBUTION:
+    for mode in get_args(module.Redistribution):
         new = jaxsparse.momentum_regrowth(weights, momentum, masks, 0.5, redistribution=mode)
         gains[mode] = int(new["a"].sum()) - 20
         assert total(new) == 80
@@ -209,9 +211,9 @@ def test_random_growth_depends_on_the_key_alone():
     seed=st.integers(0, 1000),
     densities=st.lists(st.sampled_from([0.0, 0.02, 0.2, 0.5, 0.9, 1.0]), min_size=3, max_size=3),
     rate=st.floats(0, 1),
-    growth=st.sampled_from(module.GROWTH),
-    redistribution=st.sampled_from(module.REDISTRIBUTION),
-    prune=st.sampled_from(module.PRUNE),
+    growth=st.sampled_from(get_args(module.Growth)),
+    redistribution=st.sampled_from(get_args(module.Redistribution)),
+    prune=st.sampled_from(get_args(module.Prune)),
 )
 def test_the_budget_is_exact_whatever_happens(seed, densities, rate, growth, redistribution, prune):
     weights, momentum, masks = random_problem(seed, [(4, 5), (3, 3, 2, 8), (20, 30)], densities)
@@ -677,3 +679,126 @@ def test_structures_inside_of_other_transformations(structure):
         assert int(masks["a"].sum()) == 16
         assert jaxsparse.block(2, 2).holds(masks["a"])
     jaxsparse.check(opt_state, params)
+
+
+# --- Optimizers for parts of the params, frozen layers ----------------------------------------------------------------
+
+
+def trained_masks(tx, params, steps=12, gradient=gradients):
+    step, opt_state = jax.jit(tx.update), tx.init(params)
+    params = jaxsparse.sparsify(opt_state, params)
+    for count in range(steps):
+        updates, opt_state = step(gradient(params, count), opt_state, params)
+        params = optax.apply_updates(params, updates)
+    return jaxsparse.get_masks(opt_state, params), opt_state, params
+
+
+def test_momenta_of_several_optimizers_are_brought_to_one_scale():
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {name: jax.random.normal(key, (32, 32)) for name, key in zip("abc", keys, strict=True)}
+    of = {"a": "adam", "b": "sgd", "c": "sgd"}
+    sgd, adam, link = optax.sgd(1e-3, momentum=0.9), optax.adam(1e-3), jaxsparse.sparse_momentum(0.8, 3)
+
+    def small(params, count):
+        return jax.tree.map(lambda p: 1e-3 * jnp.cos(5 * p + count), params)
+
+    is_adam = {name: label == "adam" for name, label in of.items()}
+    parts = optax.partition({"adam": adam, "sgd": sgd}, of)
+    masked = optax.chain(optax.masked(adam, is_adam), optax.masked(sgd, {name: not a for name, a in is_adam.items()}))
+    for optimizer in (parts, masked):
+        masks, _, _ = trained_masks(jaxsparse.chain(optimizer, link), params, gradient=small)
+        kept = {name: int(mask.sum()) for name, mask in masks.items()}
+        assert sum(kept.values()) == 614  # a fifth of all
+        assert all(150 < n < 260 for n in kept.values()), kept  # without it the layer of Adam takes all
+
+    # Of one kind they are compared as they are, to the last bit.
+    whole, _, _ = trained_masks(jaxsparse.chain(sgd, link), params, gradient=small)
+    split, _, _ = trained_masks(
+        jaxsparse.chain(optax.partition({"adam": sgd, "sgd": sgd}, of), link), params, gradient=small
+    )
+    for name in params:
+        np.testing.assert_array_equal(whole[name], split[name])
+
+
+def test_muon_and_its_adam_part_share_what_regrows():
+    params = {"matrix": jax.random.normal(jax.random.key(0), (32, 32))}
+    params["conv"] = jax.random.normal(jax.random.key(1), (3, 3, 8, 16))  # four dimensions go to Adam
+    tx = jaxsparse.chain(optax.contrib.muon(1e-3), jaxsparse.sparse_momentum(0.8, 3))
+    masks, _, _ = trained_masks(tx, params, gradient=lambda p, n: jax.tree.map(lambda x: 1e-3 * jnp.cos(5 * x + n), p))
+    assert 100 < int(masks["matrix"].sum()) < 320
+    assert 100 < int(masks["conv"].sum()) < 320
+
+
+def test_the_scale_of_one_optimizer_does_not_matter():
+    weights, momentum, masks = random_problem(5, [(10, 10), (20, 20), (20, 10)], [0.5, 0.2, 0.3])
+    tx = jaxsparse.sparse_momentum(0.5, 1, masks=masks)
+    state = tx.init(jax.tree.map(lambda w: w + 1, weights))._replace(count=jnp.int32(1))
+
+    def update(scale):
+        hidden = {name: optax.MaskedNode() for name in momentum}
+        first = hidden | {"layer0": momentum["layer0"] * scale, "layer1": momentum["layer1"] * scale}
+        second = hidden | {"layer2": momentum["layer2"]}
+        states = (
+            optax.MaskedState(optax.TraceState(first)),
+            optax.MaskedState(optax.ScaleByLionState(jnp.int32(0), second)),
+        )
+        signal = _StoredMomentum(states, weights)
+        return tx.update(weights, state, weights, momentum=signal)[1].masks
+
+    a, b = map(jax.jit(update), (1.0, 2.0**-20))
+    assert any(bool((a[name] != masks[name]).any()) for name in masks)
+    for name in masks:
+        np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_frozen_layers_keep_their_masks_and_the_others_do_as_without_them():
+    # "frozen" does not move, whatever its momentum; "silent" has no gradient, but decays.
+    names = ("frozen", "head", "silent", "tail")
+    keys = jax.random.split(jax.random.key(0), 8)
+    params = {name: jax.random.normal(key, (16, 16)) for name, key in zip(names, keys, strict=False)}
+    masks = {name: jax.random.uniform(key, (16, 16)) < 0.3 for name, key in zip(names, keys[4:], strict=True)}
+
+    def waves(params, count):
+        return jax.tree.map(lambda p: jnp.cos(3 * p + count), params) | {"silent": jnp.zeros((16, 16))}
+
+    def trained(masks, **options):
+        optimizer = optax.adamw(0.1, weight_decay=0.1)
+        freeze = optax.freeze({name: name == "frozen" for name in names})
+        link = jaxsparse.sparse_momentum(0.5, 2, masks=masks, **options)
+        return trained_masks(jaxsparse.chain(optimizer, freeze, link), params, 9, waves)
+
+    after, opt_state, ended = trained(masks)
+    for name in names:
+        same = bool((after[name] == masks[name]).all())
+        assert same == (name in ("frozen", "silent")), name
+    np.testing.assert_array_equal(ended["frozen"], jnp.where(masks["frozen"], params["frozen"], 0))
+    with pytest.warns(UserWarning, match=r"all_but\('(frozen|silent)'\)") as told:
+        jaxsparse.check(opt_state, ended)
+    assert len(told) == 2
+
+    without, opt_state, ended = trained(masks | {"frozen": True, "silent": True})
+    for name in ("head", "tail"):
+        np.testing.assert_array_equal(after[name], without[name])
+    with warnings.catch_warnings(action="error"):
+        jaxsparse.check(opt_state, ended)
+
+    options = {"growth": "random", "redistribution": "none", "prune": "global_magnitude"}  # which need no momentum
+    after, *_ = trained(masks, **options)
+    same = {name: bool((after[name] == masks[name]).all()) for name in names}
+    assert same == {"frozen": True, "head": False, "silent": False, "tail": False}
+
+
+def test_fingerprints_change_with_any_bit():
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        w = jax.random.normal(jax.random.key(0), (40, 30)).astype(dtype)
+        mask = w > -0.5
+        first = module._fingerprints([w], [mask])
+        assert first.dtype == jnp.uint32
+        swapped = jnp.where(mask, w, 7).at[0].add(jnp.finfo(dtype).eps)
+        assert module._fingerprints([jnp.where(mask, w, 7)], [mask]) == first  # what is pruned does not count
+        assert module._fingerprints([swapped], [mask]) != first
+        steps = jnp.nextafter(
+            w[0, :2], jnp.asarray([9, -9], dtype)
+        )  # one up, one down: the sum of the bits is the same
+        assert module._fingerprints([w.at[0, :2].set(steps)], [mask | True]) != module._fingerprints([w], [mask | True])
+    assert module._fingerprints([], []).shape == (0,)
