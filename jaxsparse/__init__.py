@@ -18,6 +18,7 @@ from jaxsparse.inspect import (
     sparsify,
     summary,
 )
+from jaxsparse.layouts import Layout
 from jaxsparse.links import chain
 from jaxsparse.masks import apply_masks, count, density, magnitude_masks, nonzero_masks, random_masks
 from jaxsparse.methods.asni import amenable_init, asni, asni_counts, centroids
@@ -25,6 +26,7 @@ from jaxsparse.methods.l0 import Penalty, dep_l0, dependent_logits, hard_concret
 from jaxsparse.methods.mask_updates import mask_updates
 from jaxsparse.methods.reweighted_l1 import rda, reweighted_l1, velocity
 from jaxsparse.methods.sparse_momentum import momentum_regrowth, sparse_momentum
+from jaxsparse.prunable import Prunable, all_but
 from jaxsparse.schedules import (
     constant_sparsity,
     cosine_prune_rate,
@@ -38,10 +40,10 @@ from jaxsparse.schedules import (
     two_phase_sparsity,
 )
 from jaxsparse.selection import global_top_k_masks, top_k_mask
-from jaxsparse.structures import Prunable, all_but, block, n_of_m
+from jaxsparse.structures import block, n_of_m
 
 __all__ = [
-    "ArtifactError", "Group", "Penalty", "Prunable", "SparsityError", "__version__", "all_but", "allocation",
+    "ArtifactError", "Group", "Layout", "Penalty", "Prunable", "SparsityError", "__version__", "all_but", "allocation",
     "amenable_init", "apply_masks", "artifacts", "asni", "asni_counts", "block", "centroids", "chain", "check",
     "closed_channels", "constant_sparsity", "cosine_prune_rate", "count", "cubic_sparsity", "density", "dep_l0",
     "dependent_logits", "erdos_renyi", "eval_params", "formats", "get_log_alpha", "get_masks", "global_top_k_masks",

@@ -7,45 +7,53 @@ device, many, sharded) reaches the same counts.
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jaxsparse.layouts import Layout, LayoutLike, leaf_layouts
 from jaxsparse.selection import count_true, top_k_mask
+from jaxsparse.trees import by_pattern
 
 __all__ = [
+    "Allocation",
     "apportion",
     "check_allocation",
     "check_precision",
+    "check_sparsities",
     "check_sparsity",
     "check_total",
     "erdos_renyi",
     "exact_mean",
     "exact_sum",
     "layer_counts",
+    "with_floor",
 ]
 
-_ALLOCATIONS = ("uniform", "erdos_renyi", "erdos_renyi_kernel")
+Allocation: TypeAlias = Literal["uniform", "erdos_renyi", "erdos_renyi_kernel"]
 _FIXED_POINT_BITS = 23  # as many as a float32 has
-Sparsity: TypeAlias = float | jax.Array | Mapping[str, float] | Callable[[str, Any], float]
+Sparsity: TypeAlias = (
+    float | jax.Array | Mapping[str, float] | Sequence[tuple[str, float]] | Callable[[str, Any], float]
+)
 
 
-def erdos_renyi(shapes: Any, density: ArrayLike, kernel: bool = True) -> Any:
+def erdos_renyi(shapes: Any, density: ArrayLike, kernel: bool = True, *, layout: LayoutLike = None) -> Any:
     """Layer densities by the Erdos-Renyi rule: small layers stay denser.
 
-    A layer's density is proportional to ``sum(shape) / prod(shape)``, scaled so
-    that the whole has the given density; layers that would exceed 1 are dense and
+    A layer's density is proportional to ``(inputs + outputs) / (inputs * outputs)``,
+    scaled so that the whole has the given density; layers that would exceed 1 are dense and
     the others share the rest.
 
     Args:
-      shapes: a sequence of shapes, or a mapping from names to shapes.
+      shapes: a sequence of shapes, the last two axes inputs and outputs; or a mapping from names to shapes, whose
+        inputs and outputs are found as in :func:`jaxsparse.layouts.leaf_layouts`: a stack counts as its layers.
       density: the fraction of all weights to keep, in [0, 1], possibly traced.
       kernel: True for the kernel variant (ERK), in which a convolution's spatial
-        sizes count too; False for the original rule, which looks at the last two
-        dimensions only (inputs and outputs).
+        sizes count too, in sum and product; False for the original rule.
+      layout: which axes are inputs and outputs, where the names do not tell: pattern -> :class:`jaxsparse.Layout`.
 
     Returns:
       The densities, in the container that ``shapes`` came in.
@@ -63,17 +71,28 @@ def erdos_renyi(shapes: Any, density: ArrayLike, kernel: bool = True) -> Any:
       sparse connectivity (SET), 2018; Evci et al., Rigging the Lottery, 2020 (ERK).
     """
     if isinstance(shapes, Mapping):
-        return dict(zip(shapes, erdos_renyi(list(shapes.values()), density, kernel), strict=True))
+        leaves = {name: jax.ShapeDtypeStruct(tuple(shape), np.float32) for name, shape in shapes.items()}
+        layouts = leaf_layouts(leaves, layout)
+        densities = _densities(list(leaves.values()), density, kernel, [layouts[name] for name in leaves])
+        return dict(zip(shapes, densities, strict=True))
+    return _densities([jax.ShapeDtypeStruct(tuple(shape), np.float32) for shape in shapes], density, kernel)
+
+
+def _densities(
+    leaves: Sequence[Any], density: ArrayLike, kernel: bool, layouts: Sequence[Layout] | None = None
+) -> list[Any]:
     xp = _namespace(density)
     if xp is np and not 0 <= density <= 1:  # type: ignore[operator]
         raise ValueError(f"density must be between 0 and 1, got {density}")
-    shapes = [tuple(shape) for shape in shapes]
-    sizes = xp.asarray([float(np.prod(shape)) for shape in shapes])
-    seen = [shape if kernel else shape[-2:] for shape in shapes]
-    scores = xp.asarray([float(sum(shape) / np.prod(shape)) for shape in seen])
-    full = xp.zeros(len(shapes), bool)
+    sizes = xp.asarray([float(np.prod(leaf.shape)) for leaf in leaves])
+    seen = [tuple(leaf.shape) for leaf in leaves]
+    if layouts is not None:  # one layer of a stack
+        seen = [at.matrix_shape(shape)[len(at.stack) :] for at, shape in zip(layouts, seen, strict=True)]  # type: ignore[arg-type]
+    seen = [shape if kernel else shape[-2:] for shape in seen]
+    scores = xp.asarray([float(sum(shape) / max(np.prod(shape), 1)) for shape in seen])
+    full = xp.zeros(len(leaves), bool)
     scale = 0.0
-    for _ in shapes:  # each round finds at least one more full layer, or is the last
+    for _ in leaves:  # each round finds at least one more full layer, or is the last
         room = density * sizes.sum() - xp.where(full, sizes, 0).sum()
         weight = xp.where(full, 0, scores * sizes).sum()
         scale = xp.where(weight > 0, room / xp.where(weight > 0, weight, 1), 0)
@@ -82,7 +101,13 @@ def erdos_renyi(shapes: Any, density: ArrayLike, kernel: bool = True) -> Any:
 
 
 def layer_counts(
-    params: dict[str, Any], sparsity: Sparsity, allocation: str = "uniform", unit_sizes: Sequence[int] | None = None
+    params: dict[str, Any],
+    sparsity: Sparsity,
+    allocation: Allocation = "uniform",
+    unit_sizes: Sequence[int] | None = None,
+    *,
+    layouts: Mapping[str, Layout] | None = None,
+    at_least: ArrayLike = 0,
 ) -> jax.Array:
     """How many weights, or units of several weights, each layer keeps.
 
@@ -93,18 +118,22 @@ def layer_counts(
     Args:
       params: arrays (or shapes with ``shape`` and ``size``) by path.
       sparsity: the fraction of zeros, in [0, 1), possibly traced; or one for each
-        layer, as a mapping from path to sparsity or a function of path and leaf.
+        layer, as a mapping (or pairs) from pattern to sparsity, of which the first match wins (see
+        :func:`jaxsparse.trees.matching`), or a function of path and leaf.
       allocation: how one number is shared among layers: "uniform" (every layer has
         it), "erdos_renyi", or "erdos_renyi_kernel" (see :func:`erdos_renyi`).
       unit_sizes: of how many weights a layer's units are, which divides its size;
         None counts single weights.
+      layouts: which axes of each layer are inputs and outputs, by path; None finds them by name.
+      at_least: the fewest units that any layer keeps (all, if it has fewer). The others give up as many, in proportion;
+        a budget too small for that is exceeded.
 
     Returns:
       int32, one count of units a layer.
 
     Raises:
-      ValueError: for an unknown allocation, a sparsity outside [0, 1), or a mapping
-        that leaves out a layer or names one that is not there.
+      ValueError: for an unknown allocation, a sparsity outside [0, 1), patterns
+        that leave out a layer or match none.
     """
     check_allocation(allocation)
     if not params:
@@ -113,14 +142,14 @@ def layer_counts(
     check_total(sizes)
     if callable(sparsity):
         sparsity = {path: sparsity(path, leaf) for path, leaf in params.items()}
-    if isinstance(sparsity, Mapping):
-        if set(sparsity) != set(params):
+    if isinstance(sparsity, Mapping | list | tuple):
+        found = by_pattern(sparsity, list(params), "sparsity")
+        if missing := sorted(set(params) - set(found)):
             raise ValueError(
-                "sparsity must name every prunable leaf and no other: "
-                f"missing {sorted(set(params) - set(sparsity))}, unknown {sorted(set(sparsity) - set(params))} "
-                "(give 0.0 to one that starts dense, or leave it out of prunable=)"
+                f"sparsity must be given for every prunable leaf, missing {missing} (give 0.0 to one that starts "
+                'dense, leave it out of prunable=, or let {..., "*": 0.9} catch the rest)'
             )
-        per_layer = [sparsity[path] for path in params]
+        per_layer = [found[path] for path in params]
         for path, value in zip(params, per_layer, strict=True):
             check_sparsity(value, path)
         xp = jnp if any(_namespace(value) is jnp for value in per_layer) else np
@@ -131,16 +160,46 @@ def layer_counts(
         if allocation == "uniform":
             densities = (1 - sparsity) * xp.ones(len(sizes))
         else:
-            shapes = [leaf.shape for leaf in params.values()]
-            densities = xp.stack(erdos_renyi(shapes, 1 - sparsity, kernel=allocation == "erdos_renyi_kernel"))
+            found = leaf_layouts(params) if layouts is None else layouts
+            kernel = allocation == "erdos_renyi_kernel"
+            densities = xp.stack(
+                _densities(list(params.values()), 1 - sparsity, kernel, [found[path] for path in params])
+            )
     of_units = np.ones_like(sizes) if unit_sizes is None else np.asarray(unit_sizes, np.int64)
     units = sizes // of_units
     counts = jnp.zeros(len(sizes), jnp.int32)
     for size in np.unique(of_units):
         layers = np.flatnonzero(of_units == size)
         quotas, capacity = (densities * units)[layers], units[layers].astype(np.int32)
-        counts = counts.at[layers].set(apportion(quotas, xp.round(quotas.sum()).astype(np.int32), capacity))
+        shared = apportion(quotas, xp.round(quotas.sum()).astype(np.int32), capacity)
+        if isinstance(at_least, jax.core.Tracer) or at_least:
+            shared = with_floor(shared, jnp.minimum(at_least, capacity))
+        counts = counts.at[layers].set(shared)
     return counts
+
+
+def with_floor(counts: jax.Array, floor: ArrayLike) -> jax.Array:
+    """Raises counts to a floor; those above it give up as many, in proportion to what they have above it.
+
+    Args:
+      counts: int32, (layers,).
+      floor: the least of each layer, integers, (layers,).
+
+    Returns:
+      int32 of shape (layers,) with the sum of ``counts``, or the floor itself if that has a larger sum.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> with_floor(jnp.array([90, 10, 0]), [1, 1, 1]).tolist()
+      [89, 10, 1]
+    """
+    floor = jnp.asarray(floor, jnp.int32)
+    total, least = jnp.sum(counts), jnp.sum(floor)
+    lifted = jnp.maximum(counts, floor)
+    room = lifted - floor
+    left = jnp.maximum(total - least, 0)
+    scale = left.astype(jnp.float32) / jnp.maximum(jnp.sum(room), 1).astype(jnp.float32)
+    return jnp.where(jnp.all(counts >= floor), counts, floor + apportion(room * scale, left, room, round_up=True))
 
 
 def apportion(quotas: ArrayLike, total: ArrayLike, capacity: ArrayLike, *, round_up: bool = False) -> jax.Array:
@@ -238,10 +297,11 @@ def exact_mean(values: jax.Array, where: jax.Array | None = None, axis: tuple[in
     return exact_sum(values, where, axis) / jnp.maximum(count_true(where, axis), 1)
 
 
-def check_allocation(allocation: str) -> None:
-    """Raises a ValueError for an unknown allocation."""
-    if allocation not in _ALLOCATIONS:
-        raise ValueError(f"allocation must be one of {list(_ALLOCATIONS)}, got {allocation!r}")
+def check_allocation(allocation: str, more: Sequence[str] = ()) -> None:
+    """Raises a ValueError for an allocation that is neither known nor among the ``more`` that a caller takes."""
+    known = [*get_args(Allocation), *more]
+    if allocation not in known:
+        raise ValueError(f"allocation must be one of {known}, got {allocation!r}")
 
 
 def check_precision(name: str, value: Any) -> None:
@@ -268,6 +328,17 @@ def check_sparsity(sparsity: Any, path: str | None = None) -> None:
         )
     if not 0 <= float(sparsity) < 1:
         raise ValueError(f"sparsity{of_leaf} is the fraction of zeros and must be in [0, 1), got {sparsity}")
+
+
+def check_sparsities(sparsity: Sparsity) -> None:
+    """Raises a ValueError if a concrete sparsity, or one that patterns are given, is not in [0, 1)."""
+    if callable(sparsity):
+        return
+    if isinstance(sparsity, Mapping | list | tuple):
+        for pattern, value in sparsity.items() if isinstance(sparsity, Mapping) else sparsity:
+            check_sparsity(value, pattern)
+    else:
+        check_sparsity(sparsity)
 
 
 def check_total(sizes: Iterable[int]) -> None:

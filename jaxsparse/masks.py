@@ -7,7 +7,8 @@ just work. Inside an optimizer state a dense leaf holds ``optax.MaskedNode()``
 instead, which has no array to shard.
 """
 
-from typing import Any
+import warnings
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +17,17 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxsparse import allocation as allocation_lib
+from jaxsparse.allocation import Allocation
+from jaxsparse.layouts import LayoutLike, leaf_layouts, warn_of_guesses
+from jaxsparse.prunable import prunable_leaves
 from jaxsparse.selection import count_true, global_top_k_masks, random_scores, top_k_masks
 from jaxsparse.structures import (
     StructureLike,
-    align,
-    as_array,
-    is_masked_node,
-    leaf_paths,
     leaf_structures,
     n_of_m,
-    path_name,
-    prunable_leaves,
     unit_scores,
 )
+from jaxsparse.trees import align, as_array, is_masked_node, leaf_paths, path_name
 
 __all__ = [
     "apply_masks", "as_key", "count", "density", "magnitude_masks", "nonzero_masks", "pack_masks", "random_masks",
@@ -40,9 +39,11 @@ def random_masks(
     params: Any,
     sparsity: allocation_lib.Sparsity,
     *,
-    allocation: str = "uniform",
+    allocation: Allocation = "uniform",
+    at_least: ArrayLike = 0,
     prunable: Any = None,
     structure: StructureLike = "weight",
+    layout: LayoutLike = None,
     key: ArrayLike = 0,
 ) -> Any:
     """Masks that keep a random choice of weights, with exact counts.
@@ -50,12 +51,17 @@ def random_masks(
     Args:
       params: a pytree of arrays.
       sparsity: the fraction of zeros among the prunable weights, in [0, 1), or one
-        for each leaf: a mapping from path to sparsity or a function of path and leaf.
+        for each leaf: a mapping from patterns of paths such as ``"*/attn/*"`` to sparsities, the first match wins, or a
+        function of path and leaf.
       allocation: "uniform", "erdos_renyi" or "erdos_renyi_kernel".
-      prunable: which leaves get a mask, see :func:`jaxsparse.structures.prunable_leaves`.
+      at_least: the fewest weights, or units, that any leaf keeps (all, if it has fewer). The others give up as many; a
+        budget too small for that is exceeded.
+      prunable: which leaves get a mask, see :func:`jaxsparse.prunable.prunable_leaves`.
       structure: what is kept or dropped as one, see :func:`jaxsparse.structures.leaf_structures`. Counts are then of
         units, rounded among the leaves whose units are of one size. Leaves that keep n of every m do so whatever
         ``sparsity`` says, and a mapping of sparsities does not name them.
+      layout: which axes of leaves are inputs, outputs and stacked layers, where names and shapes do not tell
+        (:func:`jaxsparse.layouts.leaf_layouts`): pattern -> :class:`jaxsparse.Layout`.
       key: an int or a PRNG key, possibly traced.
 
     Returns:
@@ -63,6 +69,9 @@ def random_masks(
 
     Raises:
       ValueError: for options out of range, naming the leaf or the option.
+
+    Warns:
+      UserWarning: for leaves that keep nothing, and for those whose inputs and outputs count and had to be guessed.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -75,16 +84,18 @@ def random_masks(
     def score(i, leaf, unit):
         return random_scores(jax.random.fold_in(draw, i), unit.unit_shape(leaf.shape))
 
-    return _best_masks(params, sparsity, allocation, prunable, structure, score)
+    return _best_masks(params, sparsity, allocation, at_least, prunable, structure, layout, score)
 
 
 def magnitude_masks(
     params: Any,
     sparsity: allocation_lib.Sparsity,
     *,
-    allocation: str = "uniform",
+    allocation: Allocation | Literal["global"] = "uniform",
+    at_least: ArrayLike = 0,
     prunable: Any = None,
     structure: StructureLike = "weight",
+    layout: LayoutLike = None,
 ) -> Any:
     """Masks that keep the weights of largest magnitude, for instance of a pretrained network.
 
@@ -95,7 +106,7 @@ def magnitude_masks(
         of the whole network, in whatever layer they are. (Of units of several weights
         the largest that fit into the number of weights, see
         :func:`jaxsparse.global_top_k_masks`.)
-      prunable: as for :func:`random_masks`.
+      at_least, prunable, layout: as for :func:`random_masks`.
       structure: as for :func:`random_masks`. Units rank by their score.
 
     Returns:
@@ -110,11 +121,10 @@ def magnitude_masks(
       [[False, True], [True, False]]
     """
 
-    together = allocation == "global"
-    by_layer = "uniform" if together else allocation
-    return _best_masks(
-        params, sparsity, by_layer, prunable, structure, lambda _, leaf, unit: unit_scores(unit, leaf), together
-    )
+    def score(_, leaf, unit):
+        return unit_scores(unit, leaf)
+
+    return _best_masks(params, sparsity, allocation, at_least, prunable, structure, layout, score, may_be_global=True)
 
 
 def nonzero_masks(params: Any, *, prunable: Any = None) -> Any:
@@ -122,7 +132,7 @@ def nonzero_masks(params: Any, *, prunable: Any = None) -> Any:
 
     Args:
       params: a pytree of arrays.
-      prunable: which leaves get a mask, see :func:`jaxsparse.structures.prunable_leaves`.
+      prunable: which leaves get a mask, see :func:`jaxsparse.prunable.prunable_leaves`.
 
     Returns:
       A pytree like ``params``: bool arrays, the scalar True for dense leaves.
@@ -254,7 +264,7 @@ def validate_masks(masks: Any, params: Any, what: str = "masks") -> Any:
             continue
         if not hasattr(mask, "dtype"):
             mask = np.asarray(mask)
-        shape = as_array(path, leaf).shape
+        shape = as_array(path_name(path), leaf).shape
         if mask.dtype != jnp.bool_ or (mask.shape != shape and mask.shape != ()):
             raise ValueError(
                 f"{what} of {path_name(path)}: expected bool of shape {shape} (or the scalar True for a "
@@ -277,9 +287,15 @@ def as_key(key: ArrayLike) -> jax.Array:
     return jax.random.key(key) if key.ndim == 0 else jax.random.wrap_key_data(key)
 
 
-def _best_masks(params, sparsity, allocation, prunable, structure, score, together=False):
+def _best_masks(
+    params, sparsity, allocation, at_least, prunable, structure, layout, score, may_be_global=False
+):  # fmt: skip
     """Masks of the units with the largest ``score(i, leaf, unit)``; the scalar True for leaves that have no masks."""
-    structures = leaf_structures(structure, params, prunable_leaves(params, prunable))
+    together = allocation == "global" and may_be_global
+    if not together:
+        allocation_lib.check_allocation(allocation, more=("global",) if may_be_global else ())
+    chosen = prunable_leaves(params, prunable, layout=layout)
+    structures = leaf_structures(structure, params, chosen, layout=layout)
     leaves, treedef = jax.tree.flatten(params)
     flat = zip(leaf_paths(params), leaves, treedef.flatten_up_to(structures), strict=True)
     sparse = {path: (leaf, unit) for path, leaf, unit in flat if not is_masked_node(unit)}
@@ -293,14 +309,32 @@ def _best_masks(params, sparsity, allocation, prunable, structure, score, togeth
     free = {path: sparse[path][0] for path in scores}
     sizes = [sparse[path][1].unit_size(leaf.shape) for path, leaf in free.items()]
     if together:
-        total = jnp.sum(allocation_lib.layer_counts(free, sparsity, allocation))
-        best = global_top_k_masks(list(scores.values()), total, absolute=True, sizes=sizes)
+        total = jnp.sum(allocation_lib.layer_counts(free, sparsity))
+        best = global_top_k_masks(list(scores.values()), total, absolute=True, sizes=sizes, at_least=at_least)
     else:
-        counts = allocation_lib.layer_counts(free, sparsity, allocation, sizes)
+        layouts = leaf_layouts(params, layout) if allocation != "uniform" else None
+        if layouts is not None and not callable(sparsity) and np.ndim(sparsity) == 0:
+            warn_of_guesses({path: layouts[path] for path in free}, f"allocation {allocation!r}")
+        counts = allocation_lib.layer_counts(free, sparsity, allocation, sizes, layouts=layouts, at_least=at_least)
         best = top_k_masks(list(scores.values()), counts, absolute=True)
     for (path, leaf), units in zip(free.items(), best, strict=True):
         kept[path] = sparse[path][1].expand(units, leaf)
+    _warn_of_empty(kept)
     return treedef.unflatten([kept.get(path, jnp.ones((), bool)) for path in leaf_paths(params)])
+
+
+def _warn_of_empty(masks: dict[str, jax.Array]) -> None:
+    """Warns of leaves that keep nothing, by path. Nothing is known under jit."""
+    known = {path: mask for path, mask in masks.items() if mask.size and not isinstance(mask, jax.core.Tracer)}
+    live = jax.device_get({path: jnp.any(mask) for path, mask in known.items()})
+    empty = [f"{path} (of {known[path].size} weights)" for path, any_left in live.items() if not any_left]
+    if empty:
+        warnings.warn(
+            f"no weight is left in {', '.join(empty)}: nothing passes there, and methods that share out growth by what "
+            "is left will not bring it back. Keep some by at_least=1, a lower sparsity or another allocation",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _sparse_leaves(masks: Any) -> list[jax.Array]:

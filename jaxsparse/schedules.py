@@ -212,8 +212,8 @@ def linear_sparsity(final_value: float, stages: int, *, init_value: float = 0.0)
     steps = _prunings(stages)
 
     def value(stage):
-        left = 1 - jnp.clip((_as_float(stage) + 1) / steps, 0, 1)  # of the way: from the end, which is then exact
-        return final_value + (init_value - final_value) * left
+        way = jnp.maximum((_as_float(stage) + 1) / steps, 0)
+        return jnp.where(way >= 1, final_value, init_value + (final_value - init_value) * way)  # exact at the end
 
     return value
 

@@ -110,7 +110,13 @@ def top_k_masks(scores: Any, ks: Any, *, where: Any | None = None, absolute: boo
 
 
 def global_top_k_masks(
-    scores: Any, k: ArrayLike, *, where: Any | None = None, absolute: bool = False, sizes: Any | None = None
+    scores: Any,
+    k: ArrayLike,
+    *,
+    where: Any | None = None,
+    absolute: bool = False,
+    sizes: Any | None = None,
+    at_least: ArrayLike = 0,
 ) -> Any:
     """Marks the ``k`` largest entries of a whole tree, all leaves ranked together.
 
@@ -123,6 +129,8 @@ def global_top_k_masks(
       sizes: a pytree like ``scores`` of Python ints >= 1: how much an entry of each
         leaf counts, for instance the number of weights of a block. ``k`` counts in
         the same measure, up to the sum of size times entries.
+      at_least: mark this many, the largest, of every leaf in any case (all, of a leaf that has fewer), and give only the
+        rest of ``k`` to the largest of the whole tree. A ``k`` too small for that is exceeded. Possibly traced.
 
     Returns:
       A pytree like ``scores`` of bool arrays with exactly ``k`` entries True in
@@ -155,6 +163,14 @@ def global_top_k_masks(
     if min(counted) < 1:
         raise ValueError(f"sizes must be at least 1, got {list(counted)}")
     k = _checked_k(k, sum(size * x.size for size, (x, _) in zip(counted, group, strict=True)))
+    if isinstance(at_least, jax.core.Tracer) or at_least:
+        fewest = jnp.asarray(at_least, jnp.int32)
+        first = _select([[each] for each in group], [jnp.minimum(fewest, x.size) for x, _ in group], absolute)
+        first = [marked[0] for marked in first]
+        k = jnp.maximum(k - sum(size * count_true(marked) for size, marked in zip(counted, first, strict=True)), 0)
+        group = [(x, ~marked if w is None else w & ~marked) for (x, w), marked in zip(group, first, strict=True)]
+        rest = _select([group], [k], absolute, sizes=counted)[0]
+        return treedef.unflatten([a | b for a, b in zip(first, rest, strict=True)])
     return treedef.unflatten(_select([group], [k], absolute, sizes=counted)[0])
 
 

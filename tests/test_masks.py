@@ -1,3 +1,6 @@
+import functools
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,7 +114,7 @@ def test_n_of_m_stays_whatever_the_sparsity():
     ):
         assert sum(kept(masks).values()) == 128 + 72 + 192
         assert bool(jaxsparse.n_of_m(2, 4).holds(masks["dense"]["kernel"]))
-    with pytest.raises(ValueError, match=r"unknown \['dense/kernel'\]"):
+    with pytest.raises(ValueError, match="sparsity: 'dense/kernel' matches none of attention/kernel, conv/kernel"):
         jaxsparse.random_masks(params, {**sparsity, "dense/kernel": 0.5}, structure=structure)
 
 
@@ -178,3 +181,31 @@ def test_sparsities_that_are_no_numbers(sparsity):
     for use in (jaxsparse.random_masks, lambda params, sparsity: jaxsparse.sparse_momentum(sparsity, 10).init(params)):
         with pytest.raises(ValueError, match="sparsity"):
             use(params, sparsity)
+
+
+def test_no_layer_is_emptied_without_a_word_and_at_least_keeps_some():
+    params = {"big": jax.random.normal(jax.random.key(0), (784, 300)), "out": jnp.full((10, 10), 1e-9)}
+    global_masks = functools.partial(jaxsparse.magnitude_masks, allocation="global")
+    for make in (jaxsparse.random_masks, jaxsparse.magnitude_masks, global_masks):
+        with pytest.warns(UserWarning, match=r"no weight is left in out \(of 100 weights\).*at_least=1"):
+            masks = make(params, 0.999)
+        with warnings.catch_warnings(action="error"):
+            some = make(params, 0.999, at_least=3)
+        assert kept(some)["out"] == 3
+        assert sum(kept(some).values()) == sum(kept(masks).values())
+    with warnings.catch_warnings(action="error"):
+        assert kept(jaxsparse.random_masks({"one": jnp.ones((1, 2)), **params}, 0.99, at_least=9))["one"] == 2
+    few = jaxsparse.random_masks({"a": jnp.ones((30, 50)), "b": jnp.ones((30, 50))}, 0.999, at_least=100)
+    assert kept(few) == {"a": 100, "b": 100}
+    columns = jaxsparse.magnitude_masks(params, 0.99, structure={"*": "channel"}, at_least=2)
+    assert int(columns["out"].any(0).sum()) == 2
+
+
+def test_sparsities_and_structures_by_glob():
+    params = make_params()
+    masks = jaxsparse.random_masks(params, {"conv/*": 0.5, "*/kernel": 0.75})
+    assert kept(masks) == {"attention/kernel": 64, "conv/kernel": 72, "dense/kernel": 96}
+    masks = jaxsparse.random_masks(
+        params, [("*", 0.5)], structure={"*e*/kernel": jaxsparse.n_of_m(1, 4), "*": "channel"}
+    )
+    assert kept(masks) == {"attention/kernel": 64, "conv/kernel": 72, "dense/kernel": 96}

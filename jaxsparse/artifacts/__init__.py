@@ -93,7 +93,8 @@ from jaxsparse.artifacts.files import (
     safetensors_package,
 )
 from jaxsparse.masks import validate_masks
-from jaxsparse.structures import is_masked_node, leaf_paths, natural_order, path_name, prunable_by_default
+from jaxsparse.prunable import default_choice
+from jaxsparse.structures import is_masked_node, leaf_paths, natural_order, path_name
 from jaxsparse.tables import Table
 
 __all__ = ["ArtifactError", "describe", "load_sparse", "save_sparse"]
@@ -304,7 +305,8 @@ def _kept(tree: Any, masks: Any) -> list[np.ndarray | None]:
     """The mask of every leaf, None for dense ones."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     if masks is None:
-        found = [bit_view(leaf) != 0 if prunable_by_default(path_name(path), leaf) else None for path, leaf in leaves]
+        matrices = default_choice(tree)
+        found = [bit_view(leaf) != 0 if matrices[path_name(path)] else None for path, leaf in leaves]
         return [None if mask is None or mask.all() else mask for mask in found]
     checked = jax.tree.leaves(validate_masks(plain_nodes(masks, "masks"), tree), is_leaf=is_masked_node)
     found = [None if is_masked_node(mask) else np.asarray(mask) for mask in checked]

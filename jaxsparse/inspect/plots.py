@@ -15,8 +15,9 @@ import numpy as np
 
 from jaxsparse.inspect.history import History
 from jaxsparse.inspect.states import get_masks, masks_for
+from jaxsparse.layouts import Layout, LayoutLike, leaf_layouts
 from jaxsparse.links import link_states
-from jaxsparse.structures import align, by_path, natural_order
+from jaxsparse.trees import align, by_path, natural_order
 
 __all__ = [
     "plot_accuracy_against_kept", "plot_class_specialization", "plot_densities", "plot_filters", "plot_history",
@@ -68,15 +69,17 @@ def plot_densities(masks: Any):
     return figure
 
 
-def plot_masks(masks: Any, *, max_side: int = 256):
+def plot_masks(masks: Any, *, layout: LayoutLike = None, max_side: int = 256):
     """Draws the mask of every sparse leaf: kept weights as ink, one panel a layer.
 
-    Leaves with more than two dimensions are drawn as matrices, outputs (the last axis) across. Layers larger than
-    ``max_side`` are averaged over tiles, so a pixel's shade is its tile's density.
+    Leaves with more than two dimensions are drawn as matrices, outputs across. Layers larger than ``max_side`` are
+    averaged over tiles, so a pixel's shade is its tile's density.
 
     Args:
       masks: a pytree of bool arrays, or an optimizer state; scalars (dense leaves) are left out, and vectors are drawn
         as stripes.
+      layout: which axes of leaves are inputs and outputs, where names and shapes do not tell: pattern ->
+        :class:`jaxsparse.Layout`.
       max_side: the most pixels in each direction: about as many as a panel has, unless it is saved with a higher dpi.
 
     Returns:
@@ -86,12 +89,14 @@ def plot_masks(masks: Any, *, max_side: int = 256):
       ValueError: if no leaf has a mask, or these are no masks.
     """
     sparse = _sparse(masks, "plot_masks")
+    layouts = leaf_layouts(sparse, layout)
     columns = min(len(sparse), 4)
     rows = -(-len(sparse) // columns)
     figure = _figure(3.6 * columns, 3.6 * rows)
     for i, (name, mask) in enumerate(sparse.items()):
         axes = figure.add_subplot(rows, columns, i + 1)
-        matrix = mask.reshape(math.prod(mask.shape[:-1]), mask.shape[-1]).astype(np.float32)
+        seen = layouts[name].to_matrices(mask)
+        matrix = seen.reshape(math.prod(seen.shape[:-1]), seen.shape[-1]).astype(np.float32)
         if mask.size:
             extent = (0, matrix.shape[1], matrix.shape[0], 0)
             axes.imshow(
@@ -108,11 +113,12 @@ def plot_masks(masks: Any, *, max_side: int = 256):
     return figure
 
 
-def plot_filters(mask: Any, *, max_side: int = 256):
+def plot_filters(mask: Any, *, layout: Layout | None = None, max_side: int = 256):
     """Draws the mask of a convolution: how many weights each of its kernels keeps, and how many are kept at each place.
 
     Args:
       mask: bool, (height, width, inputs, outputs), of a convolution's kernel.
+      layout: which axes are inputs and outputs, if others than the last two: ``jaxsparse.Layout(1, 0)`` for Equinox.
       max_side: the most pixels in each direction; more inputs or outputs are averaged over tiles.
 
     Returns:
@@ -122,7 +128,7 @@ def plot_filters(mask: Any, *, max_side: int = 256):
     Raises:
       ValueError: if the mask has not four dimensions, or one of them is 0.
     """
-    mask = np.asarray(mask)
+    mask = np.asarray(mask) if layout is None else layout.to_matrices(np.asarray(mask))
     if mask.ndim != 4 or not mask.size:
         raise ValueError(
             f"plot_filters: expected (height, width, inputs, outputs), none of them 0, got shape {mask.shape}"
@@ -144,13 +150,16 @@ def plot_filters(mask: Any, *, max_side: int = 256):
     return figure
 
 
-def plot_receptive_fields(mask: Any, image_shape: Sequence[int] | None = None, *, most: int = 100):
+def plot_receptive_fields(
+    mask: Any, image_shape: Sequence[int] | None = None, *, layout: Layout | None = None, most: int = 100
+):
     """Draws what the units of a first layer see: one image a unit, kept weights as ink, and how many see each pixel.
 
     Args:
       mask: bool, of a dense kernel (height * width * channels, units), or of a convolution's (kernel height, kernel
         width, channels, filters).
       image_shape: (height, width, channels) of the images; not used for a convolution.
+      layout: which axes are inputs and outputs, if others than the last two: ``jaxsparse.Layout(1, 0)`` for Equinox.
       most: the number of units drawn, the first of them.
 
     Returns:
@@ -161,7 +170,7 @@ def plot_receptive_fields(mask: Any, image_shape: Sequence[int] | None = None, *
     """
     import matplotlib
 
-    mask = np.asarray(mask)
+    mask = np.asarray(mask) if layout is None else layout.to_matrices(np.asarray(mask))
     if mask.ndim not in (2, 4) or not mask.size:
         raise ValueError(
             f"plot_receptive_fields: expected a mask of 2 or 4 dimensions, none of them 0, got shape {mask.shape}"

@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsparse.layouts import LayoutLike, leaf_layouts
 from jaxsparse.links import link_states
 from jaxsparse.masks import apply_masks, validate_masks
-from jaxsparse.structures import by_path, by_plain_path, is_masked_node, path_name, prunable_leaves
+from jaxsparse.prunable import prunable_leaves
+from jaxsparse.trees import by_path, is_masked_node, path_name
 
 __all__ = [
     "SparsityError",
@@ -96,9 +98,9 @@ def eval_params(opt_state: Any, params: Any) -> Any:
     better: dict[str, Any] = {}
     for link in _links(opt_state, params):
         if hasattr(link, "eval_weights"):
-            better |= by_plain_path(link.eval_weights())
+            better |= by_path(link.eval_weights())
     params = sparsify(opt_state, params)
-    leaves = [better.get(path, leaf) for path, leaf in by_plain_path(params).items()]
+    leaves = [better.get(path, leaf) for path, leaf in by_path(params).items()]
     return jax.tree.structure(params).unflatten(leaves)
 
 
@@ -163,30 +165,34 @@ def check(opt_state: Any, params: Any = None) -> None:
             warnings.warn(note, stacklevel=2)
 
 
-def closed_channels(params: Any, *, prunable: Any = None) -> dict[str, np.ndarray]:
+def closed_channels(params: Any, *, prunable: Any = None, layout: LayoutLike = None) -> dict[str, np.ndarray]:
     """Which channels of each layer have died: the outputs to which only weights of zero lead.
 
     Args:
-      params: the params, layers' kernels with the outputs on the last axis, as Flax has them.
-      prunable: which leaves are looked at, see :func:`jaxsparse.structures.prunable_leaves`; default: kernels.
+      params: the params.
+      prunable: which leaves are looked at, see :func:`jaxsparse.prunable.prunable_leaves`; default: kernels.
+      layout: which axes of leaves are inputs, outputs and stacked layers, where names and shapes do not tell
+        (:func:`jaxsparse.layouts.leaf_layouts`): pattern -> :class:`jaxsparse.Layout`.
 
     Returns:
-      For the path of every such leaf the closed outputs in increasing order, int, (closed,); empty for none.
+      For the path of every such leaf the closed outputs in increasing order, int, (closed,); empty for none. Of a stack
+      of layers the pairs of layer and output, (closed, 2).
 
     Raises:
-      ValueError: as :func:`jaxsparse.structures.prunable_leaves`.
+      ValueError: as :func:`jaxsparse.prunable.prunable_leaves`.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> closed_channels({"conv": jnp.ones((3, 3, 2, 4)).at[..., 1].set(0.0), "bias": jnp.zeros(4)})
       {'conv': array([1])}
     """
-    chosen = by_path(prunable_leaves(params, prunable))
-    return {
-        path: np.flatnonzero(~np.asarray(jnp.any(leaf != 0, axis=tuple(range(leaf.ndim - 1)))))
-        for path, leaf in by_path(params).items()
-        if chosen[path]
-    }
+    chosen, layouts = by_path(prunable_leaves(params, prunable, layout=layout)), leaf_layouts(params, layout)
+    closed = {}
+    for path, leaf in by_path(params).items():
+        if chosen[path]:
+            where = np.argwhere(~layouts[path].any_by_output(np.asarray(leaf != 0)))
+            closed[path] = where if layouts[path].stack else where[:, -1]
+    return closed
 
 
 def _links(opt_state: Any, params: Any = None) -> list[Any]:
@@ -209,7 +215,7 @@ def _emptied(link: Any) -> list[str]:
     if hasattr(link, "open_channels"):  # which gates are open in a step is random
         kept, of = link.open_channels(), "open channels of group "
     else:
-        kept, of = by_plain_path(link.sparse_masks()), "weights of "
+        kept, of = by_path(link.sparse_masks()), "weights of "
     counts = jax.tree.leaves(link.count) if "count" in getattr(link, "_fields", ()) else []
     replica_axes = max(map(jnp.ndim, counts), default=0)
     found = []

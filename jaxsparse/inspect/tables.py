@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse.inspect.states import masks_for
-from jaxsparse.structures import align, by_path, natural_order, plain_path
+from jaxsparse.layouts import Layout, LayoutLike, leaf_layouts
 from jaxsparse.tables import Table, Tabular
+from jaxsparse.trees import align, by_path, natural_order
 
 __all__ = ["LayerComparison", "LayerSummary", "MaskComparison", "Summary", "compare_masks", "show", "summary"]
 
@@ -27,8 +28,8 @@ class LayerSummary(NamedTuple):
       sparse: whether it has a mask.
       mean_abs: mean absolute value of the kept weights; None if only shapes were given, or nothing is kept, or for PRNG
         keys.
-      dead_inputs: how many inputs (entries of the last axis but one) keep no weight; None for dense leaves and vectors.
-      dead_outputs: how many outputs (entries of the last axis) keep no weight; None for dense leaves.
+      dead_inputs: how many inputs keep no weight, see :mod:`jaxsparse.layouts`; None for dense leaves and vectors.
+      dead_outputs: how many outputs keep no weight; None for dense leaves.
       positions: at how many places of an example the leaf is applied; None where that is not known.
     """
 
@@ -87,7 +88,9 @@ class Summary(Tabular):
         return Table(header, tuple(rows), tuple(totals), left=(0, 1)).without_empty_columns(keep=5)
 
 
-def summary(opt_state_or_masks: Any, params: Any, *, positions: Mapping[str, int] | None = None) -> Summary:
+def summary(
+    opt_state_or_masks: Any, params: Any, *, positions: Mapping[str, int] | None = None, layout: LayoutLike = None
+) -> Summary:
     """Counts what every layer keeps. Print it for a table.
 
     Beside the counts it has the mean absolute value of the weights that are kept, how many inputs and outputs are dead,
@@ -99,6 +102,9 @@ def summary(opt_state_or_masks: Any, params: Any, *, positions: Mapping[str, int
       positions: for the path of a kernel, at how many places of an example it is applied: 1 for a dense layer, the
         height times the width of a convolution's output. Weights times places are multiply-adds, one more column.
         ``jaxsparse.models.positions(model, (28, 28, 1))`` makes them for a Flax model and the shape of its inputs.
+      layout: which axes of leaves are inputs, outputs and stacked layers, where names and shapes do not tell
+        (:func:`jaxsparse.layouts.leaf_layouts`): pattern -> :class:`jaxsparse.Layout`. Of a stack, the dead inputs and
+        outputs of all layers are counted.
 
     Returns:
       A :class:`Summary`.
@@ -121,18 +127,18 @@ def summary(opt_state_or_masks: Any, params: Any, *, positions: Mapping[str, int
     """
     masks = masks_for(opt_state_or_masks, params)
     leaves = by_path(params)
-    places = {plain_path(path): int(number) for path, number in (positions or {}).items()}
-    if unknown := sorted(set(places) - set(map(plain_path, leaves))):
+    places = {path: int(number) for path, number in (positions or {}).items()}
+    if unknown := sorted(set(places) - set(leaves)):
         raise ValueError(
             f"positions name leaves that the params lack: {', '.join(unknown)}; there are {', '.join(leaves)}"
         )
-    rows = []
+    layouts, rows = leaf_layouts(params, layout), []
     for (path, leaf), mask in zip(leaves.items(), align(masks, params, "masks"), strict=True):
-        rows.append(_layer(path, leaf, np.asarray(mask), places.get(plain_path(path))))
+        rows.append(_layer(path, leaf, np.asarray(mask), places.get(path), layouts[path]))
     return Summary(tuple(sorted(rows, key=lambda row: natural_order(row.path))))
 
 
-def _layer(path: str, leaf: Any, mask: np.ndarray, places: int | None) -> LayerSummary:
+def _layer(path: str, leaf: Any, mask: np.ndarray, places: int | None, layout: Layout) -> LayerSummary:
     weights, sparse = math.prod(leaf.shape), mask.ndim > 0
     kept = int(np.count_nonzero(mask)) if sparse else weights
     mean_abs = None
@@ -141,9 +147,9 @@ def _layer(path: str, leaf: Any, mask: np.ndarray, places: int | None) -> LayerS
         mean_abs = float(_magnitude(values).sum(dtype=np.float64)) / kept
     dead_inputs = dead_outputs = None
     if sparse:
-        dead_outputs = int(np.count_nonzero(~mask.any(axis=tuple(range(mask.ndim - 1)))))
-        if mask.ndim > 1:
-            dead_inputs = int(np.count_nonzero(~mask.any(axis=(*range(mask.ndim - 2), mask.ndim - 1))))
+        dead_outputs = int(np.count_nonzero(~layout.any_by_output(mask)))
+        if layout.is_matrix:
+            dead_inputs = int(np.count_nonzero(~layout.any_by_input(mask)))
     return LayerSummary(path, tuple(leaf.shape), weights, kept, sparse, mean_abs, dead_inputs, dead_outputs, places)
 
 

@@ -16,6 +16,7 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxsparse.allocation import check_total
+from jaxsparse.layouts import LayoutLike
 from jaxsparse.links import (
     check_budget,
     check_range,
@@ -27,6 +28,7 @@ from jaxsparse.links import (
     require_params,
 )
 from jaxsparse.masks import validate_masks
+from jaxsparse.prunable import default_choice
 from jaxsparse.selection import count_true, global_top_k_masks
 from jaxsparse.structures import (
     Structure,
@@ -39,7 +41,6 @@ from jaxsparse.structures import (
     n_of_m,
     path_name,
     plain_path,
-    prunable_by_default,
     prunable_leaves,
     unit_scores,
     weight,
@@ -90,8 +91,10 @@ def asni(
     update_every: ArrayLike,
     *,
     exact: bool = False,
+    at_least: ArrayLike = 0,
     structure: StructureLike = "weight",
     prunable: Any = None,
+    layout: LayoutLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""ASNI-I: global magnitude pruning on a schedule (Damadi et al., 2022). A link: last in the chain.
 
@@ -114,14 +117,18 @@ def asni(
       update_every: steps of a stage, int >= 1; the author has one epoch.
       exact: leave out q: let n times :math:`1 - s_t` weights be left (of all n, rounded), and skip nothing. For short
         stages, each of which would fall under the 0.001.
+      at_least: the fewest weights (or units) that any leaf keeps; all, if it has fewer. 0, as published: nothing stops
+        a layer from being emptied, which :func:`jaxsparse.check` then says.
       structure: what goes as one, see :mod:`jaxsparse.structures`: "weight", "kernel", "channel",
         :func:`jaxsparse.block`, :func:`jaxsparse.n_of_m`, or a mapping from path to these. Units of all leaves rank
         together by their scores, and stay from the largest down as long as they fit into the number of weights that the
         schedule leaves: it is never exceeded, and what is short of it by less than a unit is made up for by the next
         stage. With ``n_of_m`` the n largest of every group always stay, the rest rank as single weights: a network that
         has 2:4 everywhere ends at exactly that if the schedule ends at 0.5 (or above).
-      prunable: which leaves get masks, see :func:`jaxsparse.structures.prunable_leaves`; default: every floating-point
-        leaf of two or more dimensions that is no bias or scale, the first and last layer included.
+      prunable: which leaves get masks, see :func:`jaxsparse.prunable.prunable_leaves`; default: matrices and
+        convolutions, the first and last layer included.
+      layout: which axes of leaves are inputs, outputs and stacked layers, where names and shapes do not tell
+        (:func:`jaxsparse.layouts.leaf_layouts`): pattern -> :class:`jaxsparse.Layout`.
 
     Returns:
       A gradient transformation with the state :class:`ASNIState`: one byte a weight of sparse leaves. Its ``update``
@@ -152,12 +159,13 @@ def asni(
     check_steps("update_every", update_every, 1)
     if not callable(schedule):
         check_range("schedule", schedule, 0, 1)
+    check_steps("at_least", at_least, 0)
     check_structure(structure)
 
     def init_fn(params):
         refuse_replicated(params, "asni")
-        chosen = prunable_leaves(params, prunable)
-        leaf_structures(structure, params, chosen)  # warns of what does not fit, once
+        chosen = prunable_leaves(params, prunable, layout=layout)
+        leaf_structures(structure, params, chosen, layout=layout)  # warns of what does not fit, once
         masks = jax.tree.map(lambda p, c: jnp.ones(p.shape if c else (), bool), params, chosen)
         masks = validate_masks(masks, params)
         total = sum(mask.size for mask in jax.tree.leaves(masks))
@@ -172,17 +180,18 @@ def asni(
             masks, kept, nan_scores = old
             flat, treedef = jax.tree.flatten(masks)
             weights = _masked_leaves(params, masks)
-            units = jax.tree.leaves(mask_structures(structure, params, masks, quiet=True))
+            units = jax.tree.leaves(mask_structures(structure, params, masks, layout=layout, quiet=True))
             total = sum(mask.size for mask in flat)
             stage = state.count // update_every - 1
             if all(isinstance(unit, weight) for unit in units):
                 kept = _left(schedule, stage, kept, total, exact)
-                new = global_top_k_masks(weights, kept, where=flat, absolute=True) if flat else flat
+                kept = jnp.maximum(kept, sum(jnp.minimum(at_least, mask.size) for mask in flat))
+                new = global_top_k_masks(weights, kept, where=flat, absolute=True, at_least=at_least) if flat else flat
             else:  # what is left is counted from the start, since the masks may keep less
                 left = jax.lax.fori_loop(
                     0, stage + 1, lambda t, n: _left(schedule, t, n, total, exact), jnp.int32(total)
                 )
-                new, kept = _largest(weights, flat, units, left)
+                new, kept = _largest(weights, flat, units, left, at_least)
             nan_scores += sum(count_true(jnp.isnan(w) & m) for w, m in zip(weights, flat, strict=True))
             return treedef.unflatten(new), kept, nan_scores
 
@@ -232,7 +241,7 @@ def centroids(params: Any, masks: Any, *, biases: bool = False) -> dict[str, tup
 
     Returns:
       path -> (negative, positive), float32 scalars, of every leaf that has a mask or that
-      :func:`jaxsparse.structures.prunable_leaves` would choose. 0 where a layer has no weights of that sign.
+      :func:`jaxsparse.prunable.prunable_leaves` would choose. 0 where a layer has no weights of that sign.
 
     Raises:
       ValueError: for masks that do not fit, naming the leaf.
@@ -318,9 +327,10 @@ def _leaves(params: Any, masks: Any) -> list[_Leaf]:
     scales = [name.endswith("scale") or (name == "weight" and jnp.ndim(leaf) == 1)
               for (_, leaf), (_, _, name) in zip(flat, parts, strict=True)]  # fmt: skip
     normalised = {layer for (layer, _, _), is_scale in zip(parts, scales, strict=True) if is_scale}
+    matrices = default_choice(params)
     leaves = []
     for (path, value), mask, (layer, _, name), is_scale in zip(flat, checked, parts, scales, strict=True):
-        if not is_masked_node(mask) or prunable_by_default(path_name(path), value):
+        if not is_masked_node(mask) or matrices[path_name(path)]:
             role = "kernel"
         elif is_scale:
             role = "scale"
@@ -357,7 +367,7 @@ def _left(
 
 
 def _largest(
-    weights: list[jax.Array], masks: list[jax.Array], units: list[Structure], left: jax.Array
+    weights: list[jax.Array], masks: list[jax.Array], units: list[Structure], left: jax.Array, at_least: ArrayLike
 ) -> tuple[list[jax.Array], jax.Array]:
     """The masks of the largest units that ``left`` weights have room for, and how many weights these masks keep."""
     # What stays in any case, the n largest of every group, takes no part in the ranking.
@@ -368,7 +378,8 @@ def _largest(
     sizes = [unit.unit_size(mask.shape) for mask, unit in zip(masks, units, strict=True)]
     scores = [unit_scores(unit, w) for w, unit in zip(weights, units, strict=True)]
     reserved = sum((count_true(fixed) for fixed in safe if fixed is not None), jnp.int32(0))
-    chosen = global_top_k_masks(scores, jnp.maximum(left - reserved, 0), where=where, absolute=True, sizes=sizes)
+    left = jnp.maximum(left - reserved, 0)
+    chosen = global_top_k_masks(scores, left, where=where, absolute=True, sizes=sizes, at_least=at_least)
     kept = reserved + sum(size * count_true(mask) for size, mask in zip(sizes, chosen, strict=True))
     new = [unit.expand(mask, w) if fixed is None else mask | fixed
            for unit, mask, w, fixed in zip(units, chosen, weights, safe, strict=True)]  # fmt: skip

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from jaxsparse.layouts import LayoutLike
 from jaxsparse.links import chain, check_range, check_zeros, refuse_replicated, require_params
 from jaxsparse.structures import (
     StructureLike,
@@ -24,7 +25,9 @@ from jaxsparse.structures import (
     is_masked_node,
     leaf_paths,
     leaf_structures,
+    mask_structures,
     prunable_leaves,
+    weight,
 )
 
 __all__ = ["ReweightedL1State", "VelocityState", "rda", "reweighted_l1", "velocity"]
@@ -86,6 +89,7 @@ def reweighted_l1(
     max_factor: ArrayLike = 500.0,
     structure: StructureLike = "weight",
     prunable: Any = None,
+    layout: LayoutLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The proximal step of training with compressed sensing (Siegel et al., 2020). A link: last in the chain.
 
@@ -126,8 +130,10 @@ def reweighted_l1(
         group takes the place of abs(x), and w is multiplied by the square root of its size, in leaves of four
         dimensions (matrices go by single weights); or a mapping from path to these. The same made by
         :func:`jaxsparse.structures.kernel` and ``channel``; see :func:`jaxsparse.structures.leaf_structures`.
-      prunable: which leaves are shrunk, see :func:`jaxsparse.structures.prunable_leaves`; default: every floating-point
-        leaf of two or more dimensions that is no bias or scale, the first and last layer included.
+      prunable: which leaves are shrunk, see :func:`jaxsparse.prunable.prunable_leaves`; default: matrices and
+        convolutions, the first and last layer included.
+      layout: which axes of leaves are inputs, outputs and stacked layers, where names and shapes do not tell
+        (:func:`jaxsparse.layouts.leaf_layouts`): pattern -> :class:`jaxsparse.Layout`.
 
     Returns:
       A gradient transformation with the state :class:`ReweightedL1State`: three copies of the leaves that are shrunk,
@@ -166,7 +172,7 @@ def reweighted_l1(
 
     def init_fn(params):
         refuse_replicated(params, "reweighted_l1")
-        structures = leaf_structures(structure, params, prunable_leaves(params, prunable))
+        structures = leaf_structures(structure, params, prunable_leaves(params, prunable, layout=layout), layout=layout)
 
         def zeros(p, unit):
             return jnp.zeros(unit.unit_shape(p.shape), p.dtype)
@@ -198,7 +204,11 @@ def reweighted_l1(
         s, a, strength = (_at(value, state.count) for value in (step_size, averaging, l1))
         fading = s / weight_time
 
-        def step(u, x, y, threshold, r):
+        def step(u, x, y, threshold, r, unit):
+            if unit.layout is not None and unit.unit_size(x.shape) > 1:  # seen as matrices, and back
+                like, see = x, unit.layout.to_matrices
+                u, y, *of_units = step(see(u), see(x), see(y), threshold, r, weight())
+                return unit.layout.from_matrices(u, like), unit.layout.from_matrices(y, like), *of_units
             group = tuple(i for i, (size, full) in enumerate(zip(r.shape, x.shape, strict=True)) if size != full)
             size = _mean(jnp.abs(x), group) if group else jnp.abs(x)
             r = jnp.exp(-fading) * r - jnp.expm1(-fading) * size  # (1)
@@ -214,12 +224,13 @@ def reweighted_l1(
             return tuple(new.astype(x.dtype) for new in (shrunk - x, y, threshold, r))
 
         leaves, treedef = jax.tree.flatten(params)
-        flat = map(treedef.flatten_up_to, (updates, state.pre_prox, state.threshold, state.magnitude))
+        units = mask_structures(structure, params, state.pre_prox, layout=layout, quiet=True)
+        flat = map(treedef.flatten_up_to, (updates, state.pre_prox, state.threshold, state.magnitude, units))
         stepped = [
             (u if u is None else jnp.asarray(u, jnp.result_type(x)), y, threshold, r)
             if is_masked_node(y)
-            else step(0 if u is None else u, x, y, threshold, r)
-            for x, u, y, threshold, r in zip(leaves, *flat, strict=True)
+            else step(0 if u is None else u, x, y, threshold, r, unit)
+            for x, u, y, threshold, r, unit in zip(leaves, *flat, strict=True)
         ]
         updates, *trees = (treedef.unflatten([leaf[i] for leaf in stepped]) for i in range(4))
         return updates, ReweightedL1State(optax.safe_increment(state.count), *trees)
@@ -286,6 +297,7 @@ def rda(
     max_factor: ArrayLike = 500.0,
     structure: StructureLike = "weight",
     prunable: Any = None,
+    layout: LayoutLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Generalised regularised dual averaging with reweighted l1: the whole optimizer of Siegel et al. (2020).
 
@@ -298,7 +310,7 @@ def rda(
       momentum_time: as for :func:`velocity`.
       weight_time: as for :func:`reweighted_l1`; None takes ``momentum_time``, as the authors do.
       weight_decay: this times the params is added to the gradients, those of biases and scales too.
-      max_factor, structure, prunable: as for :func:`reweighted_l1`.
+      max_factor, structure, prunable, layout: as for :func:`reweighted_l1`.
 
     Returns:
       A gradient transformation. Its ``update`` needs the params.
@@ -333,6 +345,7 @@ def rda(
             weight_time=momentum_time if weight_time is None else weight_time,
             max_factor=max_factor,
             structure=structure,
+            layout=layout,
             prunable=prunable,
         ),
     )

@@ -21,14 +21,17 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxsparse.allocation import (
+    Allocation,
     Sparsity,
     apportion,
     check_allocation,
-    check_sparsity,
+    check_sparsities,
     check_total,
     exact_mean,
     exact_sum,
+    with_floor,
 )
+from jaxsparse.layouts import Layout, LayoutLike, leaf_layouts
 from jaxsparse.links import (
     align_signal,
     check_budget,
@@ -134,13 +137,15 @@ def sparse_momentum(
     growth: Growth = "momentum",
     redistribution: Redistribution = "momentum",
     prune: Prune = "magnitude",
-    allocation: str = "uniform",
+    allocation: Allocation = "uniform",
+    at_least: ArrayLike = 0,
     masks: Any = None,
     decay: ArrayLike | None = None,
     start_at: ArrayLike = 0,
     stop_at: ArrayLike | None = None,
     structure: StructureLike = "weight",
     prunable: Any = None,
+    layout: LayoutLike = None,
     key: ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Sparse momentum (Dettmers and Zettlemoyer, 2019). A link: last in the chain.
@@ -174,7 +179,8 @@ def sparse_momentum(
 
     Args:
       sparsity: the fraction of zeros among the prunable weights, in [0, 1), possibly traced; or one for
-        each prunable leaf: a mapping from path ("fc1/kernel") to sparsity, or a function of path and leaf. These are
+        each prunable leaf: a mapping from path or glob ("fc1/kernel", "*/attn/*") to sparsity, of which the first match
+        wins, or a function of path and leaf. These are
         of the start: then layers exchange weights as ``redistribution`` says; "nonzeros" about keeps their shares.
       update_every: steps between mask updates, int >= 1. With the step counted from 0, masks change on the
         steps that are positive multiples of it: the first step of every epoch but the first, if it is
@@ -182,13 +188,15 @@ def sparse_momentum(
       prune_rate: the share of a layer's weights that one update replaces, in [0, 1], or a schedule of the step
         such as :func:`jaxsparse.cosine_prune_rate`, which the authors use (from 0.5; 0.2 on ImageNet).
       growth: where weights return: "momentum" (the largest momentum of the layer), "random", or
-        "momentum_neuron" (each output unit, an index of the last axis, by its share of the mean momentum).
+        "momentum_neuron" (each output unit, of all layers of a stack too, by its share of the mean momentum).
       redistribution: what a layer's share of the regrown weights follows: "momentum" or "magnitude" (their mean
         over the layer's weights), "nonzeros" (how many weights are not 0) or "none" (the layer's size).
       prune: what goes: "magnitude" (the smallest of each layer), "SET" (half of them the smallest, half the most
         negative), or "global_magnitude" (the smallest of the whole network).
       allocation: how the initial masks share ``sparsity`` among the layers: "uniform", "erdos_renyi" or
         "erdos_renyi_kernel".
+      at_least: the fewest weights (or units) that any layer keeps, at the start and at every mask update; all, if it
+        has fewer. 0, as published: a layer that has lost its last weight has no momentum to share by and never regrows.
       masks: start from these instead of random ones, for instance from
         :func:`jaxsparse.magnitude_masks` of a pretrained network: like the params, bool, the
         scalar True for dense leaves. They set the budget and the sparse leaves; ``sparsity``, ``allocation`` and
@@ -203,8 +211,10 @@ def sparse_momentum(
         layers whose units are of one size: others could not exchange any and keep the number of weights.
         ``n_of_m`` keeps n of every m weights at every step, whatever ``sparsity``: a layer loses its share of smallest
         magnitude, and every group regrows as many as it lost, by ``growth``; nothing goes to other layers.
-      prunable: which leaves get masks, see :func:`jaxsparse.structures.prunable_leaves`; default: every floating-point
-        leaf of two or more dimensions that is no bias or scale, the first and last layer included.
+      prunable: which leaves get masks, see :func:`jaxsparse.prunable.prunable_leaves`; default: matrices and
+        convolutions, the first and last layer included.
+      layout: which axes of leaves are inputs, outputs and stacked layers, where names and shapes do not tell
+        (:func:`jaxsparse.layouts.leaf_layouts`): pattern -> :class:`jaxsparse.Layout`.
       key: an int or PRNG key, possibly traced, for the initial masks and random growth.
 
     Returns:
@@ -241,9 +251,9 @@ def sparse_momentum(
     """
     _check_modes(growth, redistribution, prune, structure)
     check_allocation(allocation)
-    if masks is None and not callable(sparsity):
-        for value in sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]:
-            check_sparsity(value)
+    check_steps("at_least", at_least, 0)
+    if masks is None:
+        check_sparsities(sparsity)
     check_steps("update_every", update_every, 1)
     check_steps("start_at", start_at, 0)
     check_steps("stop_at", stop_at, 0)
@@ -256,12 +266,13 @@ def sparse_momentum(
         mask_key, rng_key = jax.random.split(as_key(key))
         if masks is None:
             drawn = random_masks(
-                params, sparsity, allocation=allocation, prunable=prunable, structure=structure, key=mask_key
-            )
+                params, sparsity, allocation=allocation, at_least=at_least, prunable=prunable, structure=structure,
+                layout=layout, key=mask_key,
+            )  # fmt: skip
             start = validate_masks(drawn, params)
         else:
             start = validate_masks(masks, params)
-            check_units(start, mask_structures(structure, params, start))
+            check_units(start, mask_structures(structure, params, start, layout=layout))
             # Copies: the state may be donated, the caller's masks must survive that.
             start = jax.tree.map(lambda mask: jnp.array(mask, copy=True), start)
             check_total(mask.size for mask in jax.tree.leaves(start))
@@ -296,9 +307,9 @@ def sparse_momentum(
             masks, nan_scores, rng_key, fingerprints, _ = old
             rng_key, draw = jax.random.split(rng_key)
             rate = prune_rate(state.count) if callable(prune_rate) else prune_rate
-            flat = _Leaves.of(params, signal, masks, mask_structures(structure, params, masks, quiet=True))
+            flat = _Leaves.of(params, signal, masks, structure, layout)
             resting = _fingerprints(flat.weights, flat.masks) == fingerprints
-            new, nans, resting = _updated(flat, rate, growth, redistribution, prune, draw, resting)
+            new, nans, resting = _updated(flat, rate, growth, redistribution, prune, at_least, draw, resting)
             return flat.rebuild(new), nan_scores + nans, rng_key, _fingerprints(flat.weights, new), resting
 
         due = (state.count > 0) & (state.count % update_every == 0) & (state.count >= start_at)
@@ -329,7 +340,9 @@ def momentum_regrowth(
     growth: Growth = "momentum",
     redistribution: Redistribution = "momentum",
     prune: Prune = "magnitude",
+    at_least: ArrayLike = 0,
     structure: StructureLike = "weight",
+    layout: LayoutLike = None,
     key: ArrayLike | None = None,
 ) -> Any:
     """One mask update of sparse momentum: prune, redistribute, regrow.
@@ -355,8 +368,8 @@ def momentum_regrowth(
         one for all layers.
       masks: like ``params``: bool arrays, and the scalar True or ``MaskedNode`` for dense leaves.
       prune_rate: the share of each layer's weights to replace, in [0, 1], possibly traced.
-      growth, redistribution, prune, structure: as for :func:`sparse_momentum`. With a structure, read "unit" for
-        "weight" above, and "layers whose units are of one size" for "layers".
+      growth, redistribution, prune, at_least, structure, layout: as for :func:`sparse_momentum`. With a structure, read
+        "unit" for "weight" above, and "layers whose units are of one size" for "layers".
       key: an int or PRNG key, for ``growth="random"`` only.
 
     Returns:
@@ -378,18 +391,18 @@ def momentum_regrowth(
     if key is None and growth == "random":
         raise ValueError('growth="random" needs a key')
     checked = validate_masks(masks, params)
-    structures = mask_structures(structure, params, checked)
-    check_units(checked, structures)
-    flat = _Leaves.of(params, momentum, checked, structures)
+    check_units(checked, mask_structures(structure, params, checked, layout=layout))
+    flat = _Leaves.of(params, momentum, checked, structure, layout)
     moving = jnp.zeros(len(flat.masks), bool)
-    new, *_ = _updated(flat, prune_rate, growth, redistribution, prune, as_key(0 if key is None else key), moving)
+    draw = as_key(0 if key is None else key)
+    new, *_ = _updated(flat, prune_rate, growth, redistribution, prune, at_least, draw, moving)
     renewed = flat.rebuild(new)
     return jax.tree.map(
         lambda n, old: old if is_masked_node(n) else n, renewed, masks, is_leaf=is_masked_node
     )  # fmt: skip
 
 
-def _updated(leaves: "_Leaves", prune_rate, growth, redistribution, prune, key, frozen):
+def _updated(leaves: "_Leaves", prune_rate, growth, redistribution, prune, at_least, key, frozen):
     """The new masks of the sparse leaves, the number of NaN scores seen, and which leaves rest: keep their masks.
 
     Layers regrow together if their units are of one size; those that keep n of every m, each by itself.
@@ -418,8 +431,11 @@ def _updated(leaves: "_Leaves", prune_rate, growth, redistribution, prune, key, 
         )
         masks = [unit.units(leaves.masks[i]) for unit, i in zip(units, members, strict=True)]
         draws = [_draw(key, i) for i in members]
-        kinds, rests = [leaves.kinds[i] for i in members], resting[np.asarray(members)]
-        grown, seen = _regrow(weights, momenta, masks, prune_rate, growth, redistribution, prune, draws, kinds, rests)
+        kinds, layouts = ([every[i] for i in members] for every in (leaves.kinds, leaves.layouts))
+        rests = resting[np.asarray(members)]
+        grown, seen = _regrow(
+            weights, momenta, masks, prune_rate, growth, redistribution, prune, at_least, draws, kinds, layouts, rests
+        )
         for unit, i, mask in zip(units, members, grown, strict=True):
             new[i] = jnp.where(resting[i], leaves.masks[i], unit.expand(mask, leaves.masks[i]))
         nans += seen
@@ -442,7 +458,9 @@ def _draw(key, i):
     return lambda shape: random_scores(jax.random.fold_in(key, i), shape)
 
 
-def _regrow(weights, momenta, masks, prune_rate, growth, redistribution, prune, draws, kinds, resting):
+def _regrow(
+    weights, momenta, masks, prune_rate, growth, redistribution, prune, at_least, draws, kinds, layouts, resting
+):
     """The new masks of layers that regrow together, given as lists, and the number of NaN scores seen.
 
     Those that rest are treated as if they had no weights at all.
@@ -497,6 +515,8 @@ def _regrow(weights, momenta, masks, prune_rate, growth, redistribution, prune, 
     capacity = jnp.where(jnp.sum(capped) >= regrow, capped, free)
     quotas = jnp.where(total > 0, shares * regrow.astype(jnp.float32), lost.astype(jnp.float32))
     gains = apportion(quotas, regrow, capacity, round_up=True)
+    if isinstance(at_least, jax.core.Tracer) or at_least:
+        gains = with_floor(gains, jnp.clip(at_least - surviving, 0, free))
 
     # 5. Which ones return.
     missing = [~mask for mask in survivors]
@@ -506,7 +526,7 @@ def _regrow(weights, momenta, masks, prune_rate, growth, redistribution, prune, 
         scores = [draw(mask.shape) for draw, mask in zip(draws, masks, strict=True)]
         grown = top_k_masks(scores, gains, where=missing)
     else:
-        grown = [_grow_by_neuron(*leaf) for leaf in zip(momenta, missing, gains, strict=True)]
+        grown = [_grow_by_neuron(*leaf) for leaf in zip(momenta, missing, gains, layouts, strict=True)]
     return [s | g for s, g in zip(survivors, grown, strict=True)], nans
 
 
@@ -518,8 +538,14 @@ def _scales(momenta: list[jax.Array], kinds: list[Any], sizes: jax.Array) -> jax
     return jnp.where(means > 0, means, 1)
 
 
-def _grow_by_neuron(momentum: jax.Array, missing: jax.Array, gain: jax.Array) -> jax.Array:
-    """Each output unit grows by its share of the mean momentum; what is left over goes to the largest that remain."""
+def _grow_by_neuron(momentum: jax.Array, missing: jax.Array, gain: jax.Array, layout: Layout | None) -> jax.Array:
+    """Each output unit grows by its share of the mean momentum; what is left over goes to the largest that remain.
+
+    ``layout`` is None where the outputs are the last axis, or momentum is one of units, seen as matrices already.
+    """
+    if layout is not None:
+        seen = _grow_by_neuron(layout.to_matrices(momentum), layout.to_matrices(missing), gain, None)
+        return layout.from_matrices(seen, missing)
     if momentum.ndim < 2:
         return top_k_mask(momentum, gain, where=missing, absolute=True)
     inputs = tuple(range(momentum.ndim - 1))
@@ -541,10 +567,11 @@ class _Leaves(NamedTuple):
     masks: list[jax.Array]
     structures: list[Structure]
     kinds: list[Any]  # of the optimizers that the momenta are of
+    layouts: list[Layout | None]  # of leaves that go by single weights and have their outputs elsewhere than last
     template: Any
 
     @classmethod
-    def of(cls, params: Any, signal: Any, masks: Any, structures: Any) -> "_Leaves":
+    def of(cls, params: Any, signal: Any, masks: Any, structure: StructureLike, layout: LayoutLike) -> "_Leaves":
         leaves, treedef = jax.tree.flatten(params)
         flat_masks = treedef.flatten_up_to(masks)
         momenta, kinds = align_signal(signal, params, "momentum"), momentum_kinds(signal, params)
@@ -555,9 +582,14 @@ class _Leaves(NamedTuple):
                 raise ValueError(f"there is no momentum of {name}: use an optimizer that stores one, or decay=")
             if m.shape != p.shape:
                 raise ValueError(f"momentum of {name}: expected shape {p.shape}, got {m.shape}")
-        units = jax.tree.leaves(structures)
+        units = jax.tree.leaves(mask_structures(structure, params, masks, layout=layout, quiet=True))
         weights, momenta, flat_masks, kinds = ([leaf[i] for leaf in sparse] for i in range(1, 5))
-        return cls(weights, momenta, flat_masks, units, kinds, masks)
+        found = leaf_layouts(params, layout)
+        layouts = [
+            found[name] if unit.unit_size(p.shape) == 1 and not found[name].is_plain(p.ndim) else None
+            for (name, p, *_), unit in zip(sparse, units, strict=True)
+        ]
+        return cls(weights, momenta, flat_masks, units, kinds, layouts, masks)
 
     def rebuild(self, masks: list[jax.Array]) -> Any:
         return jax.tree.structure(self.template).unflatten(masks)

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from jaxsparse.models import layers
 from jaxsparse.nn import SparseConv, SparseDense
-from jaxsparse.structures import by_path, prunable_by_default
+from jaxsparse.prunable import default_choice
 
 __all__ = ["positions"]
 
@@ -62,7 +62,7 @@ def positions(model: nn.Module, shape: tuple[int, ...], **kwargs: Any) -> dict[s
     with nn.intercept_methods(look):
         key, example = jax.random.key(0), jnp.zeros((1, *shape))
         variables = jax.eval_shape(lambda key, x: model.init(key, x, **kwargs), key, example)
-    weights = {path for path, leaf in by_path(variables.get("params", {})).items() if prunable_by_default(path, leaf)}
+    weights = {path for path, chosen in default_choice(variables.get("params", {})).items() if chosen}
     if others := sorted(weights - set(found) - looked_up):
         warnings.warn(f"positions does not know the layers of {', '.join(others)}: they are left out", stacklevel=2)
     if recurrent:

@@ -157,9 +157,7 @@ def test_a_changed_key_that_has_no_effect_is_refused():
             with pytest.raises(ValueError, match=f"config.{key} has no effect without {needed}"):
                 optimizers.refuse_idle(config, ["seed", key])
     asni.sparsity.method = "mask_updates"
-    with pytest.raises(
-        ValueError, match="sparsity.magnitude has no effect without a .*method that prunes"
-    ):
+    with pytest.raises(ValueError, match="sparsity.magnitude has no effect without a .*method that prunes"):
         optimizers.refuse_idle(asni, ["sparsity.method", "sparsity.magnitude"])
     optimizers.refuse_idle(asni, ["sparsity.masks_from", "sparsity.start"])
     asni.sparsity.method = "asni"

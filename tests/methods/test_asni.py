@@ -286,7 +286,7 @@ def test_units_in_every_layout(structure):
 def test_leaves_that_do_not_fit_go_by_single_weights():
     params = make_params()
     tx = jaxsparse.asni(0.5, 1, structure=jaxsparse.block(8, 8))
-    with pytest.warns(UserWarning, match="attention/kernel of shape .*, conv/kernel of shape .* go by single weights"):
+    with pytest.warns(UserWarning, match="conv/kernel of shape .* go by single weights"):
         opt_state = tx.init(params)
     zeros = jax.tree.map(jnp.zeros_like, params)
     for _ in range(2):
@@ -417,3 +417,16 @@ def test_training_goes_on_from_two_numbers_a_layer_on_the_masks():
     trained = optax.apply_updates(start, updates)
     jaxsparse.check(opt_state, trained)
     assert int((trained["fc"]["kernel"] != 0).sum()) == 10
+
+
+def test_at_least_so_many_weights_of_every_leaf_stay():
+    params = {"big": jnp.arange(1.0, 101.0).reshape(10, 10), "out": jnp.full((4, 5), 1e-3)}
+    for structure in ("weight", {"big": jaxsparse.block(1, 2)}):
+        tx = jaxsparse.chain(optax.sgd(0.0), jaxsparse.asni(0.9, 1, at_least=3, structure=structure))
+        state = tx.init(params)
+        for _ in range(2):
+            _, state = tx.update(params, state, params)
+        masks = jaxsparse.get_masks(state)
+        assert int(masks["out"].sum()) == 3
+        assert int(jaxsparse.count(masks)) in (11, 12)
+        jaxsparse.check(state)

@@ -602,7 +602,8 @@ def with_leaf(path, value):
         ({"prunable": lambda path, leaf: True}, "wrap the predicate"),
         ({"prunable": {"dense": True}}, "prunable must have the tree of the params"),
         ({"sparsity": {"dense/kernel": 0.5, "dense/kernle": 0.5}},
-         r"missing \['attention/kernel', 'conv/kernel'\], unknown \['dense/kernle'\]"),
+         "sparsity: 'dense/kernle' matches none of attention/kernel, conv/kernel, dense/kernel"),
+        ({"sparsity": {"dense/*": 0.5}}, r"missing \['attention/kernel', 'conv/kernel'\]"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_the_params_is_named_by_init(options, message):
@@ -802,3 +803,31 @@ def test_fingerprints_change_with_any_bit():
         )  # one up, one down: the sum of the bits is the same
         assert module._fingerprints([w.at[0, :2].set(steps)], [mask | True]) != module._fingerprints([w], [mask | True])
     assert module._fingerprints([], []).shape == (0,)
+
+
+def test_at_least_so_many_weights_of_a_layer_stay_and_a_layer_of_none_is_told():
+    params = {"big": jax.random.normal(jax.random.key(0), (40, 30)), "out": jnp.full((4, 5), 1e-3)}
+    weights = jax.tree.map(jnp.copy, params)
+    tx = jaxsparse.chain(optax.sgd(0.1, momentum=0.9), jaxsparse.sparse_momentum(0.99, 1, at_least=2, prune_rate=1.0))
+    state = tx.init(params)
+    step = jax.jit(tx.update)
+    for _ in range(4):
+        updates, state = step({"big": weights["big"], "out": 1e-6 * weights["out"] + 1e-9}, state, weights)
+        weights = optax.apply_updates(weights, updates)
+        masks = jaxsparse.get_masks(state)
+        assert int(masks["out"].sum()) >= 2
+        assert int(jaxsparse.count(masks)) == 12
+    with pytest.warns(UserWarning, match="no weight is left in out"):
+        jaxsparse.sparse_momentum(0.99, 1, decay=0.9).init({"big": params["big"], "out": jnp.ones((2, 2))})
+
+
+def test_neurons_are_outputs_wherever_they_lie():
+    momentum = jax.random.normal(jax.random.key(1), (6, 40)) * jnp.array([[9.0], [1], [1], [1], [1], [9]])
+    masks = jnp.zeros((6, 40), bool).at[:, ::4].set(True)
+    weights = jnp.where(masks, 1.0, 0.0)
+
+    def grown(name, turn):
+        trees = ({name: turn(leaf)} for leaf in (weights, momentum, masks))
+        return turn(jaxsparse.momentum_regrowth(*trees, 1.0, growth="momentum_neuron")[name])
+
+    assert (grown("weight", lambda x: x) == grown("kernel", jnp.transpose)).all()
