@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxsparse.structures import by_plain_path, is_masked_node, natural_order, plain_path
 from jaxsparse.tables import Table, Tabular
+from jaxsparse.trees import by_path, is_masked_node, natural_order
 
 __all__ = ["Group", "Remaining", "entries", "expected_counts", "group_sizes", "remaining"]
 
@@ -64,13 +64,6 @@ class Group:
     removes: Mapping[str, int | tuple[int, Sequence[int]]] = dataclasses.field(default_factory=dict)
     kernel: str | None = None
 
-    def __post_init__(self):
-        for name in ("multiplies", "removes"):
-            paths = {plain_path(path): axis for path, axis in getattr(self, name).items()}
-            object.__setattr__(self, name, paths)
-        if self.kernel is not None:
-            object.__setattr__(self, "kernel", plain_path(self.kernel))
-
 
 def group_sizes(groups: Sequence[Group], params: Any) -> tuple[int, ...]:
     """The number of channels of each group, after a check that they fit the params.
@@ -90,7 +83,7 @@ def group_sizes(groups: Sequence[Group], params: Any) -> tuple[int, ...]:
     groups = tuple(groups)
     if not groups or not all(isinstance(group, Group) for group in groups):
         raise ValueError(f"groups must be one or more jaxsparse.Group, got {groups!r}")
-    leaves = by_plain_path(params)
+    leaves = by_path(params)
     partial = any(map(is_masked_node, jax.tree.leaves(params, is_leaf=is_masked_node)))
     names = [group.name for group in groups]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -269,7 +262,7 @@ def remaining(
         found = jnp.shape(open_channels.get(group.name))
         if found != (size,):
             raise ValueError(f"group {group.name!r} has {size} channels, but open_channels has shape {found} for it")
-    shapes = {path: tuple(leaf.shape) for path, leaf in by_plain_path(params).items()}
+    shapes = {path: tuple(leaf.shape) for path, leaf in by_path(params).items()}
     if unknown := sorted(set(positions or {}) - set(shapes)):
         raise ValueError(f"positions names {', '.join(unknown)}, which the params do not have")
     chances = {group.name: np.asarray(open_channels[group.name], np.float64) for group in groups}

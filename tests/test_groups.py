@@ -3,7 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
+import jaxsparse
 from jaxsparse.groups import Group, expected_counts, group_sizes, remaining
 
 PARAMS = {
@@ -113,3 +115,17 @@ def test_remaining_counts_above_what_float32_can():
     assert rows["a"].kept_multiply_adds == 3 * 50257 * 1022
     assert found.params == 50258 * 1022 / (50258 * 1023)
     assert "51,362,654" in str(found)
+
+
+def test_names_are_taken_as_they_are():
+    params = {"head": {"value": jnp.ones((3, 4)), "raw_value": jnp.ones(4)}}
+    group = Group("head", {"head/value": -1}, {"head/value": -1})
+    rows = {row.path: row.kept_params for row in remaining(params, [group], {"head": np.arange(4) > 0}).layers}
+    assert rows == {"head/value": 9, "head/raw_value": 4}
+    tx = jaxsparse.l0(optax.sgd(0.1), [group], penalty=1e-3)
+    gated, _ = tx.update(params, tx.init(params), params)
+    np.testing.assert_array_equal(gated["head"]["raw_value"], np.full(4, -0.1, np.float32))
+    assert len(np.unique(gated["head"]["value"])) > 1
+    # The variables of flax.nnx add nothing to the names.
+    state = nnx.state(nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
+    assert group_sizes([Group("units", {"kernel": -1, "bias": 0})], state) == (4,)
