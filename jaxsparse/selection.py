@@ -129,8 +129,8 @@ def global_top_k_masks(
       sizes: a pytree like ``scores`` of Python ints >= 1: how much an entry of each
         leaf counts, for instance the number of weights of a block. ``k`` counts in
         the same measure, up to the sum of size times entries.
-      at_least: mark this many, the largest, of every leaf in any case (all, of a leaf that has fewer), and give only the
-        rest of ``k`` to the largest of the whole tree. A ``k`` too small for that is exceeded. Possibly traced.
+      at_least: mark this many, the largest, of every leaf in any case (all, of a leaf that has fewer), and give only
+        the rest of ``k`` to the largest of the whole tree. A ``k`` too small for that is exceeded. Possibly traced.
 
     Returns:
       A pytree like ``scores`` of bool arrays with exactly ``k`` entries True in

@@ -223,8 +223,8 @@ def _emptied(link: Any) -> list[str]:
         left = np.asarray(jnp.any(mask, axis=tuple(range(replica_axes, jnp.ndim(mask)))))
         if jnp.size(mask) and not left.all():
             found.append(
-                f"0 of {jnp.size(mask) // left.size} {of}{name} are left, so nothing passes through. It is small for "
-                "what the whole network is to lose: give it a budget of its own, or leave it out by prunable="
+                f"0 of {jnp.size(mask) // left.size} {of}{name} are left, so nothing passes through. Methods with a "
+                "budget keep some by at_least=1; else leave it out by prunable=, or prune less"
             )
     return found
 
