@@ -14,6 +14,7 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxsparse.allocation import check_precision
+from jaxsparse.placement import steady
 from jaxsparse.structures import align, by_path, is_function, is_masked_node, leaf_paths, path_name
 
 __all__ = [
@@ -255,6 +256,7 @@ def on_update_steps(due: jax.Array, compute: Callable[[Any], Any], old: Any) -> 
     """
     if not isinstance(due, jax.core.Tracer):  # outside of jit a loop would be compiled anew at every call
         return compute(old) if due else old
+    compute, old = steady(compute, old)
     return jax.lax.while_loop(
         lambda carry: carry[0], lambda carry: (jnp.zeros_like(carry[0]), compute(carry[1])), (due, old)
     )[1]

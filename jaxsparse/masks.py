@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 from jaxsparse import allocation as allocation_lib
 from jaxsparse.allocation import Allocation
 from jaxsparse.layouts import LayoutLike, leaf_layouts, warn_of_guesses
+from jaxsparse.placement import copied, mask_like, sharding_of
 from jaxsparse.prunable import prunable_leaves
 from jaxsparse.selection import count_true, global_top_k_masks, random_scores, top_k_masks
 from jaxsparse.structures import (
@@ -82,7 +83,8 @@ def random_masks(
     draw = as_key(key)
 
     def score(i, leaf, unit):
-        return random_scores(jax.random.fold_in(draw, i), unit.unit_shape(leaf.shape))
+        sharding = sharding_of(leaf) if unit.unit_size(leaf.shape) == 1 else None  # units are few
+        return random_scores(jax.random.fold_in(draw, i), unit.unit_shape(leaf.shape), sharding)
 
     return _best_masks(params, sparsity, allocation, at_least, prunable, structure, layout, score)
 
@@ -279,6 +281,11 @@ def validate_masks(masks: Any, params: Any, what: str = "masks") -> Any:
     return treedef.unflatten(checked)
 
 
+def copied_masks(masks: Any, params: Any) -> Any:
+    """Copies of masks in the form of a state, placed as the params are. (A state may be donated, the masks survive.)"""
+    return jax.tree.map(lambda p, mask: mask if is_masked_node(mask) else mask_like(copied(mask), p), params, masks)
+
+
 def as_key(key: ArrayLike) -> jax.Array:
     """A typed PRNG key from an int, a typed key or raw key data; traced values too."""
     key = jnp.asarray(key)
@@ -319,6 +326,7 @@ def _best_masks(
         best = top_k_masks(list(scores.values()), counts, absolute=True)
     for (path, leaf), units in zip(free.items(), best, strict=True):
         kept[path] = sparse[path][1].expand(units, leaf)
+    kept = {path: mask_like(mask, sparse[path][0]) for path, mask in kept.items()}
     _warn_of_empty(kept)
     return treedef.unflatten([kept.get(path, jnp.ones((), bool)) for path in leaf_paths(params)])
 

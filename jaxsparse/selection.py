@@ -174,8 +174,13 @@ def global_top_k_masks(
     return treedef.unflatten(_select([group], [k], absolute, sizes=counted)[0])
 
 
-def random_scores(key: jax.Array, shape: Sequence[int]) -> jax.Array:
+def random_scores(key: jax.Array, shape: Sequence[int], sharding: jax.sharding.Sharding | None = None) -> jax.Array:
     """Scores whose ``k`` largest are a uniformly random choice of ``k`` entries.
+
+    Args:
+      key: a PRNG key.
+      shape: of the scores.
+      sharding: draw them on the devices of this sharding, in its parts: the same numbers in every layout.
 
     Returns:
       float32 of the given shape: 30 random bits read as a non-negative float. Only
@@ -187,7 +192,13 @@ def random_scores(key: jax.Array, shape: Sequence[int]) -> jax.Array:
       >>> int(top_k_mask(random_scores(jax.random.key(0), (3, 4)), 5).sum())
       5
     """
-    return jax.lax.bitcast_convert_type(jax.random.bits(key, tuple(shape), jnp.uint32) >> 2, jnp.float32)
+    traced = isinstance(getattr(sharding, "mesh", None), jax.sharding.AbstractMesh)
+
+    def draw(key):
+        bits = jax.random.bits(key, tuple(shape), jnp.uint32, out_sharding=sharding if traced else None)
+        return jax.lax.bitcast_convert_type(bits >> 2, jnp.float32)
+
+    return draw(key) if sharding is None or traced else jax.jit(draw, out_shardings=sharding)(key)
 
 
 def count_true(mask: jax.Array, axis: tuple[int, ...] | None = None) -> jax.Array:

@@ -28,6 +28,7 @@ from jaxsparse.links import (
     require_params,
 )
 from jaxsparse.masks import validate_masks
+from jaxsparse.placement import varying_like
 from jaxsparse.prunable import default_choice
 from jaxsparse.selection import count_true, global_top_k_masks
 from jaxsparse.structures import (
@@ -166,11 +167,12 @@ def asni(
         refuse_replicated(params, "asni")
         chosen = prunable_leaves(params, prunable, layout=layout)
         leaf_structures(structure, params, chosen, layout=layout)  # warns of what does not fit, once
-        masks = jax.tree.map(lambda p, c: jnp.ones(p.shape if c else (), bool), params, chosen)
+        masks = jax.tree.map(lambda p, c: jnp.ones_like(p, bool) if c else jnp.ones((), bool), params, chosen)
         masks = validate_masks(masks, params)
         total = sum(mask.size for mask in jax.tree.leaves(masks))
         check_total([total])
-        return ASNIState(jnp.zeros([], jnp.int32), masks, jnp.int32(total), jnp.zeros([], jnp.int32))
+        kept, nan_scores = varying_like((jnp.int32(total), jnp.zeros([], jnp.int32)), params)
+        return ASNIState(jnp.zeros([], jnp.int32), masks, kept, nan_scores)
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args

@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 from jaxsparse.groups import Group, expected_counts, group_sizes
 from jaxsparse.links import check_range, check_zeros, refuse_replicated, require_params
 from jaxsparse.masks import as_key
+from jaxsparse.placement import copied, mask_like, placed_like, varying_like
 from jaxsparse.structures import by_plain_path, is_masked_node, leaf_paths, path_name, plain_path
 
 __all__ = [
@@ -60,7 +61,7 @@ class L0State(NamedTuple):
 
     def sparse_masks(self) -> Any:
         """Where the gates in force are not zero."""
-        return self._gated(lambda w, path: jnp.broadcast_to(_leaf(self.gates[path]) != 0, w.shape))
+        return self._gated(lambda w, path: mask_like(jnp.broadcast_to(_leaf(self.gates[path]) != 0, w.shape), w))
 
     def eval_weights(self) -> Any:
         """The weights times the test-time gates; ``optax.MaskedNode()`` for leaves without gates."""
@@ -460,22 +461,20 @@ def _gated(
         multiplied = {path for group in groups for path in group.multiplies}
         weights = jax.tree_util.tree_map_with_path(
             # A copy: the state and the params may both be donated.
-            lambda path, p: (
-                jnp.array(p, copy=True) if plain_path(path_name(path)) in multiplied else optax.MaskedNode()
-            ),
+            lambda path, p: copied(p) if plain_path(path_name(path)) in multiplied else optax.MaskedNode(),
             params,
         )
         draw, gate_key = jax.random.split(as_key(key))
-        gate_params = init_gates(sizes, gate_key)
+        gate_params = varying_like(init_gates(sizes, gate_key), params)
         logits = logits_of(gate_params)
-        ones = [jnp.ones(size) for size in sizes]
+        ones = [jnp.ones_like(log_alpha) for log_alpha in logits]
         return L0State(
             count=jnp.zeros([], jnp.int32),
             key=draw,
             log_alpha=dict(zip(names, logits, strict=True)),
             generator=() if generate is None else gate_params,
             gates=by_leaf(ones, weights),
-            slopes=dict(zip(names, [jnp.zeros(size) for size in sizes], strict=True)),
+            slopes=dict(zip(names, map(jnp.zeros_like, logits), strict=True)),
             test_gates=by_leaf([hard_concrete_mean(la) for la in logits], weights),
             weights=weights,
             inner_state=inner.init(params),
@@ -515,9 +514,10 @@ def _gated(
         grads = {path: (g * state.gates[path]).astype(g.dtype) if path in behind else g for path, g in grads.items()}
 
         gate_params = state.generator if generate is not None else [state.log_alpha[name] for name in names]
+        gate_params = varying_like(gate_params, [*of_gates, state.slopes])
         logits, pull_back = jax.vjp(logits_of, gate_params)
         of_penalty = jax.grad(lambda logits: _penalty_of(penalty, groups, real, logits))(logits)
-        of_gates = [_placed_like(log_alpha, g) for log_alpha, g in zip(logits, of_gates, strict=True)]
+        of_gates = [placed_like(g, log_alpha) for log_alpha, g in zip(logits, of_gates, strict=True)]
         of_logits = [
             slope * g + jnp.where(frozen, 0, extra)
             for slope, g, extra in zip([state.slopes[name] for name in names], of_gates, of_penalty, strict=True)
@@ -607,7 +607,7 @@ def _penalty_of(
                 before = chances.sum()
     if penalty.weight_decay:
         for (path, axis), chances in zip(kernels, is_open, strict=True):
-            norms = jnp.sum(jnp.square(leaves[path]), _others(axis, leaves[path].ndim))
+            norms = placed_like(jnp.sum(jnp.square(leaves[path]), _others(axis, leaves[path].ndim)), chances)
             total += penalty.weight_decay / 2 * jnp.sum(chances * norms)
     return total / penalty.examples
 
@@ -643,11 +643,3 @@ def _names(tree: Any) -> list[str]:
 def _leaf(wrapped: Any) -> jax.Array:
     """The array, where flax.nnx wraps the leaves of an optimizer state."""
     return jax.tree.leaves(wrapped)[0]
-
-
-def _placed_like(x: jax.Array, y: jax.Array) -> jax.Array:
-    """``y`` with the sharding of ``x``, which must be said on a mesh with explicit axes."""
-    sharding = getattr(jax.typeof(x), "sharding", None)
-    if sharding is None or sharding == jax.typeof(y).sharding:
-        return y
-    return jax.sharding.reshard(y, sharding)

@@ -2,12 +2,10 @@
 
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from jaxsparse.links import check_zeros, land_on_masks, refuse_replicated, require_params
-from jaxsparse.masks import validate_masks
+from jaxsparse.masks import copied_masks, validate_masks
 
 __all__ = ["MaskUpdatesState", "mask_updates"]
 
@@ -62,9 +60,7 @@ def mask_updates(masks: Any) -> optax.GradientTransformationExtraArgs:
 
     def init_fn(params):
         refuse_replicated(params, "mask_updates")
-        checked = validate_masks(masks, params)
-        # Copies: the state may be donated, the caller's masks must survive that.
-        return MaskUpdatesState(jax.tree.map(lambda mask: jnp.array(mask, copy=True), checked))
+        return MaskUpdatesState(copied_masks(validate_masks(masks, params), params))
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args

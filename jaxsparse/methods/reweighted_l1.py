@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 
 from jaxsparse.layouts import LayoutLike
 from jaxsparse.links import chain, check_range, check_zeros, refuse_replicated, require_params
+from jaxsparse.placement import copied, zeros
 from jaxsparse.structures import (
     StructureLike,
     by_path,
@@ -174,9 +175,6 @@ def reweighted_l1(
         refuse_replicated(params, "reweighted_l1")
         structures = leaf_structures(structure, params, prunable_leaves(params, prunable, layout=layout), layout=layout)
 
-        def zeros(p, unit):
-            return jnp.zeros(unit.unit_shape(p.shape), p.dtype)
-
         names, (leaves, treedef) = leaf_paths(params), jax.tree.flatten(params)
         groups = treedef.flatten_up_to(structures)
         for name, p, group in zip(names, leaves, groups, strict=True):
@@ -193,9 +191,9 @@ def reweighted_l1(
         return ReweightedL1State(
             count=jnp.zeros([], jnp.int32),
             # Copies: the state and the params may both be donated.
-            pre_prox=for_each(lambda p, _: jnp.array(p, copy=True)),
-            threshold=for_each(zeros),
-            magnitude=for_each(zeros),
+            pre_prox=for_each(lambda p, _: copied(p)),
+            threshold=for_each(lambda p, unit: zeros(p, unit.unit_shape(p.shape))),
+            magnitude=for_each(lambda p, unit: zeros(p, unit.unit_shape(p.shape))),
         )
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -228,7 +226,7 @@ def reweighted_l1(
         flat = map(treedef.flatten_up_to, (updates, state.pre_prox, state.threshold, state.magnitude, units))
         stepped = [
             (u if u is None else jnp.asarray(u, jnp.result_type(x)), y, threshold, r)
-            if is_masked_node(y)
+            if is_masked_node(y) or not x.size
             else step(0 if u is None else u, x, y, threshold, r, unit)
             for x, u, y, threshold, r, unit in zip(leaves, *flat, strict=True)
         ]

@@ -44,7 +44,8 @@ from jaxsparse.links import (
     refuse_replicated,
     require_params,
 )
-from jaxsparse.masks import as_key, random_masks, validate_masks
+from jaxsparse.masks import as_key, copied_masks, random_masks, validate_masks
+from jaxsparse.placement import varying_like
 from jaxsparse.selection import count_true, global_top_k_masks, random_scores, top_k_mask, top_k_masks
 from jaxsparse.structures import (
     Structure,
@@ -273,8 +274,7 @@ def sparse_momentum(
         else:
             start = validate_masks(masks, params)
             check_units(start, mask_structures(structure, params, start, layout=layout))
-            # Copies: the state may be donated, the caller's masks must survive that.
-            start = jax.tree.map(lambda mask: jnp.array(mask, copy=True), start)
+            start = copied_masks(start, params)
             check_total(mask.size for mask in jax.tree.leaves(start))
         flat = jax.tree.leaves(start)
         return SparseMomentumState(
@@ -282,10 +282,10 @@ def sparse_momentum(
             masks=start,
             momentum=optax.EmptyState() if decay is None else _sparse_zeros(params, start),
             budget=sum(map(count_true, flat), jnp.zeros([], jnp.int32)),
-            nan_scores=jnp.zeros([], jnp.int32),
+            nan_scores=varying_like(jnp.zeros([], jnp.int32), params),
             rng_key=rng_key,
             fingerprints=_fingerprints(_masked_leaves(params, start), flat),
-            resting=jnp.zeros(len(flat), bool),
+            resting=varying_like(jnp.zeros(len(flat), bool), params),
         )
 
     def update_fn(updates, state, params=None, *, grad=None, momentum=None, **extra_args):
