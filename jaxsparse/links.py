@@ -5,7 +5,7 @@ the optimizer proposes and the params, and emits the update that lands on the ma
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -299,9 +299,13 @@ def check_range(name: str, value: Any, low: float, high: float | None = None, op
 
 
 def check_steps(name: str, value: Any, low: int) -> None:
-    """Raises a ValueError for a concrete number of steps that is not whole, or too small; None and traced ones pass."""
+    """Raises a ValueError for a concrete number of steps that is not whole, or out of range; None, traced ones pass."""
     check_range(name, value, low)
-    if value is not None and not isinstance(value, jax.core.Tracer) and int(value) != value:
+    if value is None or isinstance(value, jax.core.Tracer):
+        return
+    if float(value) >= 2**31:
+        raise ValueError(f"{name} must be below 2**31, for steps are counted in int32, got {value}")
+    if int(value) != value:
         raise ValueError(f"{name} must be a whole number of steps, got {value}")
 
 
@@ -309,6 +313,17 @@ def require_params(params: Any, who: str) -> None:
     """Raises a ValueError if ``update`` was called without params."""
     if params is None:
         raise ValueError(f"{who} needs the params: call tx.update(grads, opt_state, params)")
+
+
+def require_bool(masks: Any, who: str) -> None:
+    """Raises a ValueError if the masks of a state are numbers: what computes with states makes them so."""
+    for mask in jax.tree.leaves(masks):
+        if mask.dtype != jnp.bool_:
+            raise ValueError(
+                f"{who}: the masks in the optimizer state have become {mask.dtype}. Something around the chain "
+                "computes with optimizer states, as optax.contrib.sam does: put it around the optimizer, inside the "
+                "chain, or give it opaque_mode=True"
+            )
 
 
 def refuse_replicated(params: Any, who: str) -> None:
@@ -343,7 +358,8 @@ def check_zeros(masks: Any, params: Any, who: str) -> list[str]:
     weights = by_path(params)
     for name, mask in by_path(masks).items():
         if name not in weights:
-            raise ValueError(f"{who}: the params have no {name}, which the optimizer state has a mask for")
+            hint = hint_of_parts(name, weights)
+            raise ValueError(f"{who}: the params have no {name}, which the optimizer state has a mask for{hint}")
         lost = int(jnp.sum(~mask & (weights[name] != 0)))
         if lost:
             problems.append(
@@ -365,6 +381,17 @@ def _named(update: Callable[..., Any]) -> list[str]:
     """Which of the two signals an update function has a parameter for, beside what it takes of any name."""
     parameters = inspect.signature(update).parameters
     return [name for name in ("grad", "momentum") if name in parameters]
+
+
+def hint_of_parts(name: str, weights: Mapping[str, Any]) -> str:
+    """What to do where masks are of the parts of a complex leaf; nothing for any other leaf that is not there."""
+    whole = name.rpartition("/")[0]
+    if whole not in weights or not jnp.iscomplexobj(weights[whole]):
+        return ""
+    return (
+        f". The real and imaginary parts of {whole} have masks of their own (optax.contrib.split_real_and_imaginary): "
+        'give the params in such parts, {"real": w.real, "imaginary": w.imag} in the place of w'
+    )
 
 
 class _Absent:

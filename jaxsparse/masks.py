@@ -287,11 +287,29 @@ def copied_masks(masks: Any, params: Any) -> Any:
 
 
 def as_key(key: ArrayLike) -> jax.Array:
-    """A typed PRNG key from an int, a typed key or raw key data; traced values too."""
-    key = jnp.asarray(key)
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    """A typed PRNG key from an int, a typed key or raw key data; traced values too.
+
+    All 64 bits of an int count, also where JAX computes in 32 and would cut it off.
+
+    Raises:
+      ValueError: for what is none of these, and for ints beyond 64 bits.
+    """
+    if isinstance(key, np.ndarray | np.generic) and key.ndim == 0:
+        key = key.item()
+    if isinstance(key, int):
+        if not -(2**63) <= key < 2**63:
+            raise ValueError(f"key must be an int of at most 64 bits, from -2**63 to 2**63 - 1, got {key}")
+        if -(2**31) <= key < 2**32:
+            return jax.random.key(key)
+        with jax.ensure_compile_time_eval(), jax.enable_x64(True):  # else JAX would cut it off at 32 bits
+            return jax.random.key(key)
+    dtype = getattr(key, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and key.ndim == 0:
         return key
-    return jax.random.key(key) if key.ndim == 0 else jax.random.wrap_key_data(key)
+    if dtype is not None and jnp.issubdtype(dtype, jnp.integer) and key.ndim < 2:
+        return jax.random.key(key) if key.ndim == 0 else jax.random.wrap_key_data(jnp.asarray(key))
+    what = repr(key) if dtype is None else f"an array of dtype {dtype} and shape {key.shape}"
+    raise ValueError(f"key must be an int or one PRNG key, such as jax.random.key(0), got {what}")
 
 
 def _best_masks(

@@ -303,3 +303,38 @@ def test_updates_of_none_stay_none():
         zeros, _ = link.update({"w": 0 * params["w"], "steps": None, "absent": None}, link.init(params), params)
         none, _ = link.update({"w": None, "steps": None, "absent": None}, link.init(params), params)
         np.testing.assert_array_equal(none["w"], zeros["w"])  # a sparse leaf lands on its mask all the same
+
+
+def test_numbers_of_steps_that_an_int32_does_not_hold_are_told():
+    group = jaxsparse.Group("w", {"w": 0}, {"w": 0})
+    for make in (
+        lambda: jaxsparse.sparse_momentum(0.5, 2**31),
+        lambda: jaxsparse.sparse_momentum(0.5, 2, stop_at=10**12),
+        lambda: jaxsparse.asni(0.5, 2**31),
+        lambda: jaxsparse.l0(optax.sgd(0.1), [group], penalty=1.0, freeze_gates_at=2**31),
+    ):
+        with pytest.raises(ValueError, match=r"must be below 2\*\*31, for steps are counted in int32"):
+            make()
+
+
+def test_sharpness_aware_minimisation():
+    params = {"w": jnp.arange(1.0, 17.0).reshape(4, 4)}
+    adversary = optax.sgd(0.01)
+
+    def sam(optimizer, **options):
+        return optax.contrib.sam(optimizer, adversary, sync_period=2, **options)
+
+    def train(tx, **extra_args):
+        p, state = params, tx.init(params)
+        for _ in range(4):
+            updates, state = tx.update(jax.tree.map(jnp.cos, p), state, p, **extra_args)
+            p = optax.apply_updates(p, updates)
+        jaxsparse.check(state, p)
+        assert int((p["w"] != 0).sum()) == 8
+
+    link = jaxsparse.mask_updates({"w": params["w"] > 8})
+    train(jaxsparse.chain(sam(optax.sgd(0.1)), link))
+    train(sam(jaxsparse.chain(optax.sgd(0.1), link), opaque_mode=True), grad_fn=lambda p, _: jax.tree.map(jnp.cos, p))
+    for each in (link, jaxsparse.asni(0.5, 2)):
+        with pytest.raises(ValueError, match="masks in the optimizer state have become int32.*optax.contrib.sam"):
+            train(sam(jaxsparse.chain(optax.sgd(0.1), each)))

@@ -209,3 +209,24 @@ def test_sparsities_and_structures_by_glob():
         params, [("*", 0.5)], structure={"*e*/kernel": jaxsparse.n_of_m(1, 4), "*": "channel"}
     )
     assert kept(masks) == {"attention/kernel": 64, "conv/kernel": 72, "dense/kernel": 96}
+
+
+def test_a_key_is_an_int_of_64_bits_or_a_key():
+    for number in (7, -1, 2**31, 2**32 - 1, np.int64(7), np.uint32(2**32 - 1), np.array(3)):
+        np.testing.assert_array_equal(
+            jax.random.key_data(module.as_key(number)), jax.random.key_data(jax.random.key(int(number)))
+        )
+    for number in (2**32 + 7, np.int64(2**32 + 7), np.array(2**32 + 7)):  # JAX's own are those of 7
+        assert jax.random.key_data(module.as_key(number)).tolist() == [1, 7]
+        assert jax.jit(lambda n=number: jax.random.key_data(module.as_key(n)))().tolist() == [1, 7]
+    key = jax.random.key(5)
+    for same in (key, jax.random.key_data(key), 5, jnp.int32(5)):
+        np.testing.assert_array_equal(jax.random.key_data(module.as_key(same)), jax.random.key_data(key))
+    for wrong, told in [
+        (2**63, "64 bits"),
+        (0.5, "got 0.5"),
+        (None, "got None"),
+        (jax.random.split(key, 3), r"one PRNG key.*shape \(3,\)"),
+    ]:
+        with pytest.raises(ValueError, match=told):
+            module.as_key(wrong)

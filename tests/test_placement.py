@@ -66,7 +66,7 @@ def test_meshes_with_explicit_axes(name):
         params = sharded(SMALL, mesh)
         scale = jax.device_put(jnp.ones(8), NamedSharding(mesh, PartitionSpec("x")))
         state = jax.jit(tx.init)(params)
-        on_masks, evaluated = jax.jit(lambda p, s: (jaxsparse.sparsify(p, s), jaxsparse.eval_params(s, p)))(
+        on_masks, evaluated = jax.jit(lambda p, s: (jaxsparse.sparsify(s, p), jaxsparse.eval_params(s, p)))(
             params, state
         )
         assert jax.typeof(on_masks["dense"]["kernel"]).sharding.spec == PartitionSpec(None, "x")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse.layouts import LayoutLike, leaf_layouts
-from jaxsparse.links import link_states
+from jaxsparse.links import hint_of_parts, link_states
 from jaxsparse.masks import apply_masks, validate_masks
 from jaxsparse.prunable import prunable_leaves
 from jaxsparse.trees import by_path, is_masked_node, path_name
@@ -258,7 +258,8 @@ def _masks_of_leaves(opt_state: Any, params: Any) -> list[jax.Array]:
         found |= masks
     leaves = by_path(params)
     if unknown := sorted(set(found) - set(leaves)):
-        raise ValueError(f"the optimizer state has masks of leaves that the params lack: {', '.join(unknown)}")
+        hint = hint_of_parts(unknown[0], leaves)
+        raise ValueError(f"the optimizer state has masks of leaves that the params lack: {', '.join(unknown)}{hint}")
     if new := sorted(path for path in leaves if not known & set(_prefixes(path))):
         raise ValueError(
             f"the optimizer state knows nothing of these leaves of the params: {', '.join(new)}. It is that of another "

@@ -25,6 +25,7 @@ from jaxsparse.links import (
     land_on_masks,
     on_update_steps,
     refuse_replicated,
+    require_bool,
     require_params,
 )
 from jaxsparse.masks import validate_masks
@@ -177,6 +178,7 @@ def asni(
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         require_params(params, "asni")
+        require_bool(state.masks, "asni")
 
         def pruned(old):
             masks, kept, nan_scores = old

@@ -18,7 +18,7 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxsparse.groups import Group, expected_counts, group_sizes
-from jaxsparse.links import check_range, check_zeros, refuse_replicated, require_params
+from jaxsparse.links import check_range, check_steps, check_zeros, refuse_replicated, require_params
 from jaxsparse.masks import as_key
 from jaxsparse.placement import copied, mask_like, placed_like, varying_like
 from jaxsparse.structures import by_plain_path, is_masked_node, leaf_paths, path_name, plain_path
@@ -315,7 +315,7 @@ def l0(
       Nothing may move the params after the wrapper: only :func:`jaxsparse.check` finds it. Gates multiply what is
       behind a batch normalisation, never the filter ahead of it.
     """
-    groups = tuple(groups)
+    groups = _as_tuple(groups)
     if clamp is not None and not clamp[0] < clamp[1]:
         raise ValueError(f"clamp must be bounds (low, high) of log_alpha, got {clamp}")
     starts = tuple(log_alpha) if isinstance(log_alpha, Sequence) else (log_alpha,) * len(groups)
@@ -390,7 +390,7 @@ def dep_l0(
       Li and Ji, `Dep-L0: Improving L0-based Network Sparsification via Dependency Modeling
       <https://arxiv.org/abs/2107.00070>`_, 2021.
     """
-    groups = tuple(groups)
+    groups = _as_tuple(groups)
     _check_direction(direction)
     check_range("input_width", input_width, 1)
 
@@ -435,10 +435,14 @@ def _gated(
     key: ArrayLike,
 ) -> optax.GradientTransformationExtraArgs:
     """The wrapper that both methods are: ``generate`` makes log_alpha of the params of the gates."""
+    gate_optimizer = optax.adam(1e-3) if gate_optimizer is None else gate_optimizer
+    for name, optimizer in (("inner", inner), ("gate_optimizer", gate_optimizer)):
+        if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+            raise ValueError(f"{who}: {name} must be an optimizer, such as optax.adam(1e-3), got {optimizer!r}")
     inner = optax.with_extra_args_support(inner)
-    gate_optimizer = optax.with_extra_args_support(optax.adam(1e-3) if gate_optimizer is None else gate_optimizer)
+    gate_optimizer = optax.with_extra_args_support(gate_optimizer)
     logits_of = generate or (lambda log_alpha: log_alpha)
-    check_range("freeze_gates_at", freeze_gates_at, 0)
+    check_steps("freeze_gates_at", freeze_gates_at, 0)
     names = [getattr(group, "name", None) for group in groups]
     if isinstance(penalty.strength, Sequence) and len(penalty.strength) != len(groups):
         raise ValueError(f"the penalty has {len(penalty.strength)} strengths for {len(groups)} groups")
@@ -628,6 +632,12 @@ def _kernel_of(group: Group, leaves: Any) -> tuple[str, int]:
 def _others(axis: int, rank: int) -> list[int]:
     """All axes but one."""
     return [i for i in range(rank) if i != axis % rank]
+
+
+def _as_tuple(groups: Sequence[Group]) -> tuple[Group, ...]:
+    if isinstance(groups, Group):
+        raise ValueError(f"groups must be a sequence of jaxsparse.Group, got a single one, {groups.name!r}: [group]")
+    return tuple(groups)
 
 
 def _check_direction(direction: str) -> None:

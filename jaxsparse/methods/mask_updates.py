@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import optax
 
-from jaxsparse.links import check_zeros, land_on_masks, refuse_replicated, require_params
+from jaxsparse.links import check_zeros, land_on_masks, refuse_replicated, require_bool, require_params
 from jaxsparse.masks import copied_masks, validate_masks
 
 __all__ = ["MaskUpdatesState", "mask_updates"]
@@ -65,6 +65,7 @@ def mask_updates(masks: Any) -> optax.GradientTransformationExtraArgs:
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         require_params(params, "mask_updates")
+        require_bool(state.masks, "mask_updates")
         return land_on_masks(updates, params, state.masks), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -42,10 +42,11 @@ from jaxsparse.links import (
     momentum_kinds,
     on_update_steps,
     refuse_replicated,
+    require_bool,
     require_params,
 )
 from jaxsparse.masks import as_key, copied_masks, random_masks, validate_masks
-from jaxsparse.placement import varying_like
+from jaxsparse.placement import is_abstract, varying_like
 from jaxsparse.selection import count_true, global_top_k_masks, random_scores, top_k_mask, top_k_masks
 from jaxsparse.structures import (
     Structure,
@@ -291,6 +292,7 @@ def sparse_momentum(
     def update_fn(updates, state, params=None, *, grad=None, momentum=None, **extra_args):
         del extra_args
         require_params(params, "sparse_momentum")
+        require_bool(state.masks, "sparse_momentum")
         own = state.momentum
         if decay is not None:
             gradients = align_signal(updates if grad is None else grad, params, "grad")
@@ -609,6 +611,8 @@ def _fingerprints(weights: list[jax.Array], masks: list[jax.Array]) -> jax.Array
     """One number for the weights that each leaf keeps, (leaves,), uint32: equal as long as no bit of them changes."""
 
     def fingerprint(w, mask):
+        if is_abstract(w):
+            return jnp.zeros([], jnp.uint32)
         bits = jax.lax.bitcast_convert_type(w, {1: jnp.uint8, 2: jnp.uint16}.get(w.dtype.itemsize, jnp.uint32))
         kept = mask & (w != 0)  # which leaves out the sign of a zero
         kept = kept.reshape(kept.shape + (1,) * (bits.ndim - kept.ndim))  # a float64 has two of 32 bits

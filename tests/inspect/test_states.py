@@ -130,3 +130,18 @@ def test_looking_inside_jit_says_so():
             jax.jit(lambda state, params, look=look: str(look(state, params)))(state, params)
     jax.jit(jaxsparse.get_masks)(state, params)
     jax.jit(jaxsparse.eval_params)(state, params)
+
+
+def test_parts_of_complex_params_are_looked_at_in_parts():
+    params = {"w": jnp.arange(1.0, 17.0).reshape(4, 4) * (1 + 2j)}
+    link = jaxsparse.sparse_momentum(0.5, 2)
+    tx = optax.contrib.split_real_and_imaginary(jaxsparse.chain(optax.sgd(0.1, momentum=0.9), link))
+    opt_state = tx.init(params)
+    updates, opt_state = tx.update(params, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    for look in (jaxsparse.get_masks, jaxsparse.sparsify, jaxsparse.check):
+        with pytest.raises(ValueError, match="real and imaginary parts of w have masks of their own"):
+            look(opt_state, params)
+    parts = jax.tree.map(lambda w: {"real": w.real, "imaginary": w.imag}, params)
+    jaxsparse.check(opt_state, parts)
+    assert int(jaxsparse.count(jaxsparse.get_masks(opt_state, parts))) == 16

@@ -380,3 +380,14 @@ def test_check_finds_params_that_moved(problem):
 def test_bad_options_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_what_is_no_optimizer_is_told_at_once():
+    group = jaxsparse.Group("w", {"w": 0}, {"w": 0})
+    for wrapper in (jaxsparse.l0, jaxsparse.dep_l0):
+        with pytest.raises(ValueError, match="inner must be an optimizer, such as .*, got 0.1"):
+            wrapper(0.1, [group], penalty=1.0)
+        with pytest.raises(ValueError, match="gate_optimizer must be an optimizer, such as .*, got <function adam"):
+            wrapper(optax.sgd(0.1), [group], penalty=1.0, gate_optimizer=optax.adam)
+        with pytest.raises(ValueError, match="a sequence of jaxsparse.Group, got a single one, 'w'"):
+            wrapper(optax.sgd(0.1), group, penalty=1.0)

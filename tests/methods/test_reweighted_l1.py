@@ -359,3 +359,12 @@ def test_check_finds_a_step_size_that_becomes_nan():
         params, state = make_step(tx)(params, state, count)
     with pytest.raises(jaxsparse.SparsityError, match="fc/kernel has weights that are not finite.*step size"):
         jaxsparse.check(state, params)
+
+
+def test_an_empty_leaf_is_nothing():
+    params = {"w": jnp.ones((4, 5)), "empty": jnp.zeros((0, 5))}
+    tx = jaxsparse.rda(0.1, l1=1e-3)
+    updates, opt_state = tx.update(params, tx.init(params), params)
+    assert updates["empty"].shape == (0, 5)
+    assert float(jaxsparse.density(jaxsparse.get_masks(opt_state, params))) == 1
+    jaxsparse.check(opt_state, optax.apply_updates(params, updates))
