@@ -277,7 +277,8 @@ def sparse_momentum(
             check_units(start, mask_structures(structure, params, start, layout=layout))
             start = copied_masks(start, params)
             check_total(mask.size for mask in jax.tree.leaves(start))
-        flat = jax.tree.leaves(start)
+        flat, weights = jax.tree.leaves(start), _masked_leaves(params, start)
+        unknown = any(map(is_abstract, weights))
         return SparseMomentumState(
             count=jnp.zeros([], jnp.int32),
             masks=start,
@@ -285,7 +286,7 @@ def sparse_momentum(
             budget=sum(map(count_true, flat), jnp.zeros([], jnp.int32)),
             nan_scores=varying_like(jnp.zeros([], jnp.int32), params),
             rng_key=rng_key,
-            fingerprints=_fingerprints(_masked_leaves(params, start), flat),
+            fingerprints=jnp.zeros(len(flat), jnp.uint32) if unknown else _fingerprints(weights, flat),
             resting=varying_like(jnp.zeros(len(flat), bool), params),
         )
 
@@ -611,8 +612,6 @@ def _fingerprints(weights: list[jax.Array], masks: list[jax.Array]) -> jax.Array
     """One number for the weights that each leaf keeps, (leaves,), uint32: equal as long as no bit of them changes."""
 
     def fingerprint(w, mask):
-        if is_abstract(w):
-            return jnp.zeros([], jnp.uint32)
         bits = jax.lax.bitcast_convert_type(w, {1: jnp.uint8, 2: jnp.uint16}.get(w.dtype.itemsize, jnp.uint32))
         kept = mask & (w != 0)  # which leaves out the sign of a zero
         kept = kept.reshape(kept.shape + (1,) * (bits.ndim - kept.ndim))  # a float64 has two of 32 bits
