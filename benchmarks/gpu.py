@@ -13,7 +13,6 @@ import argparse
 import functools
 import itertools
 import re
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import timing
-from benchmarks.processes import Measuring, first_line, serve
+from benchmarks.processes import Measuring, clean_up_when_stopped, first_line, serve
 
 HEADER = ["what", "baseline, ms", "ours, ms", "baseline / ours", "beside that"]
 NOT_REACHED = "not reached"
@@ -376,5 +375,5 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["serve"]:
         serve(answer)
     else:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which ends the process that measures
+        clean_up_when_stopped()
         main()

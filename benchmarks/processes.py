@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import time
@@ -71,6 +72,11 @@ class Measuring:
         self._from.close()
         with contextlib.suppress(BrokenPipeError):  # of what it never read
             self._to.close()
+
+
+def clean_up_when_stopped() -> None:
+    """Lets SIGTERM end this program as Ctrl-C does: its processes and folders go with it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def serve(answer: Callable[[dict], dict], requests: Iterable[str] = sys.stdin) -> None:

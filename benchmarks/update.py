@@ -18,6 +18,7 @@ import optax
 
 import jaxsparse
 from benchmarks import against, networks, timing
+from benchmarks.processes import clean_up_when_stopped
 
 NEVER = 1 << 30
 OPTIMIZERS = {
@@ -101,6 +102,7 @@ def main():
     parser.add_argument("--against", metavar="COMMIT", help="compare this commit's library with the working tree's")
     args = parser.parse_args()
     if args.against:
+        clean_up_when_stopped()
         try:
             sys.exit(not compare(args.against, args.rounds))
         except ValueError as error:
