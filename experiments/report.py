@@ -232,11 +232,11 @@ def _learning_curves(runs: Sequence[Run]) -> str:
 
 
 def _accuracy(runs: Sequence[Run]) -> str:
-    picture = _accuracy_against_kept(runs)
+    picture = accuracy_against_kept(runs)
     return _figure(picture, "Test accuracy of finished runs.") if picture else ""
 
 
-def _accuracy_against_kept(runs: Sequence[Run]) -> Any:
+def accuracy_against_kept(runs: Sequence[Run]) -> Any:
     """A point for the seeds of a configuration; a line for configurations that differ in one number of the method's."""
     series: dict[str, list[tuple[float, ...]]] = {}
     baselines: dict[str, float] = {}
@@ -358,7 +358,7 @@ def _figure(figure: Any, caption: str) -> str:
     return f"<figure>{drawing}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
+def short_names(paths: Sequence[Path]) -> list[str]:
     """The paths without what all begin with; of a single one its last part."""
     if len(paths) == 1:
         return [paths[0].resolve().name]
@@ -379,7 +379,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         paths = find_runs(args.workdirs)
         bar = {"disable": not sys.stderr.isatty(), "leave": False}
-        named = list(zip(paths, _names(paths), strict=True))
+        named = list(zip(paths, short_names(paths), strict=True))
         runs = [read_run(path, name) for path, name in tqdm(named, "reading", **bar)]
         page = report(runs, args.title, lambda runs: tqdm(runs, "drawing", **bar))
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,7 @@
 """Small problems that the tests share: params of every kind, gradients, one training step."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,6 +47,19 @@ def make_step(tx, donate=False):
         return optax.apply_updates(params, updates), opt_state
 
     return jax.jit(step, donate_argnums=(0, 1) if donate else ())
+
+
+def jit_once(function):
+    """``jax.jit``, for which a second trace fails: what the calls differ in must not make it compile again."""
+    traced = []
+
+    @functools.wraps(function)
+    def once(*args):
+        traced.append(args)
+        assert len(traced) == 1, f"compiled anew: first for {signature(traced[0])}, then for {signature(args)}"
+        return function(*args)
+
+    return jax.jit(once)
 
 
 def signature(tree):

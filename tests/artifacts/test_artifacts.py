@@ -663,15 +663,15 @@ def measured(path):
     return None, peak
 
 
-@pytest.mark.parametrize("what", HOSTILE)
-def test_forged_files_are_refused(valid, model, what):
+def test_forged_files_are_refused(valid, model):
     data, path = valid
-    path.write_bytes(forge(data, HOSTILE[what]))
-    error, peak = measured(path)
-    assert type(error) is ArtifactError
-    assert peak < 2 * max(LIMIT, 4096 * len(data))
-    with pytest.raises(ArtifactError):
-        describe(path) and load_sparse(path)
+    for what, change in HOSTILE.items():
+        path.write_bytes(forge(data, change))
+        error, peak = measured(path)
+        assert type(error) is ArtifactError, what
+        assert peak < 2 * max(LIMIT, 4096 * len(data)), what
+        with pytest.raises(ArtifactError):
+            describe(path) and load_sparse(path)
 
 
 def test_a_forged_file_with_nothing_changed_is_read(valid, model):

@@ -126,7 +126,7 @@ def made_up(name, *, accuracy, density=0.1, seed=0, dense=False, history=(), **s
 
 def points_of(runs):
     """Of the picture of accuracy against kept weights the series, with errors, and the baselines."""
-    axes = report._accuracy_against_kept(runs).axes[0]
+    axes = report.accuracy_against_kept(runs).axes[0]
     series = {}
     for bars in axes.containers:
         line, _, (errors,) = bars.lines
@@ -167,7 +167,7 @@ def test_other_configurations_are_other_series():
         'sparse_momentum, growth "momentum"': [(10.0, 97.0, 0.0)],
         'sparse_momentum, growth "random"': [(10.0, 95.0, 0.0), (20.0, 96.0, 0.0)],
     }
-    assert report._accuracy_against_kept(runs[3:]) is None
+    assert report.accuracy_against_kept(runs[3:]) is None
     header, *rows = report.runs_table(runs)[:2]
     assert [row[header.index("test accuracy")] for row in rows[0]] == ["97.00%", "95.00%", "96.00%", "nan"]
 
@@ -186,7 +186,7 @@ def test_a_run_in_a_run_and_one_that_is_given_twice(runs, tmp_path):
     shutil.copytree(runs / "dense", tmp_path / "outer/inner")
     (tmp_path / "link").symlink_to(tmp_path / "outer")
     paths = compare.find_runs([tmp_path / "outer", tmp_path / "outer/inner", tmp_path / "link"])
-    assert report._names(paths) == ["outer", "inner"]
+    assert report.short_names(paths) == ["outer", "inner"]
 
 
 def test_runs_on_other_data_are_not_compared():

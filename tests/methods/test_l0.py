@@ -199,9 +199,19 @@ def test_the_gradients_are_those_of_the_explicit_loss(problem, name):
 def test_penalty_of_neighbours_is_the_product_of_expected_widths(problem):
     params, _ = problem
     logits = [jnp.linspace(-1, 1, 6), jnp.linspace(0, 2, 4)]
-    widths = [float(jaxsparse.prob_open(la).sum()) for la in logits]
-    found = method._penalty_of(Penalty(1e-3, "neighbours"), GROUPS[:2], params, logits)
-    np.testing.assert_allclose(found, 1e-3 * 9 * (2 * widths[0] + widths[0] * widths[1]), rtol=1e-6)
+
+    def explicit(logits):
+        first, second = (jaxsparse.prob_open(la).sum() for la in logits)
+        return 1e-3 * 9 * (2 * first + first * second)
+
+    gradient = optax.chain(optax.trace(0.0), optax.scale(-1.0))  # stores it
+    penalty = Penalty(1e-3, "neighbours")
+    tx = jaxsparse.l0(optax.sgd(0.1), GROUPS[:2], penalty=penalty, gate_optimizer=gradient)
+    opt_state = tx.init(params)
+    opt_state = opt_state._replace(log_alpha=dict(zip(opt_state.log_alpha, logits, strict=True)))
+    _, opt_state = tx.update(jax.tree.map(jnp.zeros_like, params), opt_state, params)
+    for found, wanted in zip(jax.tree.leaves(opt_state.gate_state[0].trace), jax.grad(explicit)(logits), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5)
     with pytest.raises(ValueError, match="group 'inputs' gates the inputs of fc/kernel: take counts='all'"):
         jaxsparse.dep_l0(optax.sgd(0.1), GROUPS, penalty=1e-3).init(params)
 

@@ -2,7 +2,6 @@ import functools
 import json
 import pathlib
 import warnings
-from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +13,13 @@ from hypothesis import strategies as st
 
 import jaxsparse
 from jaxsparse.links import _StoredMomentum
-from jaxsparse.methods import sparse_momentum as module
 from jaxsparse.structures import check_units, leaf_structures, prunable_leaves
-from tests.problems import SPARSE_SIZE, gradients, make_params, make_step
+from tests.problems import SPARSE_SIZE, gradients, jit_once, make_params, make_step
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
+GROWTH = ("momentum", "random", "momentum_neuron")
+REDISTRIBUTION = ("momentum", "magnitude", "nonzeros", "none")
+PRUNE = ("magnitude", "SET", "global_magnitude")
 
 
 def random_problem(seed, shapes, density):
@@ -143,7 +144,7 @@ def test_redistribution_statistics_set_the_shares():
     weights["b"] = weights["b"].at[0, :20].set(0.0)  # 20 of b's existing weights are exactly 0
     momentum = {"a": jnp.ones((20, 20)), "b": jnp.full((20, 60), 4.0)}
     gains = {}
-    for mode in get_args(module.Redistribution):
+    for mode in REDISTRIBUTION:
         new = jaxsparse.momentum_regrowth(weights, momentum, masks, 0.5, redistribution=mode)
         gains[mode] = int(new["a"].sum()) - 20
         assert total(new) == 80
@@ -211,9 +212,9 @@ def test_random_growth_depends_on_the_key_alone():
     seed=st.integers(0, 1000),
     densities=st.lists(st.sampled_from([0.0, 0.02, 0.2, 0.5, 0.9, 1.0]), min_size=3, max_size=3),
     rate=st.floats(0, 1),
-    growth=st.sampled_from(get_args(module.Growth)),
-    redistribution=st.sampled_from(get_args(module.Redistribution)),
-    prune=st.sampled_from(get_args(module.Prune)),
+    growth=st.sampled_from(GROWTH),
+    redistribution=st.sampled_from(REDISTRIBUTION),
+    prune=st.sampled_from(PRUNE),
 )
 def test_the_budget_is_exact_whatever_happens(seed, densities, rate, growth, redistribution, prune):
     weights, momentum, masks = random_problem(seed, [(4, 5), (3, 3, 2, 8), (20, 30)], densities)
@@ -254,7 +255,7 @@ def test_nan_scores_are_counted_and_reported():
     poisoned = jax.tree.map(lambda t: t.at[0].set(jnp.nan) if t.ndim > 1 else t, opt_state[0][0].trace)
     opt_state = ((opt_state[0][0]._replace(trace=poisoned), opt_state[0][1]), opt_state[1])
     params, opt_state = step(params, opt_state, 1)
-    with pytest.raises(jaxsparse.SparsityError, match=r"\d+ NaN among the weights and momenta"):
+    with pytest.raises(jaxsparse.SparsityError, match=r"\d+ NaN"):
         jaxsparse.check(opt_state)
     assert total(jaxsparse.get_masks(opt_state)) == SPARSE_SIZE // 4
 
@@ -516,7 +517,7 @@ def test_every_step_keeps_the_budget_in_whole_units(name):
     )
     opt_state = tx.init(params)
     params = jaxsparse.sparsify(opt_state, params)
-    step = make_step(tx)
+    step = jit_once(make_step(tx))
     assert int(opt_state[-1].budget) == budget
     changes = 0
     for count in range(8):
@@ -528,7 +529,6 @@ def test_every_step_keeps_the_budget_in_whole_units(name):
         jaxsparse.check(opt_state, params)
         changes += any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (before, masks)), strict=True))
     assert changes == 3
-    assert step._cache_size() == 1
 
 
 def test_leaves_that_do_not_fit_are_told_once_for_a_link():

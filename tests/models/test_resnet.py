@@ -1,27 +1,38 @@
-from functools import partial
+import re
 
 import chex
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 
 from jaxsparse.models import resnet
 from jaxsparse.models.blocks import BatchNorm
-from jaxsparse.models.layers import Conv
-from tests.models.networks import quick_jit, variables_of
+from tests.models.networks import numpy_images, numpy_variables, quick_jit, variables_of
+
+
+def outputs(model, variables, images):
+    """What each block of a model gives in training, and its shortcut's batch normalisation, by path."""
+
+    @quick_jit
+    def run(variables, images):
+        _, found = model.apply(variables, images, mutable=["batch_stats", "intermediates"], capture_intermediates=True)
+        return {"/".join(path[:-1]): value[0] for path, value in flatten_dict(found["intermediates"]).items()}
+
+    return run(variables, images)
 
 
 def test_shortcut_without_parameters_keeps_every_second_pixel_and_surrounds_the_channels_with_zeros():
-    x = jax.random.uniform(jax.random.key(0), (2, 5, 4, 3))
-    conv = partial(Conv, use_bias=False)
-    block = resnet._Block(8, 2, (None,), False, conv, BatchNorm)
-    variables = quick_jit(block.init)(jax.random.key(1), x)
-    variables["params"]["conv2"]["kernel"] *= 0  # the shortcut is all that is left
-    y = quick_jit(block.apply)(variables, x)
-    chex.assert_shape(y, (2, 3, 2, 8))
-    chex.assert_trees_all_equal(y[..., 2:5], x[:, ::2, ::2])
-    chex.assert_trees_all_equal(y[..., :2].sum() + y[..., 5:].sum(), jnp.float32(0))
+    model = resnet.ResNetCIFAR(8, width=3 / 16)
+    variables = numpy_variables(model, (2, 5, 4, 3))
+    for layer in ("conv2", "bn2"):  # the shortcut is all that is left
+        variables["params"]["block2_1"][layer] = jax.tree.map(jnp.zeros_like, variables["params"]["block2_1"][layer])
+    found = outputs(model, variables, numpy_images((2, 5, 4, 3)))
+    x, y = found["block1_1"], found["block2_1"]
+    assert (x.shape, y.shape) == ((2, 5, 4, 3), (2, 3, 2, 6))
+    chex.assert_trees_all_equal(y[..., 1:4], x[:, ::2, ::2])
+    chex.assert_trees_all_equal(y[..., :1].sum() + y[..., 4:].sum(), jnp.float32(0))
 
 
 @pytest.mark.parametrize(("model", "parameters"), [(resnet.ResNet18, 11_689_512), (resnet.ResNet34, 21_797_672)])
@@ -48,25 +59,27 @@ def test_the_stem_of_imagenet_leaves_a_quarter_of_the_pixels_on_each_side():
     assert shapes["block4_2"] == (1, 1, 1, 32)
 
 
-@pytest.mark.parametrize("strides", [1, 2])
-@pytest.mark.parametrize("features", [2, 4])
-def test_blocks_start_as_their_shortcuts_if_the_last_scale_starts_from_zero(features, strides):
-    x = jax.random.normal(jax.random.key(0), (2, 6, 6, 4 * 2))
-    conv = partial(Conv, use_bias=False)
-    for block in (
-        resnet._Block(4 * features, strides, (None,), True, conv, BatchNorm, zero_init=True),
-        resnet._Bottleneck(features, strides, (None, None), conv, BatchNorm, zero_init=True),
-    ):
-
-        @quick_jit
-        def outputs(x, block=block):
-            variables = block.init(jax.random.key(1), x)
-            y, updates = block.apply(variables, x, mutable=["batch_stats", "intermediates"], capture_intermediates=True)
-            return variables["params"], y, updates["intermediates"].get("shortcut_bn", {"__call__": [x]})
-
-        params, y, shortcut = outputs(x)
-        assert ("shortcut_bn" in params) == (features != 2 or strides != 1)
-        chex.assert_trees_all_equal(y, nn.relu(shortcut["__call__"][0]))
+@pytest.mark.parametrize(
+    ("model", "before"),
+    [
+        (resnet.ResNet18(width=1 / 16, zero_init=True), "bn1"),
+        (resnet.ResNet50(width=1 / 16, zero_init=True), None),
+    ],
+    ids=["basic", "bottleneck"],
+)
+def test_blocks_start_as_their_shortcuts_if_the_last_scale_starts_from_zero(model, before):
+    images = numpy_images((2, 32, 32, 3))
+    found = outputs(model, quick_jit(model.init)(jax.random.key(1), images), images)
+    blocks = [path for path in found if re.fullmatch(r"block\d_\d", path)]
+    assert len(blocks) == (8 if before else 16)
+    projected = 0
+    for block, previous in zip(blocks, [before, *blocks], strict=False):
+        if f"{block}/shortcut_bn" in found:
+            shortcut, projected = found[f"{block}/shortcut_bn"], projected + 1
+        else:
+            shortcut = nn.relu(found[previous])
+        chex.assert_trees_all_equal(found[block], nn.relu(shortcut))
+    assert projected == (3 if before else 4)
 
 
 @pytest.mark.parametrize("zero_init", [True, False])

@@ -29,12 +29,12 @@ def test_third_convolutions_of_c_are_one_by_one():
     assert params["fc1"]["kernel"].shape == (2 * 2 * 16, 16)
 
 
-@pytest.mark.parametrize(("variant", "pools"), [("D", 5), ("16_bn", 4)])
+@pytest.mark.parametrize("variant", ["D", "16_bn"])
 @pytest.mark.parametrize("form", ["xla", "slices"])
-def test_max_pools_are_of_the_form_asked_for(variant, pools, form):
+def test_max_pools_are_of_the_form_asked_for(variant, form):
     model, images = models.VGG(variant, width=1 / 64, implementation=form), jnp.zeros((1, 32, 32, 3))
     jaxpr = str(jax.make_jaxpr(lambda key: model.init_with_output(key, images)[0])(jax.random.key(0)))
-    assert jaxpr.count("reduce_window_max") == (pools if form == "xla" else 0)
+    assert ("reduce_window_max" in jaxpr) == (form == "xla")
 
 
 def params_of(model):
