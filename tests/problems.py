@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 
 def make_params(dtype=jnp.float32, seed=0):
@@ -47,6 +48,12 @@ def make_step(tx, donate=False):
         return optax.apply_updates(params, updates), opt_state
 
     return jax.jit(step, donate_argnums=(0, 1) if donate else ())
+
+
+def slow_except(quick, parameters):
+    """The parameters of a test, of which only these run in ``make test``, and the others with the slow tests."""
+    return [x if x in quick else pytest.param(*(x if isinstance(x, tuple) else (x,)), marks=pytest.mark.slow)
+            for x in parameters]  # fmt: skip
 
 
 def jit_once(function):

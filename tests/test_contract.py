@@ -1,5 +1,6 @@
 """The contract that every method keeps. A new method adds one row to METHODS."""
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,7 +16,17 @@ from flax import jax_utils, nnx
 
 import jaxsparse
 from jaxsparse.structures import by_path, prunable_leaves
-from tests.problems import SPARSE, SPARSE_SIZE, bits, gradients, jit_once, make_params, make_step, signature
+from tests.problems import (
+    SPARSE,
+    SPARSE_SIZE,
+    bits,
+    gradients,
+    jit_once,
+    make_params,
+    make_step,
+    signature,
+    slow_except,
+)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 UPDATE_EVERY = 2
@@ -124,6 +135,9 @@ ABLATIONS = {
     ),
 }
 ALL = METHODS | ABLATIONS
+# `make test` runs every method with one optimizer and in one wrapper, and this one with all; what compiles long or
+# hardly depends on the method, it runs for one method. The rest are slow tests.
+QUICK = ("mask_updates",)
 
 # Inner optimizers: (the optimizer, whether it stores a momentum).
 INNERS = {
@@ -145,6 +159,10 @@ def chosen(params, *names):
     return jax.tree_util.tree_map_with_path(
         lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/") in names, params
     )
+
+
+def in_plain_optax_chain(method, params):
+    return optax.chain(optax.sgd(0.05, momentum=0.9), method.make(params)), method.budget()
 
 
 def in_optax_chain(method, params):
@@ -207,6 +225,7 @@ def inject_around_chain(method, params):
 
 
 WRAPPERS = [
+    in_plain_optax_chain,
     in_optax_chain,
     in_jaxsparse_chain_of_chains,
     link_masked,
@@ -254,7 +273,10 @@ def changed(a, b):
 
 @pytest.mark.parametrize(
     ("name", "inner"),
-    [(name, inner) for name in METHODS for inner in INNERS] + [(name, "nesterov") for name in ABLATIONS],
+    slow_except(
+        [(name, "nesterov") for name in METHODS] + [(name, inner) for name in QUICK for inner in INNERS],
+        [(name, inner) for name in METHODS for inner in INNERS] + [(name, "nesterov") for name in ABLATIONS],
+    ),
 )
 def test_every_method_with_every_inner_optimizer(name, inner):
     method, params = ALL[name], make_params()
@@ -280,28 +302,37 @@ def test_every_method_with_every_inner_optimizer(name, inner):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS, ids=lambda w: w.__name__)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("name", "wrapper"),
+    slow_except(
+        [(name, partition_of_chains) for name in METHODS] + [(name, wrapper) for name in QUICK for wrapper in WRAPPERS],
+        itertools.product(METHODS, WRAPPERS),
+    ),
+    ids=lambda part: getattr(part, "__name__", part),
+)
 def test_every_method_in_every_wrapper(name, wrapper):
     method, params = METHODS[name], make_params()
     tx, budget = wrapper(method, params)
     history, _, opt_state, _ = run(tx, params, method.adaptive)
     assert int(jaxsparse.count(history[0])) == budget
     assert changed(history[0], history[-1]) == method.changes
+    jax.eval_shape(lambda p, s: tx.update(gradients(p), s, p, value=1.0, something_else=None), params, opt_state)
     # Also without the params, the masks are found and merged.
     assert int(jaxsparse.count(jaxsparse.get_masks(opt_state))) == int(jaxsparse.count(history[-1]))
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_bfloat16_params_stay_bfloat16(name):
+@pytest.mark.parametrize(
+    ("name", "own_momentum"),
+    slow_except([(name, True) for name in METHODS], itertools.product(METHODS, (False, True))),
+)
+def test_bfloat16_params_stay_bfloat16(name, own_momentum):
     method, params = METHODS[name], make_params(jnp.bfloat16)
     if not method.low_precision:
         with pytest.raises(ValueError, match="needs float32 params, but attention/kernel is bfloat16"):
             method.make(params).init(params)
         return
-    for own_momentum in (False, True):
-        _, params_out, _, _ = run(method.around(sgd(), params, own_momentum=own_momentum), params, method.adaptive)
-        chex.assert_trees_all_equal_dtypes(params, params_out)
+    _, params_out, _, _ = run(method.around(sgd(), params, own_momentum=own_momentum), params, method.adaptive)
+    chex.assert_trees_all_equal_dtypes(params, params_out)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -309,18 +340,13 @@ def test_updates_come_in_the_dtype_of_the_params(name):
     params = make_params(jnp.bfloat16 if METHODS[name].low_precision else jnp.float32)
     tx = optax.chain(METHODS[name].make(params))
     other = jnp.float32 if METHODS[name].low_precision else jnp.bfloat16
-    wide = jax.tree.map(lambda g: g.astype(other), gradients(params))
-    updates, _ = tx.update(wide, tx.init(params), params)
+
+    def update(params):
+        wide = jax.tree.map(lambda g: g.astype(other), gradients(params))
+        return tx.update(wide, tx.init(params), params)[0]
+
+    updates = jax.eval_shape(update, params)
     chex.assert_trees_all_equal_dtypes(updates, params)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_works_in_a_plain_optax_chain_and_takes_unknown_extra_args(name):
-    method, params = METHODS[name], make_params()
-    tx = optax.chain(optax.sgd(0.05, momentum=0.9), method.make(params))
-    history, params, opt_state, _ = run(tx, params, method.adaptive)
-    assert changed(history[0], history[-1]) == method.changes
-    tx.update(gradients(params), opt_state, params, value=1.0, something_else=None)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -349,7 +375,7 @@ def test_donation_consumes_the_old_buffers_and_nothing_of_the_caller(name):
     assert int(jaxsparse.count(jaxsparse.get_masks(again))) == method.budget()
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", slow_except(["sparse_momentum"], ALL))
 def test_vmap_over_seeds_with_different_masks(name):
     method, params = ALL[name], make_params()
 
@@ -383,7 +409,7 @@ def test_vmap_over_seeds_with_different_masks(name):
         chex.assert_trees_all_close(lane(trained, i), alone, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_except(["sparse_momentum"], METHODS))
 def test_the_update_can_be_differentiated(name):
     # Meta-learning takes gradients through the optimizer; masks have none.
     params = make_params()
@@ -394,7 +420,7 @@ def test_the_update_can_be_differentiated(name):
     @jax.grad
     def meta_gradient(rate, params):
         state = opt_state
-        for count in range(4):
+        for count in range(UPDATE_EVERY + 1):
             grads = jax.tree.map(lambda g: rate * g, gradients(params, count))
             updates, state = tx.update(grads, state, params)
             params = optax.apply_updates(params, updates)
@@ -407,8 +433,11 @@ def test_the_update_can_be_differentiated(name):
 # --- Many devices -----------------------------------------------------------------------------------------------------
 
 
-def final_masks(tx, params, steps=9):
-    """On one device: the reference."""
+@functools.cache
+def alone(name, steps=9):
+    """The masks, and the params, after so many steps on one device: the reference."""
+    params = make_params()
+    tx = ALL[name].around(sgd(), params)
     step = make_step(tx)
     opt_state = tx.init(params)
     params = jaxsparse.sparsify(opt_state, params)
@@ -417,11 +446,11 @@ def final_masks(tx, params, steps=9):
     return jaxsparse.get_masks(opt_state), params
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", slow_except(["l0"], ALL))
 def test_pmapped_masks_are_bit_equal(name):
     method, params = ALL[name], make_params()
     tx = method.around(sgd(), params)
-    masks, _ = final_masks(tx, params)
+    masks, _ = alone(name)
 
     def step(p, s, count):
         grads = jax.lax.pmean(gradients(p, count), "devices")
@@ -441,11 +470,11 @@ def test_pmapped_masks_are_bit_equal(name):
         chex.assert_trees_all_equal(seen, masks)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", slow_except(METHODS, ALL))
 def test_sharded_masks_are_bit_equal(name):
     method, params = ALL[name], make_params()
     tx = method.around(sgd(), params)
-    masks, trained = final_masks(tx, params)
+    masks, trained = alone(name)
     mesh = jax.make_mesh((8,), ("d",))
     shapes = [p.shape for p in jax.tree.leaves(params)]
 
@@ -473,7 +502,7 @@ def test_sharded_masks_are_bit_equal(name):
 # --- Other libraries' params ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_except(["mask_updates"], METHODS))
 def test_linen(name):
     model = nn.Sequential([nn.Dense(16), nn.LayerNorm(), nn.relu, nn.Dense(8)])
     params = model.init(jax.random.key(0), jnp.ones((1, 12)))["params"]
@@ -481,7 +510,7 @@ def test_linen(name):
     assert int(jaxsparse.count(history[0])) == METHODS[name].budget(12 * 16 + 16 * 8)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_except(["sparse_momentum"], METHODS))
 def test_nnx(name):
     model = nnx.Sequential(nnx.Linear(12, 16, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(16, 8, rngs=nnx.Rngs(1)))
     params = nnx.state(model, nnx.Param)
@@ -503,7 +532,7 @@ def test_nnx(name):
     assert int((model.layers[0].kernel[...] != 0).sum() + (model.layers[2].kernel[...] != 0).sum()) <= kept < 320
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_except(["l0"], METHODS))
 def test_equinox(name):
     eqx = pytest.importorskip("equinox")
     model = eqx.nn.MLP(12, 8, 16, 1, key=jax.random.key(0))
@@ -527,7 +556,7 @@ def test_equinox(name):
     assert kept < 320 if METHODS[name].adaptive else kept == METHODS[name].budget(12 * 16 + 16 * 8)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_except(["sparse_momentum"], METHODS))
 def test_haiku(name):
     hk = pytest.importorskip("haiku")
     net = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([16, 8])(x)))
@@ -539,15 +568,15 @@ def test_haiku(name):
 # --- What check catches -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_except(QUICK, METHODS))
 def test_check_catches_what_moves_the_params_afterwards(name):
     method, params = METHODS[name], make_params()
 
     def train(tx, move=lambda p: p):
-        opt_state = tx.init(params)
+        opt_state, update = tx.init(params), jax.jit(tx.update)
         p = jaxsparse.sparsify(opt_state, params)
         for count in range(3):
-            updates, opt_state = tx.update(gradients(p, count), opt_state, p)
+            updates, opt_state = update(gradients(p, count), opt_state, p)
             p = move(optax.apply_updates(p, updates))
         return opt_state, p
 

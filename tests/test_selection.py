@@ -47,6 +47,8 @@ def test_top_k_mask_is_the_sorted_choice(data, dtype):
 
 
 jitted_top_k = jax.jit(lambda scores, k, where: top_k_mask(scores, k, where=where))
+jitted_top_k_along = jax.jit(lambda scores, k, where: top_k_mask(scores, k, where=where, axis=-1))
+jitted_global_top_k = jax.jit(global_top_k_masks)
 
 
 @settings(max_examples=40)
@@ -57,7 +59,7 @@ def test_global_top_k_ranks_all_leaves_together(data):
         for shape, dtype in [((5,), jnp.float32), ((2, 3), jnp.bfloat16), ((4,), jnp.float32)]
     ]
     k = data.draw(st.integers(0, 15))
-    masks = jax.jit(global_top_k_masks)(arrays, k)
+    masks = jitted_global_top_k(arrays, k)
     flat = np.concatenate([np.asarray(a).astype(np.float64).ravel() for a in arrays])
     np.testing.assert_array_equal(np.concatenate([np.asarray(m).ravel() for m in masks]), expected(flat, k))
 
@@ -68,7 +70,7 @@ def test_top_k_along_an_axis_is_top_k_of_every_slice(data):
     scores = jnp.asarray(data.draw(hnp.arrays(np.float64, (3, 2, 4), elements=floats)), jnp.float32)
     where = data.draw(hnp.arrays(bool, (3, 2, 4)))
     k = data.draw(hnp.arrays(np.int32, (4,), elements=st.integers(0, 6)))
-    mask = jax.jit(lambda s, k, w: top_k_mask(s, k, where=w, axis=-1))(scores, k, where)
+    mask = jitted_top_k_along(scores, k, where)
     for j in range(4):
         np.testing.assert_array_equal(np.asarray(mask)[..., j].ravel(), expected(scores[..., j], k[j], where[..., j]))
 

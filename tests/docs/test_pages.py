@@ -12,6 +12,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from tests.problems import slow_except
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(path for folder in (".", "*") for path in DOCS.glob(f"{folder}/*.md") if path.parent.name != "notebooks")
@@ -40,7 +42,10 @@ def test_pages_are_found():
     assert len(WITH_CODE) > 15
 
 
-@pytest.mark.parametrize("page", WITH_CODE, ids=name)
+QUICK = [DOCS / "index.md", DOCS / "concepts.md"]
+
+
+@pytest.mark.parametrize("page", slow_except(QUICK, WITH_CODE), ids=name)
 def test_code_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     logger = logging.getLogger("jaxsparse")

@@ -38,6 +38,7 @@ def start_of(arm, folder):
     return make_program(config, dataset).init(0)
 
 
+@pytest.mark.slow
 def test_one_command_trains_all_and_shows_them_side_by_side(arms):
     folder, table = arms
     assert [line.split()[0] for line in table.splitlines()[2:]] == list(asni.ARMS)
@@ -48,12 +49,14 @@ def test_one_command_trains_all_and_shows_them_side_by_side(arms):
     assert all(result["test_accuracy"] > 0.6 for result in results.values())
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_run_again(arms, capsys):
     folder, table = arms
     assert asni.run(small_config(), folder, [0]) == table
     assert capsys.readouterr().out.count("finished before") == 5
 
 
+@pytest.mark.slow
 def test_the_sparse_model_of_a_run_can_be_loaded(arms):
     folder, _ = arms
     params, masks = jaxsparse.load_sparse(folder / "asni_1/seed_0/sparse.safetensors")
@@ -64,6 +67,7 @@ def test_the_sparse_model_of_a_run_can_be_loaded(arms):
     )
 
 
+@pytest.mark.slow
 def test_every_arm_starts_from_what_its_name_says(arms):
     folder, _ = arms
     trained, masks = jaxsparse.load_sparse(folder / "asni_1/seed_0/sparse.safetensors")
@@ -93,6 +97,7 @@ def test_the_published_start_is_normal_by_fan_in_with_biases_of_zero():
     np.testing.assert_array_equal(fresh["scale"], 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -13,6 +13,7 @@ from experiments.optimizers import is_gated
 from experiments.workdir import read_metrics
 from jaxsparse import models
 from jaxsparse.groups import group_sizes
+from tests.problems import slow_except
 
 ROOT = Path(__file__).parents[2]
 ARGUMENTS = {
@@ -30,6 +31,7 @@ ARGUMENTS = {
 }
 STREAMED = ("imagenet",)  # for these there is test_optimizers.py: their images do not fit into arrays
 ALL = [(name, argument) for name, arguments in ARGUMENTS.items() if name not in STREAMED for argument in arguments]
+FIRST = [(name, arguments[0]) for name, arguments in ARGUMENTS.items()]
 IMAGES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10": (32, 32, 3), "cifar100": (32, 32, 3)}
 
 
@@ -53,7 +55,7 @@ def test_no_config_is_forgotten():
     assert {path.stem for path in (ROOT / "configs").glob("*.py")} == {*ARGUMENTS, "common"}
 
 
-@pytest.mark.parametrize(("name", "argument"), ALL)
+@pytest.mark.parametrize(("name", "argument"), slow_except(FIRST, ALL))
 def test_every_config_makes_a_network_and_its_masks(name, argument):
     config = config_of(name, argument)
     dataset = random_images(config, count=256)

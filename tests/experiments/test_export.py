@@ -39,7 +39,7 @@ def begun(workdir, config, seeds=None):
 @pytest.fixture(scope="module")
 def sparse_run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "sparse"
-    state, _ = train.train(make_config(), workdir)
+    state = begun(workdir, make_config())
     return workdir, state.params, jaxsparse.get_masks(state.opt_state, state.params)
 
 
@@ -73,6 +73,7 @@ def test_smaller_and_to_other_formats(sparse_run, tmp_path, capsys):
     assert "bytes, 100." in out
 
 
+@pytest.mark.slow
 def test_dense_runs_and_gates(tmp_path, capsys):
     state = begun(tmp_path / "dense", make_config(dense=True))
     export.main([str(tmp_path / "dense"), str(tmp_path / "model")])
@@ -87,6 +88,7 @@ def test_dense_runs_and_gates(tmp_path, capsys):
         same(load(tmp_path / out)[0], jaxsparse.eval_params(state.opt_state, state.params))
 
 
+@pytest.mark.slow
 def test_seeds_side_by_side(tmp_path):
     states = begun(tmp_path / "runs", make_config(), seeds=[3, 5])
     export.main([str(tmp_path / "runs" / "seed_5"), str(tmp_path / "model")])

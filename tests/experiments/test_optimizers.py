@@ -13,7 +13,8 @@ from experiments import networks, optimizers, program
 from jaxsparse import models
 from jaxsparse.allocation import layer_counts
 from jaxsparse.structures import by_path
-from tests.experiments.test_configs import ALL, ROOT, config_of
+from tests.experiments.test_configs import ALL, FIRST, ROOT, config_of
+from tests.problems import slow_except
 
 IMAGENET = list(runpy.run_path(str(ROOT / "configs/imagenet.py"))["EXPERIMENTS"])
 TRAIN_IMAGES = 1_281_167
@@ -31,7 +32,7 @@ def learning_rate(steps, experiment, **changes):
     return np.asarray(jax.jit(jax.vmap(optimizers.learning_rate(config, steps_per_epoch)))(jnp.asarray(steps)))
 
 
-@pytest.mark.parametrize(("name", "argument"), [pair for pair in ALL if "rda" not in pair[0]])
+@pytest.mark.parametrize(("name", "argument"), slow_except(FIRST, [pair for pair in ALL if "rda" not in pair[0]]))
 def test_recipes_of_the_papers_neither_warm_up_nor_scale_and_are_decayed_as_they_say(name, argument):
     config, steps_per_epoch = config_of(name, argument), 391
     optimizer = config.optimizer
@@ -115,7 +116,7 @@ def test_learning_rates_that_mean_nothing(experiment, changes, message):
         optimizers.make_optimizer(config, steps_per_epoch)
 
 
-@pytest.mark.parametrize("experiment", IMAGENET)
+@pytest.mark.parametrize("experiment", slow_except(["l0_hc"], IMAGENET))
 def test_every_experiment_on_imagenet_makes_resnet_50_and_its_optimizer(experiment):
     config, steps_per_epoch = imagenet(experiment)
     model = networks.make_model(config, 1000, program.make_layout(config))

@@ -87,6 +87,7 @@ def test_dense_gradient_steps_that_mean_nothing_are_an_error(unit, steps):
         program.make_program(config, data.load("digits", examples=1200))
 
 
+@pytest.mark.slow
 def test_gradients_are_dense_only_before_masks_change():
     config = train.shrink(runpy.run_path(str(CONFIG.parent / "mnist_mlp.py"))["get_config"]()).lock()
     config.update_from_flattened_dict({
@@ -159,8 +160,8 @@ def test_evaluation_does_not_depend_on_the_batches(monkeypatch):
 
 def test_chunks_of_any_length_make_the_same_run():
     dataset, ends = data.load("digits"), []
-    for lengths in ((100,), (30, 58, 12), (44, 44, 12), (1, 99)):
-        compiled = program.make_program(smoke_config(), dataset)
+    compiled = program.make_program(smoke_config(), dataset)
+    for lengths in ((60,), (16, 44), (44, 16)):  # masks change on the step counted 44
         state, start = compiled.init(0), 0
         for length in lengths:
             state, _ = compiled.train_chunk(state, dataset, start, length)

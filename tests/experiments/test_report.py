@@ -44,6 +44,7 @@ def page(runs, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_the_page_has_every_run_and_its_numbers(runs, page):
     shown = Page(page.read_text())
     assert shown.text.count("5% <kept> & more") == 2
@@ -65,6 +66,7 @@ def test_the_page_has_every_run_and_its_numbers(runs, page):
     assert shown.tables[1][1] == ["sparse", "2", "10.00 ± 0.000%", f"{mean:.2f} ± {error:.3f}%"]
 
 
+@pytest.mark.slow
 def test_the_page_says_what_differs_between_configurations(page):
     tables = Page(page.read_text()).tables
     differing = next(table for table in tables if table[0][0] == "key")
@@ -74,6 +76,7 @@ def test_the_page_says_what_differs_between_configurations(page):
     assert ["model.name", '"lenet_300_100"'] in shared
 
 
+@pytest.mark.slow
 def test_the_page_compares_masks(runs, page):
     overlap = next(table for table in Page(page.read_text()).tables if table[0][-1] == "by chance")
     masks = [jaxsparse.load_sparse(runs / f"sparse/seed_{seed}/sparse.safetensors")[1] for seed in (0, 1)]
@@ -83,6 +86,7 @@ def test_the_page_compares_masks(runs, page):
     assert 0.03 < float(overlap[1][4]) < float(overlap[1][3])  # two random tenths share 1/19
 
 
+@pytest.mark.slow
 def test_the_page_stands_alone_and_takes_the_colours_of_the_scheme(page):
     text, shown = page.read_text(), Page(page.read_text())
     assert all(link.startswith(("#", "data:image/png;base64,")) for link in shown.links)
@@ -92,6 +96,7 @@ def test_the_page_stands_alone_and_takes_the_colours_of_the_scheme(page):
     assert report.INK not in text
 
 
+@pytest.mark.slow
 def test_gates_and_a_single_run(tmp_path):
     folder = tmp_path / "l0"
     config = train.shrink(runpy.run_path(str(ROOT / "configs/mnist_l0.py"))["get_config"]("lenet_300_100"))
@@ -181,6 +186,7 @@ def test_what_was_logged_in_some_lines_only_and_odd_names():
     assert rows[0][header.index("images/s")] == "100"
 
 
+@pytest.mark.slow
 def test_a_run_in_a_run_and_one_that_is_given_twice(runs, tmp_path):
     shutil.copytree(runs / "dense", tmp_path / "outer")
     shutil.copytree(runs / "dense", tmp_path / "outer/inner")
@@ -213,6 +219,7 @@ def test_runs_on_other_data_are_not_compared():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium to look at the page with")
 @pytest.mark.parametrize("width", [1280, 420])
 def test_the_page_in_a_browser(page, tmp_path, width):

@@ -39,6 +39,7 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_every_run_of_the_table_is_run(runs):
     outcomes = reproduce.outcomes(TABLE, runs)
     assert [list(found) for found in outcomes] == [[0, 1], [0, 1], [0]]
@@ -47,6 +48,7 @@ def test_every_run_of_the_table_is_run(runs):
     assert result["density"] == 0.2
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_run_again(runs, capsys):
     files = {path: path.stat().st_mtime_ns for path in runs.rglob("metrics.jsonl")}
     reproduce.reproduce(TABLE, runs, data_dir="somewhere else")
@@ -54,6 +56,7 @@ def test_finished_runs_are_not_run_again(runs, capsys):
     assert "run " not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_runs_of_another_process_are_left_to_it(runs, capsys, tmp_path):
     config = reproduce.config_of(TABLE.rows[0], seed=0)
     run = Workdir(tmp_path / "digits/10/seed_0", config)
@@ -99,6 +102,7 @@ def test_markdown_and_picture_of_what_finds_its_sparsity_itself():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["9.5", "30.25"]
 
 
+@pytest.mark.slow
 def test_picture(runs, tmp_path):
     reproduce.picture(TABLE, reproduce.outcomes(TABLE, runs)).savefig(tmp_path / "table.png")
     assert (tmp_path / "table.png").stat().st_size > 1000
@@ -138,6 +142,7 @@ def test_help_lists_the_tables():
     assert all(name in help_text for name in TABLES)
 
 
+@pytest.mark.slow
 def test_data_that_are_not_there(tmp_path):
     arguments = ["--data_dir", str(tmp_path), "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
     run = run_command("sparse_momentum_table_1", *arguments)
@@ -146,6 +151,7 @@ def test_data_that_are_not_there(tmp_path):
     assert "Traceback" not in run.stderr
 
 
+@pytest.mark.slow
 def test_table_is_written_when_it_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setitem(TABLES, "small", TABLE)
     arguments = ["small", "--seeds=0", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
@@ -182,6 +188,7 @@ def test_add_keeps_what_the_results_have(tmp_path, monkeypatch):
     assert "| digits | 10 | 20.00 ± 1.000 | 21.00 ± 1.000 | 0, 7 |" in (tmp_path / "small.md").read_text()
 
 
+@pytest.mark.slow
 def test_rows_that_start_from_the_masks_of_others_wait_for_them(tmp_path, capsys):
     config = str(ROOT / "configs" / "mnist_asni.py")
     changes = {"smoke": True, "data.name": "digits", "data.mean": None, "data.std": None, "epochs": 2}

@@ -272,6 +272,7 @@ def test_processes_give_the_same(imagenet):
     assert len(ours) == 4
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_told(imagenet):
     before = set(multiprocessing.active_children())
     stream = streams.train_stream(imagenet.train, workers=1, **OPTIONS)
@@ -305,6 +306,7 @@ PROGRAM = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc"), reason="looks for processes in /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_processes_end_with_the_program(imagenet_dir, tmp_path, number):

@@ -27,6 +27,7 @@ def compile_step(layout):
     return made.train_step.lower(state, batch, 1).compile()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["pmap", "fsdp"])
 def test_a_train_step_compiles_for_a_slice_of_tpus(layout):
     compiled = compile_step(layout)

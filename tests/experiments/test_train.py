@@ -108,6 +108,7 @@ def test_tensorboard_has_what_the_metrics_have(sparse_run):
         assert (scalar.step, scalar.value) == (176, pytest.approx(value))
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_bits_whatever_is_logged(sparse_run, tmp_path):
     _, state, _ = sparse_run
     again, _ = train.train(smoke_config(log_every_steps=30, checkpoint_every_epochs=1), tmp_path)
@@ -124,6 +125,7 @@ def test_dense_run(tmp_path, capsys):
     assert f"test accuracy {result['test_accuracy']:.2%} at density 1" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_validation_images_are_held_out_and_evaluated(tmp_path):
     _, [result] = train.train(smoke_config(**{"data.validation": 0.1, "epochs": 1}), tmp_path)
     assert result["steps"] == 1267 // 32  # nine tenths of 1408
@@ -149,6 +151,7 @@ def test_another_config_in_the_same_workdir_is_refused(sparse_run):
         train.train(smoke_config(**{"sparsity.sparsity": 0.8}), workdir)
 
 
+@pytest.mark.slow
 def test_seeds_one_after_another_and_side_by_side(sparse_run, tmp_path):
     *_, result = sparse_run
     table = train.train_seeds(smoke_config(), tmp_path / "after", [0, 1])
@@ -183,6 +186,7 @@ class WithBatchNorm(nn.Module):
         return nn.Dense(self.num_classes)(nn.relu(x))
 
 
+@pytest.mark.slow
 def test_batch_statistics_are_trained_used_and_saved(tmp_path, monkeypatch):
     monkeypatch.setitem(networks.MODELS, "with_batch_norm", WithBatchNorm)
     config = smoke_config(**{"model.name": "with_batch_norm"})
@@ -197,9 +201,6 @@ def test_batch_statistics_are_trained_used_and_saved(tmp_path, monkeypatch):
     ("key", "value", "message"),
     [
         ("sparsity.growth", "momentun", "growth"),
-        ("sparsity.redistribution", "nonzero", "redistribution"),
-        ("sparsity.prune", "set", "prune"),
-        ("sparsity.allocation", "even", "allocation"),
         (
             "sparsity.prune_rate_decay",
             "cosin",
@@ -259,6 +260,7 @@ def test_seeds_side_by_side_are_for_one_device(tmp_path):
         train.train(smoke_config(**{"parallel.layout": "data"}), tmp_path / "run", [0, 1])
 
 
+@pytest.mark.slow
 def test_speed_is_logged_and_a_trace_written_if_asked_for(tmp_path):
     train.train(smoke_config(epochs=2, eval_every_epochs=2), tmp_path, profile=True)
     for line in read_metrics(tmp_path):
@@ -291,6 +293,7 @@ def streamed_config(data_dir, **changes):
     return config
 
 
+@pytest.mark.slow
 def test_streamed_images_that_cannot_be_read_are_named_and_counted(tmp_path, caplog):
     jpeg_sets.prepare_imagenet(tmp_path / "data", train=8, validation=3, corrupt=2)
     _, [result] = train.train(streamed_config(tmp_path / "data"), tmp_path / "run")
@@ -301,6 +304,7 @@ def test_streamed_images_that_cannot_be_read_are_named_and_counted(tmp_path, cap
     assert all("JPEG cannot be read: the next image was taken in its place" in warning for warning in warnings)
 
 
+@pytest.mark.slow
 def test_images_to_evaluate_on_that_cannot_be_read_are_left_out(tmp_path, caplog, monkeypatch):
     jpeg_sets.prepare_imagenet(tmp_path / "data", train=8, validation=3)
     config = streamed_config(tmp_path / "data", epochs=2)
@@ -355,6 +359,7 @@ def test_workdir_that_cannot_be_written(tmp_path):
         train.train(smoke_config(), tmp_path / "file" / "run")
 
 
+@pytest.mark.slow
 def test_loss_that_is_not_finite_ends_the_program_and_keeps_the_last_checkpoint(tmp_path):
     command = [
         sys.executable,
@@ -376,6 +381,7 @@ def test_loss_that_is_not_finite_ends_the_program_and_keeps_the_last_checkpoint(
     assert not (tmp_path / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
     real = program.ResidentProgram.train_chunk
 

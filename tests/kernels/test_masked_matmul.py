@@ -99,6 +99,7 @@ def test_masks_of_weights(implementation, dtype):
     compare(spec, [a_mask(kind, (spec.inputs, spec.outputs)) for kind in MASKS], dtype, implementation)
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(
     rows=st.integers(1, 70),
@@ -118,6 +119,7 @@ def test_any_blocks(rows, inputs, outputs, block, density, dtype, implementation
     compare(spec, [live], dtype, implementation)
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(
     rows=st.integers(1, 40),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import jaxsparse
 from jaxsparse.links import _StoredMomentum
 from jaxsparse.structures import check_units, leaf_structures, prunable_leaves
-from tests.problems import SPARSE_SIZE, gradients, jit_once, make_params, make_step
+from tests.problems import SPARSE_SIZE, gradients, jit_once, make_params, make_step, slow_except
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 GROWTH = ("momentum", "random", "momentum_neuron")
@@ -207,33 +207,45 @@ def test_random_growth_depends_on_the_key_alone():
     assert (grow[0] != grow[2]).any()
 
 
-@settings(max_examples=12)  # each combination compiles for seconds
+densities = st.lists(st.sampled_from([0.0, 0.02, 0.2, 0.5, 0.9, 1.0]), min_size=3, max_size=3)
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 1000), densities, st.floats(0, 1), st.sampled_from(["plain", "SET", "neuron"]))
+def test_the_budget_is_exact_whatever_happens(seed, densities, rate, name):
+    modes = {
+        "plain": ("momentum", "momentum", "magnitude"),
+        "SET": ("random", "magnitude", "SET"),
+        "neuron": ("momentum_neuron", "nonzeros", "global_magnitude"),
+    }
+    keeps_its_budget(seed, densities, rate, *modes[name])
+
+
+@pytest.mark.slow
+@settings(max_examples=24)  # each combination compiles for seconds
 @given(
-    seed=st.integers(0, 1000),
-    densities=st.lists(st.sampled_from([0.0, 0.02, 0.2, 0.5, 0.9, 1.0]), min_size=3, max_size=3),
-    rate=st.floats(0, 1),
-    growth=st.sampled_from(GROWTH),
-    redistribution=st.sampled_from(REDISTRIBUTION),
-    prune=st.sampled_from(PRUNE),
+    st.integers(0, 1000),
+    densities,
+    st.floats(0, 1),
+    st.sampled_from(GROWTH),
+    st.sampled_from(REDISTRIBUTION),
+    st.sampled_from(PRUNE),
 )
-def test_the_budget_is_exact_whatever_happens(seed, densities, rate, growth, redistribution, prune):
+def test_the_budget_is_exact_with_all_options(seed, densities, rate, growth, redistribution, prune):
+    keeps_its_budget(seed, densities, rate, growth, redistribution, prune)
+
+
+def keeps_its_budget(seed, densities, rate, *modes):
     weights, momentum, masks = random_problem(seed, [(4, 5), (3, 3, 2, 8), (20, 30)], densities)
-    new = regrown(growth, redistribution, prune)(weights, momentum, masks, rate, seed)
+    new = regrown(*modes)(weights, momentum, masks, rate, seed)
     assert total(new) == total(masks)
 
 
-_compiled = {}
-
-
+@functools.cache
 def regrown(*modes):
-    if modes not in _compiled:
-        names = ("growth", "redistribution", "prune")
-        _compiled[modes] = jax.jit(
-            lambda w, m, masks, rate, key: jaxsparse.momentum_regrowth(
-                w, m, masks, rate, key=key, **dict(zip(names, modes, strict=True))
-            )
-        )
-    return _compiled[modes]
+    """Jitted, once for each combination."""
+    options = dict(zip(("growth", "redistribution", "prune"), modes, strict=True))
+    return jax.jit(lambda w, m, masks, rate, key: jaxsparse.momentum_regrowth(w, m, masks, rate, key=key, **options))
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
@@ -326,6 +338,7 @@ def test_start_at_and_stop_at_bound_the_mask_updates():
     assert when == [4]
 
 
+@pytest.mark.slow
 def test_inject_hyperparams_around_the_link():
     def tx(rate):
         link = optax.inject_hyperparams(jaxsparse.sparse_momentum)(sparsity=0.75, update_every=2, prune_rate=rate)
@@ -507,7 +520,7 @@ STRUCTURES = {
 
 
 @pytest.mark.filterwarnings("ignore:structure .* does not fit")
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("name", slow_except(["block", "n_of_m"], STRUCTURES))
 def test_every_step_keeps_the_budget_in_whole_units(name):
     structure, budget = STRUCTURES[name]
     params = make_params()
@@ -638,14 +651,13 @@ def test_an_optimizer_without_momentum_is_named_by_init(inner):
     ],
 )  # fmt: skip
 def test_momentum_is_found_in(inner):
-    params = make_params()
     tx = jaxsparse.chain(inner, jaxsparse.sparse_momentum(0.75, 1))
-    opt_state = tx.init(params)
-    params = jaxsparse.sparsify(opt_state, params)
-    for count in range(2):
-        updates, opt_state = tx.update(gradients(params, count), opt_state, params)
-        params = optax.apply_updates(params, updates)
-    jaxsparse.check(opt_state, params)
+
+    def step(params):  # traced alone: what is found is read either way
+        return tx.update(gradients(params), tx.init(params), params)[0]
+
+    params = make_params()
+    assert jax.eval_shape(step, params) == jax.eval_shape(lambda: params)
 
 
 def test_momentum_of_the_wrong_shape_is_named():

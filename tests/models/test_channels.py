@@ -9,6 +9,7 @@ from jaxsparse import models
 from jaxsparse.groups import group_sizes
 from jaxsparse.structures import by_path
 from tests.models.networks import numpy_images, numpy_variables, quick_jit, variables_of
+from tests.problems import slow_except
 
 MODELS = {
     "LeNet-300-100": (models.LeNet300100(features=(30, 12)), (28, 28, 1)),
@@ -29,7 +30,7 @@ def evaluated(model, variables, images):
     return quick_jit(model.apply)(variables, images)
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=slow_except(["LeNet-5", "VGG-11-BN"], MODELS))
 def network(request):
     model, shape = MODELS[request.param]
     return model, numpy_variables(model, (1, *shape)), numpy_images((8, *shape))

@@ -5,6 +5,7 @@ import optax
 import pytest
 
 from jaxsparse import models
+from tests.models.networks import quick_jit
 
 MNIST = (2, 28, 28, 1)
 
@@ -23,7 +24,7 @@ def sizes(params):
     ids=["LeNet300100", "LeNet5Caffe"],
 )
 def test_parameters_are_the_papers(model, layers, expected):
-    logits, variables = model.init_with_output(jax.random.key(0), jnp.ones(MNIST))
+    logits, variables = quick_jit(model.init_with_output)(jax.random.key(0), jnp.ones(MNIST))
     params = variables["params"]
     chex.assert_shape(logits, (2, 10))
     assert list(params) == layers
@@ -65,13 +66,14 @@ def test_lenet_5_forms_agree_in_logits_and_gradient():
 
 @pytest.mark.parametrize("model", [models.LeNet300100(dtype=jnp.bfloat16), models.LeNet5Caffe(dtype=jnp.bfloat16)])
 def test_dtype_is_of_the_computation_only(model):
-    logits, params = model.init_with_output(jax.random.key(0), jnp.ones(MNIST))
+    logits, params = jax.eval_shape(model.init_with_output, jax.random.key(0), jnp.ones(MNIST))
     assert logits.dtype == jnp.bfloat16
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
 
 
 def test_lenet_5_takes_images_from_16_by_16_on():
-    logits, params = models.LeNet5Caffe(num_classes=3).init_with_output(jax.random.key(0), jnp.ones((2, 16, 17, 4)))
+    model, images = models.LeNet5Caffe(num_classes=3), jnp.ones((2, 16, 17, 4))
+    logits, params = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
     chex.assert_shape(logits, (2, 3))
     assert params["params"]["fc1"]["kernel"].shape == (50, 500)
 

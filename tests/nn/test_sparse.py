@@ -1,5 +1,7 @@
 """Layers that compute with sparse weights."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from flax import linen as nn
 import jaxsparse
 from jaxsparse.models import MLP
 from jaxsparse.nn import SparseConv, SparseDense, mask_collection
-from tests.problems import jit_once
+from tests.problems import jit_once, slow_except
 
 CONVOLUTIONS = {
     "1x1": ((1, 1), (1, 1), "SAME"),
@@ -29,7 +31,8 @@ def random_mask(shape, seed=0, block=None):
 
 
 def gradients(layer, params, masks, x, **how):
-    return jax.grad(lambda p: jnp.sin(layer.apply({"params": p, "masks": masks}, x, **how)).sum())(params)
+    """Jitted, which compiles faster than step by step."""
+    return jax.jit(jax.grad(lambda p: jnp.sin(layer.apply({"params": p, "masks": masks}, x, **how)).sum()))(params)
 
 
 @pytest.mark.parametrize("block", [None, (4, 8)])
@@ -52,8 +55,10 @@ def test_dense_layer_is_flax_with_masked_kernel(block):
     np.testing.assert_allclose(sparse, jnp.where(mask, full, 0), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("block", [None, (2, 4)])
-@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize(
+    ("name", "block"),
+    slow_except([("3x3", (2, 4)), ("1x1, padded", (2, 4))], itertools.product(CONVOLUTIONS, (None, (2, 4)))),
+)
 def test_convolution_is_flax_with_masked_kernel(name, block):
     size, strides, padding = CONVOLUTIONS[name]
     x = jax.random.normal(jax.random.key(0), (2, 6, 7, 4))
@@ -98,6 +103,7 @@ def test_a_mask_that_does_not_fit_is_named():
         SparseConv(3, (1, 1)).init(jax.random.key(0), x)
 
 
+@pytest.mark.slow
 def test_trains_with_block_sparse_momentum_and_evaluates_with_no_other_change():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(64, 32)), jnp.float32)
