@@ -15,7 +15,7 @@ CACHE = "JAX_COMPILATION_CACHE_DIR"
 OWN_CACHE = CACHE not in os.environ
 if OWN_CACHE:
     os.environ[CACHE] = tempfile.mkdtemp(prefix="jaxsparse_tests_")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 # Nearly all that is compiled runs for a moment: not worth a program that is as fast as can be.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "True")

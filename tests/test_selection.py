@@ -19,9 +19,7 @@ def expected(scores, k, where=None):
     """The definition: sort by score descending, NaN last, ties by index; only where allowed."""
     scores = np.asarray(scores).astype(np.float64).ravel()
     allowed = np.ones(scores.shape, bool) if where is None else np.asarray(where).ravel()
-    order = sorted(
-        np.flatnonzero(allowed), key=lambda i: (np.isnan(scores[i]), 0 if np.isnan(scores[i]) else -scores[i], i)
-    )
+    order = np.flatnonzero(allowed)[np.argsort(-scores[allowed], kind="stable")]
     mask = np.zeros(scores.shape, bool)
     mask[order[: max(k, 0)]] = True
     return mask

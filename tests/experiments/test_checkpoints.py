@@ -137,6 +137,7 @@ jax.distributed.shutdown()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_fall_back_together_and_go_on_with_other_devices(tmp_path):
     def run(what, devices):
         command = ["-c", PROGRAM, str(tmp_path / "saved"), "<COORDINATOR>", "<PROCESSES>", "<PROCESS>", what]

@@ -115,6 +115,7 @@ def test_errors_in_one_line(sparse_run, tmp_path):
     assert json.loads((workdir / "config.json").read_text())["epochs"] == 1
 
 
+@pytest.mark.slow
 def test_help():
     run = [sys.executable, "-m", "experiments.export", "--help"]
     done = subprocess.run(run, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)

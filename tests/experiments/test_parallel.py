@@ -10,8 +10,6 @@ from tests.experiments import parallel_runs, processes
 
 slow, long = pytest.mark.slow, pytest.mark.long
 LAYOUTS = ("pmap", "data", "fsdp")
-# A method in the layout that does most; the others take the same ways, and are slow tests.
-QUICK = "sparse_momentum", "fsdp"
 
 
 @pytest.fixture(scope="module")
@@ -53,21 +51,17 @@ def compare(result, alone, method):
     assert method == "l0" or 0 < sum(int(mask.sum()) for mask in masks) < sum(mask.size for mask in masks)
 
 
-@pytest.mark.parametrize(
-    ("method", "layout"),
-    [
-        pytest.param(method, layout, marks=() if (method, layout) == QUICK else slow)
-        for method in parallel_runs.METHODS
-        for layout in LAYOUTS
-    ],
-)
+def test_a_run_is_the_same_in_two_processes(run, tmp_path):
+    """One method, in the layout that does most; all others, in all layouts, are slow tests."""
+    found = under(run_in_processes(tmp_path, "fsdp", ["sparse_momentum"]), "sparse_momentum/")
+    compare(found, run("one_device", "sparse_momentum"), "sparse_momentum")
+
+
+@slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("method", parallel_runs.METHODS)
 def test_a_run_is_the_same_in_every_layout(layout, method, run):
     compare(run(layout, method), run("one_device", method), method)
-
-
-def test_a_run_is_the_same_in_two_processes(run, tmp_path):
-    method, layout = QUICK
-    compare(under(run_in_processes(tmp_path, layout, [method]), f"{method}/"), run("one_device", method), method)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +69,8 @@ def masks_alone():
     return parallel_runs.update_masks("one_device")
 
 
-@pytest.mark.parametrize("layout", [pytest.param("pmap", marks=slow), pytest.param("data", marks=slow), "fsdp"])
+@slow
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_mask_update_is_bit_equal_in_every_layout(layout, masks_alone):
     masks = parallel_runs.update_masks(layout)
     assert masks.keys() == masks_alone.keys()

@@ -122,7 +122,7 @@ def test_told_to_stop_and_killed(uninterrupted, arguments, tmp_path):
 
 def test_what_one_process_refuses_ends_the_others(arguments, tmp_path):
     (tmp_path / "config.json").write_text('{"epochs": 3}')
-    outputs, codes = processes.ends(start(tmp_path, arguments), timeout=120)
+    outputs, codes = processes.ends(start(tmp_path, arguments))
     assert codes == [1, 1], outputs
     assert "holds a run with another configuration" in outputs[0]
     assert "error: another process could not begin; it says why" in outputs[1]

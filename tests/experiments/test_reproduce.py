@@ -137,6 +137,7 @@ def run_command(*arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_help_lists_the_tables():
     help_text = run_command("--help").stdout
     assert all(name in help_text for name in TABLES)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import jaxsparse
 from jaxsparse.links import _StoredMomentum
+from jaxsparse.methods import sparse_momentum as module
 from jaxsparse.structures import check_units, leaf_structures, prunable_leaves
 from tests.problems import SPARSE_SIZE, gradients, jit_once, make_params, make_step, slow_except
 
@@ -292,9 +293,9 @@ def test_equals_the_steps_done_by_hand():
     tx = jaxsparse.chain(inner, link)
     trained, opt_state = train(tx, 5)
     masks = jaxsparse.get_masks(tx.init(params))
-    params, state = jaxsparse.apply_masks(params, masks), inner.init(params)
+    params, state, update = jaxsparse.apply_masks(params, masks), inner.init(params), jax.jit(inner.update)
     for count in range(5):
-        updates, state = inner.update(gradients(params, count), state, params)
+        updates, state = update(gradients(params, count), state, params)
         if count == 3:  # the first step after the boundary, from the params that came in and the momentum just stored
             masks = jaxsparse.momentum_regrowth(params, state[0].trace, masks, 0.1)
         params = jaxsparse.apply_masks(optax.apply_updates(params, updates), masks)
@@ -434,6 +435,7 @@ def test_by_hand_blocks_are_pruned_redistributed_and_regrown():
     assert structure.units(new["b"]).tolist() == [[True, True, False, False, False, True, True, True]]
 
 
+@pytest.mark.slow
 def test_layers_with_units_of_another_size_keep_what_they_have():
     # Two layers of 2x2 blocks and one of single weights, which has all the momentum but cannot take any from them.
     structure = {"layer0": jaxsparse.block(2, 2, score="sum"), "layer1": jaxsparse.block(4, 1)}
@@ -470,6 +472,7 @@ def test_by_hand_two_of_four():
     np.testing.assert_array_equal(rule.counts(traced["w"]), rule.counts(cut["w"]))
 
 
+@pytest.mark.slow
 def test_random_growth_of_two_of_four_depends_on_the_key_alone():
     rule, weights = jaxsparse.n_of_m(2, 4), {"w": jax.random.normal(jax.random.key(0), (16, 16))}
     masks = {"w": rule.top(jax.random.normal(jax.random.key(1), (16, 16)))}
@@ -481,6 +484,7 @@ def test_random_growth_of_two_of_four_depends_on_the_key_alone():
     assert all(bool(rule.holds(mask)) for mask in grow)
 
 
+@pytest.mark.slow
 def test_global_magnitude_ranks_units_of_one_size():
     structure = {"layer0": jaxsparse.block(2, 2), "layer1": jaxsparse.block(2, 2)}
     weights, momentum, _ = random_problem(5, [(20, 20), (20, 20), (20, 20)], [1.0, 1.0, 1.0])
@@ -494,6 +498,7 @@ def test_global_magnitude_ranks_units_of_one_size():
     assert int(new["layer2"].sum()) == 100
 
 
+@pytest.mark.slow
 def test_momentum_neuron_shares_out_blocks():
     # As above: the second of two outputs of blocks has 3 times the momentum of the first and so 3 times its growth.
     size, tile = 400, jnp.ones((2, 2))
@@ -520,7 +525,7 @@ STRUCTURES = {
 
 
 @pytest.mark.filterwarnings("ignore:structure .* does not fit")
-@pytest.mark.parametrize("name", slow_except(["block", "n_of_m"], STRUCTURES))
+@pytest.mark.parametrize("name", slow_except(["block"], STRUCTURES))
 def test_every_step_keeps_the_budget_in_whole_units(name):
     structure, budget = STRUCTURES[name]
     params = make_params()
