@@ -108,6 +108,7 @@ def layer_counts(
     *,
     layouts: Mapping[str, Layout] | None = None,
     at_least: ArrayLike = 0,
+    partial: bool = False,
 ) -> jax.Array:
     """How many weights, or units of several weights, each layer keeps.
 
@@ -127,6 +128,7 @@ def layer_counts(
       layouts: which axes of each layer are inputs and outputs, by path; None finds them by name.
       at_least: the fewest units that any layer keeps (all, if it has fewer). The others give up as many, in proportion;
         a budget too small for that is exceeded.
+      partial: there are more layers than these: a pattern that matches none is no error.
 
     Returns:
       int32, one count of units a layer.
@@ -143,7 +145,7 @@ def layer_counts(
     if callable(sparsity):
         sparsity = {path: sparsity(path, leaf) for path, leaf in params.items()}
     if isinstance(sparsity, Mapping | list | tuple):
-        found = by_pattern(sparsity, list(params), "sparsity")
+        found = by_pattern(sparsity, list(params), "sparsity", partial=partial)
         if missing := sorted(set(params) - set(found)):
             raise ValueError(
                 f"sparsity must be given for every prunable leaf, missing {missing} (give 0.0 to one that starts "

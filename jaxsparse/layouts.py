@@ -11,9 +11,7 @@ Flax, Haiku and Equinox have them. Where that leaves a doubt, whoever uses the l
 """
 
 import dataclasses
-import functools
 import math
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -22,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsparse.trees import WRAPPED, by_pattern, is_partial, path_name
+from jaxsparse.layout_rules import Rules, described
+from jaxsparse.trees import by_pattern, is_partial
 
 __all__ = ["Layout", "LayoutLike", "leaf_layouts", "warn_of_guesses"]
 
@@ -57,10 +56,12 @@ class Layout:
     def __post_init__(self) -> None:
         for name in ("inputs", "outputs", "stack"):
             axes = getattr(self, name)
-            object.__setattr__(self, name, (axes,) if isinstance(axes, int) else tuple(axes))
-        axes = self.axes
-        if not all(type(axis) is int for axis in axes) or len(set(axes)) != len(axes):
-            raise ValueError(f"a layout names each axis once, by an int, got {self}")
+            axes = tuple(axes) if isinstance(axes, tuple | list) else (axes,)
+            if not all(isinstance(axis, int | np.integer) and not isinstance(axis, bool) for axis in axes):
+                raise ValueError(f"a layout names axes by ints or tuples of ints, got {name}={getattr(self, name)!r}")
+            object.__setattr__(self, name, tuple(map(int, axes)))
+        if len(set(self.axes)) != len(self.axes):
+            raise ValueError(f"a layout names each axis once, got {self}")
         if self.inputs and not self.outputs:
             raise ValueError(f"a layout with inputs has outputs too, got {self}")
 
@@ -168,14 +169,17 @@ def leaf_layouts(params: Any, layout: LayoutLike = None) -> dict[str, Layout]:
 
     By name and shape, of a leaf and of those beside it:
 
-    * biases, scales, offsets, gammas and betas, what lies in a module called or of a class called a norm, and what has
-      the shape of the bias beside it are no matrices;
+    * no matrices are biases, scales, offsets, gammas and betas, the ``b`` of a ``w``, what is called a norm or is the
+      gain of a module called so, what has the shape of the bias beside it, and single tokens (``cls``);
     * a leading axis is a stack where biases and gains in the same module, or around it, have it too, or where a name
       says so (scan, vmap, stack, ensemble, experts);
     * ``weight`` has outputs first, as in Equinox and PyTorch, other names inputs first, as in Flax and Haiku, unless
       the size of the bias says otherwise (transposed convolutions); embeddings are (entries, features);
-    * query, key and value of attention are (inputs, heads, dim), its output (heads, dim, outputs); other kernels of
-      three axes are as their bias says.
+    * what is called query, key or value (q, wk, v_proj, ...) and has three axes is (inputs, heads, dim), the output of
+      attention (o, out, wo, ...) (heads, dim, outputs), if sizes agree; other kernels of three axes are as their bias
+      says.
+
+    In part of a tree, as a link sees it under ``optax.masked`` or ``optax.partition``, there is less to tell by.
 
     Args:
       params: a pytree of arrays, or of their shapes.
@@ -194,9 +198,11 @@ def leaf_layouts(params: Any, layout: LayoutLike = None) -> dict[str, Layout]:
       >>> leaf_layouts(params, {"w": Layout(1, 2, stack=0)})["attn/query"]
       Layout(inputs=(0,), outputs=(1, 2), stack=())
     """
-    leaves = _described(params)
-    rules = _Rules(leaves)
-    given = by_pattern(layout, list(leaves), "layout", partial=is_partial(params)) if layout else {}
+    leaves, partial = described(params), is_partial(params)
+    rules = Rules(leaves, partial)
+    if isinstance(layout, Layout):
+        raise ValueError(f'layout names leaves: {{"path or pattern": jaxsparse.Layout(...)}}, got {layout!r}')
+    given = by_pattern(layout, list(leaves), "layout", partial=partial) if layout else {}
     found = {}
     for path, leaf in leaves.items():
         if path in given:
@@ -205,9 +211,13 @@ def leaf_layouts(params: Any, layout: LayoutLike = None) -> dict[str, Layout]:
             try:
                 found[path] = given[path].of_rank(len(leaf.shape))
             except ValueError as error:
-                raise ValueError(f"layout of {path} of shape {leaf.shape}: {error}") from None
+                raise ValueError(
+                    f"layout of {path} of shape {leaf.shape}: {error}. A pattern may have to be narrower, such as "
+                    "'*/kernel'"
+                ) from None
         else:
-            found[path] = rules.layout(leaf) if leaf.shape else Layout((), ())
+            inputs, outputs, stack, guess = rules.axes(leaf)
+            found[path] = Layout(inputs, outputs, stack, guess=guess)
     return found
 
 
@@ -227,210 +237,3 @@ def warn_of_guesses(layouts: Mapping[str, Layout], why: str, stacklevel: int = 3
             UserWarning,
             stacklevel=stacklevel + 1,
         )
-
-
-# --- The rules --------------------------------------------------------------------------------------------------------
-
-# Names of leaves that multiply, wherever they lie. (``weight`` does not: it may be a normalisation's.)
-_MATRIX_NAMES = {"kernel", "w", "embedding", "embeddings"}
-_GENERIC_NAMES = _MATRIX_NAMES | {"weight", "weights"}
-_VECTOR = re.compile(r"(^|_)(bias|biases|scale|offset|gamma|beta|gain|shift)(_|\d|$)")
-_SHORT_BIAS = re.compile(r"b(_?\d+|_[a-z]{1,3})?")  # Haiku's b; b1, b_ih
-_NORM = re.compile(r"norm(?!al(?!i))|(^|_)(ln|bn|gn)(_|\d|$)")  # not "normal", but "normalization"
-_HEADS_OUT = re.compile(r"(to_|w_?)?(q|k|v|qk|kv|qkv|query|key|value)(_?(proj|projection|kernel))?(_?\d+)?")
-_HEADS_IN = re.compile(r"((to|attn|attention)_|w_?)?(o|out|output)(_?(proj|projection|kernel))?(_?\d+)?")
-_ATTENTION = re.compile(r"attn|attention")
-_STACK = re.compile(r"scan|vmap|stack|ensemble|expert")
-_LAYERS = re.compile(r"layers|blocks")
-_CONVOLUTION = re.compile(r"conv")
-_EMBEDDING = re.compile(r"embed|^(wte|wpe|tok|token)s?$")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Leaf:
-    """What the rules look at."""
-
-    name: str  # the last part of the path
-    modules: tuple[str, ...]  # the other parts, outermost first, in lower case with underscores
-    kind: str  # the class of the innermost module, in lower case with underscores; "" for a dict
-    shape: tuple[int, ...]
-
-    @property
-    def module(self) -> str:
-        """The innermost module that has a name and no number."""
-        return next((part for part in reversed(self.modules) if not part.isdecimal()), "")
-
-    @property
-    def label(self) -> str:
-        """The name that tells most: that of the module if the leaf's own is one that any leaf has."""
-        return self.module if self.name in _GENERIC_NAMES and self.modules else self.name
-
-    @functools.cached_property
-    def is_vector_by_name(self) -> bool:
-        """Whether the leaf is named as, or lies in, what does not multiply."""
-        name = _snake(self.name)
-        if name.split("_")[-1] in _GENERIC_NAMES:
-            in_norm = bool(_NORM.search(self.module) or _NORM.search(self.kind))
-            return in_norm and name not in _MATRIX_NAMES
-        if _VECTOR.search(name) or name.endswith(("bias", "scale", "offset")):
-            return True
-        return bool(_NORM.search(self.module) or _NORM.search(self.kind))
-
-    def named(self, pattern: re.Pattern) -> bool:
-        """Whether the leaf's label, or the class of its module, is called so."""
-        return bool(pattern.search(self.label) or pattern.search(self.kind))
-
-
-def _described(params: Any) -> dict[str, _Leaf]:
-    """What the rules look at, for every leaf, by path."""
-    found = {}
-
-    def walk(node: Any, path: tuple, kind: str) -> None:
-        children = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda other: other is not node)[0]
-        if len(children) == 1 and children[0][1] is node:
-            name = path_name(path)
-            *modules, own = name.split("/")
-            shape = tuple(getattr(node, "shape", ()))
-            found[name] = _Leaf(own, tuple(_snake(part) for part in modules if part != "~"), kind, shape)
-            return
-        wraps = len(children) == 1 and children[0][0][-1] in WRAPPED  # a variable of flax.nnx
-        if not wraps and not isinstance(node, Mapping | list | tuple):
-            kind = _snake(type(node).__name__)
-        for keys, child in children:
-            walk(child, (*path, *keys), kind)
-
-    walk(params, (), "")
-    return found
-
-
-def _snake(name: str) -> str:
-    """LayerNorm_0 -> layer_norm_0."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
-
-
-class _Rules:
-    """The rules, for the leaves of one tree."""
-
-    def __init__(self, leaves: Mapping[str, _Leaf]):
-        self._beside: dict[tuple[str, ...], list[_Leaf]] = {}
-        self._inside: dict[tuple[str, ...], list[_Leaf]] = {}
-        for leaf in leaves.values():
-            self._beside.setdefault(leaf.modules, []).append(leaf)
-            for depth in range(len(leaf.modules) + 1):
-                self._inside.setdefault(leaf.modules[:depth], []).append(leaf)
-        self._named_vectors = {leaf for leaf in leaves.values() if leaf.is_vector_by_name or self._is_short_bias(leaf)}
-        self._stacks = {modules: self._agreed_stack(inside) for modules, inside in self._inside.items()}
-
-    def layout(self, leaf: _Leaf) -> Layout:
-        rank = len(leaf.shape)
-        stack, guess = self._stack(leaf)
-        vector = self._is_vector(leaf) or (leaf.name not in _GENERIC_NAMES and _is_thin(leaf.shape))
-        if vector or rank - stack < 2:  # of a stack, each layer has one axis
-            stack = min(stack, rank - 1)
-            return Layout((), tuple(range(stack, rank)), tuple(range(stack)))
-        return self._matrix(leaf, stack, guess)
-
-    def _is_vector(self, leaf: _Leaf) -> bool:
-        """Whether a leaf is called a bias or a gain, or has the shape of the bias beside it, as no matrix has."""
-        return leaf in self._named_vectors or any(
-            other.shape == leaf.shape for other in self._beside[leaf.modules] if other in self._named_vectors
-        )
-
-    def _is_short_bias(self, leaf: _Leaf) -> bool:
-        """Whether a leaf is the b (b1, b_ih) of a w that has more axes."""
-        return bool(_SHORT_BIAS.fullmatch(leaf.name)) and any(
-            other.name == f"w{leaf.name[1:]}" and len(other.shape) > len(leaf.shape)
-            for other in self._beside[leaf.modules]
-        )
-
-    def _bias(self, leaf: _Leaf) -> tuple[int, ...]:
-        """The shape of the bias of the layer whose kernel a leaf is; () if there is none."""
-        found = [other for other in self._beside[leaf.modules] if other in self._named_vectors]
-        if leaf.name not in _GENERIC_NAMES or not found:
-            return ()
-        return self._plain_shape(min(found, key=lambda other: "bias" not in other.name and other.name[0] != "b"))
-
-    def _plain_shape(self, bias: _Leaf) -> tuple[int, ...]:
-        """The shape of a bias or gain; of a bias of Equinox's convolutions, (C, 1, 1), without the ones."""
-        of_convolution = any(
-            "weight" in other.name and len(other.shape) == len(bias.shape) + 1
-            and (len(other.shape) > 3 or other.named(_CONVOLUTION)) for other in self._beside[bias.modules]
-        )  # fmt: skip
-        shape = bias.shape
-        while of_convolution and len(shape) > 1 and shape[-1] == 1:
-            shape = shape[:-1]
-        return shape
-
-    def _agreed_stack(self, inside: Sequence[_Leaf]) -> int:
-        """How many leading axes a module's leaves are stacked over.
-
-        A bias or gain of one layer has one axis. Where all of a module have more, and all leaves have the same leading
-        axes, these are a stack.
-        """
-        vectors = [leaf for leaf in inside if self._is_vector(leaf)]
-        if len(inside) < 2 or not vectors:
-            return 0
-        stack = min(len(self._plain_shape(leaf)) - 1 for leaf in vectors)
-        for leaf in inside:
-            stack = min(stack, len(leaf.shape) - (2 if leaf.name in _MATRIX_NAMES else 1))
-            same = [a == b for a, b in zip(leaf.shape, inside[0].shape, strict=False)]
-            stack = min(stack, (*same, False).index(False))
-        return max(stack, 0)
-
-    def _stack(self, leaf: _Leaf) -> tuple[int, str]:
-        """How many leading axes of a leaf are stacked layers, and what is in doubt about it."""
-        for depth in range(len(leaf.modules), -1, -1):
-            if stack := self._stacks[leaf.modules[:depth]]:
-                return stack, ""
-        if len(leaf.shape) < 3 or self._is_vector(leaf):
-            return 0, ""
-        for depth, part in enumerate(leaf.modules, 1):
-            numbered = any(other.isdecimal() for other in leaf.modules[depth:])
-            if _STACK.search(part) or (_LAYERS.fullmatch(part) and not numbered):
-                inside = self._inside[leaf.modules[:depth]]
-                # A bias of one layer says that there is no stack.
-                if all(len(other.shape) > 1 and other.shape[0] == leaf.shape[0] for other in inside):
-                    return 1, "" if _STACK.search(part) else f"axis 0 is taken for layers, as it lies in {part}"
-        return 0, ""
-
-    def _matrix(self, leaf: _Leaf, stack: int, guess: str) -> Layout:
-        rank, shape, bias = len(leaf.shape), leaf.shape[stack:], self._bias(leaf)[stack:]
-        stacked, axes = tuple(range(stack)), tuple(range(stack, rank))
-
-        def layout(inputs: Sequence[int], outputs: Sequence[int], doubt: str = guess) -> Layout:
-            return Layout(tuple(inputs), tuple(outputs), stacked, guess=doubt)
-
-        if leaf.named(_EMBEDDING):
-            return Layout((rank - 2,), (rank - 1,), tuple(range(rank - 2)), guess=guess)
-        if len(shape) > 2 and _HEADS_OUT.fullmatch(_snake(leaf.label)):
-            return layout(axes[:1], axes[1:])
-        if len(shape) == 3 and _HEADS_IN.fullmatch(_snake(leaf.label)) and self._in_attention(leaf):
-            return layout(axes[:2], axes[2:])
-        if 1 < len(bias) < len(shape) and shape[-len(bias) :] == bias:
-            return layout(axes[: -len(bias)], axes[-len(bias) :])
-        outputs_first = "weight" in leaf.name
-        if len(shape) > 3 or leaf.named(_CONVOLUTION) or len(shape) == 2:
-            first, second = axes[:2] if outputs_first else axes[-2:][::-1]  # outputs, inputs
-            if len(bias) == 1 and bias[0] != leaf.shape[first] and bias[0] == leaf.shape[second]:
-                first, second = second, first
-            known = len(shape) < 5 or leaf.name in _GENERIC_NAMES or leaf.named(_CONVOLUTION)
-            doubt = guess if known else guess or "taken for a convolution, inputs and outputs last"
-            return layout([second], [first], doubt)
-        if len(bias) == 1:  # a convolution over a sequence, or several axes of inputs
-            ends = axes[1::-1] if outputs_first else axes[-2:]
-            return layout(ends[:1], ends[1:], guess or "taken for a convolution over one axis")
-        ends = axes[:0:-1] if outputs_first else axes[1:]
-        return Layout(ends[:1], ends[1:], (*stacked, stack), guess=guess or f"axis {stack} is taken for stacked layers")
-
-    def _in_attention(self, leaf: _Leaf) -> bool:
-        """Whether query, key or value stand beside a leaf (or its module), or a module around it is attention."""
-        around = leaf.modules[:-1] if leaf.label != leaf.name else leaf.modules
-        beside = {other.modules[len(around)] if len(other.modules) > len(around) else other.name
-                  for other in self._inside[around]}  # fmt: skip
-        heads = any(_HEADS_OUT.fullmatch(_snake(name)) for name in beside)
-        return heads or any(_ATTENTION.search(part) for part in (*around, leaf.kind))
-
-
-def _is_thin(shape: Sequence[int]) -> bool:
-    """Whether an array of three or more axes is one vector, such as (C, 1, 1)."""
-    return len(shape) > 2 and sum(size > 1 for size in shape) < 2

@@ -28,7 +28,7 @@ from jaxsparse.structures import (
     n_of_m,
     unit_scores,
 )
-from jaxsparse.trees import align, as_array, is_masked_node, leaf_paths, path_name
+from jaxsparse.trees import align, as_array, is_masked_node, is_partial, leaf_paths, path_name
 
 __all__ = [
     "apply_masks", "as_key", "count", "density", "magnitude_masks", "nonzero_masks", "pack_masks", "random_masks",
@@ -129,12 +129,12 @@ def magnitude_masks(
     return _best_masks(params, sparsity, allocation, at_least, prunable, structure, layout, score, may_be_global=True)
 
 
-def nonzero_masks(params: Any, *, prunable: Any = None) -> Any:
+def nonzero_masks(params: Any, *, prunable: Any = None, layout: LayoutLike = None) -> Any:
     """Masks of the weights that are not zero: to go on from a network that is sparse already.
 
     Args:
       params: a pytree of arrays.
-      prunable: which leaves get a mask, see :func:`jaxsparse.prunable.prunable_leaves`.
+      prunable, layout: as for :func:`random_masks`.
 
     Returns:
       A pytree like ``params``: bool arrays, the scalar True for dense leaves.
@@ -144,7 +144,8 @@ def nonzero_masks(params: Any, *, prunable: Any = None) -> Any:
       >>> nonzero_masks({"w": jnp.array([[0.0, -3.0]])})["w"].tolist()
       [[False, True]]
     """
-    return jax.tree.map(lambda x, c: x != 0 if c else jnp.ones((), bool), params, prunable_leaves(params, prunable))
+    chosen = prunable_leaves(params, prunable, layout=layout)
+    return jax.tree.map(lambda x, c: x != 0 if c else jnp.ones((), bool), params, chosen)
 
 
 def apply_masks(tree: Any, masks: Any) -> Any:
@@ -334,13 +335,15 @@ def _best_masks(
     free = {path: sparse[path][0] for path in scores}
     sizes = [sparse[path][1].unit_size(leaf.shape) for path, leaf in free.items()]
     if together:
-        total = jnp.sum(allocation_lib.layer_counts(free, sparsity))
+        total = jnp.sum(allocation_lib.layer_counts(free, sparsity, partial=is_partial(params)))
         best = global_top_k_masks(list(scores.values()), total, absolute=True, sizes=sizes, at_least=at_least)
     else:
         layouts = leaf_layouts(params, layout) if allocation != "uniform" else None
         if layouts is not None and not callable(sparsity) and np.ndim(sparsity) == 0:
             warn_of_guesses({path: layouts[path] for path in free}, f"allocation {allocation!r}")
-        counts = allocation_lib.layer_counts(free, sparsity, allocation, sizes, layouts=layouts, at_least=at_least)
+        counts = allocation_lib.layer_counts(
+            free, sparsity, allocation, sizes, layouts=layouts, at_least=at_least, partial=is_partial(params)
+        )
         best = top_k_masks(list(scores.values()), counts, absolute=True)
     for (path, leaf), units in zip(free.items(), best, strict=True):
         kept[path] = sparse[path][1].expand(units, leaf)

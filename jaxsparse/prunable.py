@@ -51,7 +51,7 @@ def all_but(*patterns: str) -> AllBut:
 
     Args:
       *patterns: paths of leaves, or of what leaves lie in ("conv1" stands for "conv1/kernel" too), or globs such as
-        "*/attn/*" (see :func:`jaxsparse.trees.matching`). One that matches nothing is an error.
+        "*/attn/*", see :func:`jaxsparse.trees.matching`. One that matches nothing is an error.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -154,13 +154,13 @@ def _by_patterns(
 
 
 def _all_matches(what: str, patterns: Sequence[str], leaves: dict[str, Any], partial: bool) -> set[str]:
-    """The paths that any of the patterns matches, or the path of what a leaf lies in does."""
+    """The paths that any of the patterns matches."""
     found: set[str] = set()
     for pattern in patterns:
-        matched = {*matching(pattern, leaves), *matching(f"{pattern}/*", leaves)}
+        matched = matching(pattern, leaves)
         if leaves and not matched and not partial:
             raise ValueError(f"{what}: {pattern!r} matches none of the params, which are {listed(list(leaves))}")
-        found |= matched
+        found |= set(matched)
     return found
 
 

@@ -141,7 +141,9 @@ def align(tree: Any, params: Any, what: str) -> list[Any]:
 
 
 def matching(pattern: str, paths: Iterable[str]) -> list[str]:
-    """The paths that a pattern matches: itself, or as a glob in which ``*`` stands for any part of a path.
+    """The paths that a pattern matches, as a glob in which ``*`` stands for any part of a path.
+
+    The path of what leaves lie in stands for all of them: "conv1" for "conv1/kernel" too.
 
     Examples:
       >>> matching("*/attn/*", ["block0/attn/query/kernel", "block0/mlp/kernel", "attn/kernel"])
@@ -149,7 +151,14 @@ def matching(pattern: str, paths: Iterable[str]) -> list[str]:
       >>> matching("*attn/*", ["block0/attn/query/kernel", "block0/mlp/kernel", "attn/kernel"])
       ['block0/attn/query/kernel', 'attn/kernel']
     """
-    return [path for path in paths if path == pattern or fnmatch.fnmatchcase(path, pattern)]
+    pattern = pattern.rstrip("/")
+    inside = f"{pattern}/"
+    return [
+        path
+        for path in paths
+        if path == pattern or path.startswith(inside) or fnmatch.fnmatchcase(path, pattern)
+        or fnmatch.fnmatchcase(path, f"{inside}*")
+    ]  # fmt: skip
 
 
 def by_pattern(
