@@ -19,7 +19,7 @@ import safetensors.numpy
 import jaxsparse
 from benchmarks import networks, timing
 from jaxsparse import models
-from jaxsparse.structures import by_path
+from jaxsparse.trees import by_path
 
 
 def lenet():

@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks import timing
 from jaxsparse import models
 from jaxsparse.groups import group_sizes
-from jaxsparse.structures import by_path
+from jaxsparse.trees import by_path
 
 NETWORKS = {
     "LeNet-300-100": (models.LeNet300100(), (28, 28, 1)),

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxsparse.structures import by_path
+from jaxsparse.trees import by_path
 
 _BLOCK = 1 << 15  # entries that stay in a core's cache while they are hashed
 

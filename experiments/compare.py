@@ -15,8 +15,8 @@ from typing import Any
 
 from experiments.command_line import as_path
 from experiments.workdir import flat, read_json
-from jaxsparse.structures import natural_order
 from jaxsparse.tables import Table
+from jaxsparse.trees import natural_order
 
 
 def find_runs(folders: Sequence[str | Path]) -> list[Path]:

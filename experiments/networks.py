@@ -11,7 +11,7 @@ import jaxsparse
 from experiments.optimizers import choose
 from jaxsparse import models
 from jaxsparse.parallel import Layout
-from jaxsparse.structures import by_path, path_name
+from jaxsparse.trees import by_path, path_name
 
 MODELS = {
     "alexnet": models.AlexNet,

@@ -19,7 +19,7 @@ from experiments.networks import INITS, STARTS, check_fits, make_model
 from experiments.optimizers import choose, is_gated, load_start, make_optimizer
 from jaxsparse import groups, models
 from jaxsparse.parallel import Layout
-from jaxsparse.structures import by_path
+from jaxsparse.trees import by_path
 
 PADDINGS = {"zeros": "constant", "reflect": "reflect"}
 NO_EPOCH = 2**31  # what is drawn besides the orders of the epochs is drawn with a key that belongs to none of them

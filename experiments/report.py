@@ -30,8 +30,8 @@ from experiments import workdir
 from experiments.command_line import as_path
 from experiments.compare import find_runs, mean_and_error, tested_on
 from jaxsparse import inspect
-from jaxsparse.structures import by_path, natural_order
 from jaxsparse.tables import Table
+from jaxsparse.trees import by_path, natural_order
 
 # In place of this colour lines and letters take that of the page's text; images keep it, and it is seen on either.
 INK = "#0b73b3"

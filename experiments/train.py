@@ -55,7 +55,7 @@ from experiments.workdir import Follower, Workdir, require_space, write_json, wr
 from jaxsparse import inspect, models
 from jaxsparse.groups import group_sizes
 from jaxsparse.parallel import ElsewhereError, any_process, of_processes, together
-from jaxsparse.structures import by_path
+from jaxsparse.trees import by_path
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "Python file with get_config(); --config.KEY=VALUE changes a key.")

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from jaxsparse.allocation import check_precision
 from jaxsparse.placement import steady
-from jaxsparse.structures import align, by_path, is_function, is_masked_node, leaf_paths, path_name
+from jaxsparse.trees import align, by_path, is_function, is_masked_node, leaf_paths, path_name
 
 __all__ = [
     "LinkState",

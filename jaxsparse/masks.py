@@ -22,12 +22,7 @@ from jaxsparse.layouts import LayoutLike, leaf_layouts, warn_of_guesses
 from jaxsparse.placement import copied, mask_like, sharding_of
 from jaxsparse.prunable import prunable_leaves
 from jaxsparse.selection import count_true, global_top_k_masks, random_scores, top_k_masks
-from jaxsparse.structures import (
-    StructureLike,
-    leaf_structures,
-    n_of_m,
-    unit_scores,
-)
+from jaxsparse.structures import StructureLike, leaf_structures, n_of_m, unit_scores
 from jaxsparse.trees import align, as_array, is_masked_node, is_partial, leaf_paths, path_name
 
 __all__ = [

@@ -26,24 +26,17 @@ from jax.typing import ArrayLike
 
 from jaxsparse.allocation import exact_sum
 from jaxsparse.layouts import Layout, LayoutLike, leaf_layouts, warn_of_guesses
-from jaxsparse.prunable import Prunable, all_but, prunable_leaves
 from jaxsparse.selection import count_true, top_k_mask
 from jaxsparse.trees import (
-    align,
-    by_path,
     by_pattern,
-    is_function,
     is_masked_node,
     is_partial,
     leaf_paths,
-    natural_order,
-    path_name,
 )
 
 __all__ = [
-    "Prunable", "Structure", "StructureLike", "align", "all_but", "block", "by_path", "channel",
-    "check_structure", "check_units", "is_function", "is_masked_node", "kernel", "leaf_paths", "leaf_structures",
-    "mask_structures", "n_of_m", "natural_order", "path_name", "prunable_leaves", "unit_scores", "weight",
+    "Structure", "StructureLike", "block", "channel", "check_structure", "check_units", "kernel", "leaf_structures",
+    "mask_structures", "n_of_m", "unit_scores", "weight",
 ]  # fmt: skip
 
 
@@ -502,9 +495,6 @@ def check_units(masks: Any, structures: Any, what: str = "masks") -> None:
 def unit_scores(structure: Structure, leaf: jax.Array) -> jax.Array:
     """What the units of a leaf rank by, in absolute value: their scores; a leaf of single weights itself, no copy."""
     return leaf if structure.unit_size(leaf.shape) == 1 else structure.scores(leaf)
-
-
-plain_path, by_plain_path = str, by_path
 
 
 def _split(x: jax.Array, axis: int, size: int) -> jax.Array:

@@ -27,7 +27,7 @@ import optax
 from absl.testing import parameterized
 
 import jaxsparse
-from jaxsparse.structures import by_path
+from jaxsparse.trees import by_path
 
 COMMON = "optax/contrib/_common_test.py"
 ALL = jaxsparse.Prunable(lambda path, leaf: True)

@@ -15,7 +15,8 @@ import pytest
 from flax import jax_utils, nnx
 
 import jaxsparse
-from jaxsparse.structures import by_path, prunable_leaves
+from jaxsparse.prunable import prunable_leaves
+from jaxsparse.trees import by_path
 from tests.problems import (
     SPARSE,
     SPARSE_SIZE,

@@ -111,10 +111,11 @@ TREES = [
                  "w2": shape(6, 64, 16)}}, [
         ("layers/wq", (1,), (2,), (0,)), ("layers/wo", (1,), (2,), (0,)), ("layers/w1", (1,), (2,), (0,)),
         ("layers/w2", (1,), (2,), (0,))]),
-    ({"ff": {"W": shape(3, 16, 64), "b": shape(3, 64)}, "cls_token": shape(1, 16), "head": {"w": shape(8, 4), "b": shape(1, 4)},
+    ({"ff": {"W": shape(3, 16, 64), "b": shape(3, 64)}, "cls_token": shape(1, 16),
+      "head": {"w": shape(8, 4), "b": shape(1, 4)},
       "attn": {"wq": shape(16, 4, 4), "bq": shape(4, 4)}, "lora": {"a": shape(8, 2), "b": shape(2, 8)}}, [
-        ("ff/W", (1,), (2,), (0,)), ("head/w", (0,), (1,), ()), ("attn/wq", (0,), (1, 2), ()), ("lora/a", (0,), (1,), ()),
-        ("lora/b", (0,), (1,), ())]),
+        ("ff/W", (1,), (2,), (0,)), ("head/w", (0,), (1,), ()), ("attn/wq", (0,), (1, 2), ()),
+        ("lora/a", (0,), (1,), ()), ("lora/b", (0,), (1,), ())]),
     ({"attn": {"query": {"kernel": shape(16, 4, 8)}, "key": {"kernel": shape(16, 2, 8)},
                "out": {"kernel": shape(4, 8, 16)}},
       "value": {"kernel": shape(3, 3, 8, 64), "bias": shape(64)}, "to_qkv": {"kernel": shape(1, 1, 8, 24)}}, [

@@ -11,7 +11,8 @@ from hypothesis.extra import numpy as hnp
 
 import jaxsparse
 from jaxsparse import masks as module
-from jaxsparse.structures import check_units, leaf_structures, prunable_leaves
+from jaxsparse.prunable import prunable_leaves
+from jaxsparse.structures import check_units, leaf_structures
 from tests.problems import SPARSE, SPARSE_SIZE, make_params
 
 

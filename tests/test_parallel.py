@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 import jaxsparse
 from jaxsparse.parallel import LAYOUTS, ElsewhereError, Layout, any_process, of_processes, together
-from jaxsparse.structures import by_path
+from jaxsparse.trees import by_path
 from tests.test_contract import METHODS, sparse_momentum
 
 MANY = [name for name in LAYOUTS if name != "one_device"]

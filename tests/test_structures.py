@@ -7,18 +7,9 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxsparse.structures import (
-    block,
-    by_path,
-    channel,
-    check_structure,
-    check_units,
-    kernel,
-    leaf_structures,
-    n_of_m,
-    prunable_leaves,
-    weight,
-)
+from jaxsparse.prunable import prunable_leaves
+from jaxsparse.structures import block, channel, check_structure, check_units, kernel, leaf_structures, n_of_m, weight
+from jaxsparse.trees import by_path
 from tests.problems import make_params
 
 # --- Units ------------------------------------------------------------------------------------------------------------

@@ -94,8 +94,8 @@ from jaxsparse.artifacts.files import (
 )
 from jaxsparse.masks import validate_masks
 from jaxsparse.prunable import default_choice
-from jaxsparse.structures import is_masked_node, leaf_paths, natural_order, path_name
 from jaxsparse.tables import Table
+from jaxsparse.trees import is_masked_node, leaf_paths, natural_order, path_name
 
 __all__ = ["ArtifactError", "describe", "load_sparse", "save_sparse"]
 

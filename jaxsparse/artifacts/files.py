@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 
-from jaxsparse.structures import by_path, is_masked_node, path_name
+from jaxsparse.trees import by_path, is_masked_node, path_name
 
 __all__ = [
     "DTYPES",

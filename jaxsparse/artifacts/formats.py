@@ -27,7 +27,7 @@ from jaxsparse.artifacts.files import (
     safetensors_package,
 )
 from jaxsparse.masks import validate_masks
-from jaxsparse.structures import is_masked_node, leaf_paths, path_name
+from jaxsparse.trees import is_masked_node, leaf_paths, path_name
 
 __all__ = [
     "from_sparse", "load_dense", "load_npz", "save_dense", "save_npz", "to_bcoo", "to_bcsr", "to_scipy",

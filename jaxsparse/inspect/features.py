@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsparse.structures import by_path, natural_order
+from jaxsparse.trees import by_path, natural_order
 
 __all__ = ["class_activity", "class_specialization"]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxsparse.structures import natural_order
 from jaxsparse.tables import Table, Tabular
+from jaxsparse.trees import natural_order
 
 __all__ = ["History", "read_history"]
 

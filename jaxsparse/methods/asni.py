@@ -30,23 +30,19 @@ from jaxsparse.links import (
 )
 from jaxsparse.masks import validate_masks
 from jaxsparse.placement import varying_like
-from jaxsparse.prunable import default_choice
+from jaxsparse.prunable import default_choice, prunable_leaves
 from jaxsparse.selection import count_true, global_top_k_masks
 from jaxsparse.structures import (
     Structure,
     StructureLike,
     check_structure,
-    is_masked_node,
-    leaf_paths,
     leaf_structures,
     mask_structures,
     n_of_m,
-    path_name,
-    plain_path,
-    prunable_leaves,
     unit_scores,
     weight,
 )
+from jaxsparse.trees import is_masked_node, leaf_paths, path_name
 
 __all__ = ["ASNIState", "amenable_init", "asni", "asni_counts", "centroids"]
 
@@ -327,7 +323,7 @@ def _leaves(params: Any, masks: Any) -> list[_Leaf]:
     """The leaves with their roles, by their names as Flax, Haiku and Equinox give them."""
     flat, treedef = jax.tree_util.tree_flatten_with_path(params)
     checked = treedef.flatten_up_to(validate_masks(masks, params))
-    parts = [plain_path(path_name(path)).rpartition("/") for path, _ in flat]
+    parts = [path_name(path).rpartition("/") for path, _ in flat]
     scales = [name.endswith("scale") or (name == "weight" and jnp.ndim(leaf) == 1)
               for (_, leaf), (_, _, name) in zip(flat, parts, strict=True)]  # fmt: skip
     normalised = {layer for (layer, _, _), is_scale in zip(parts, scales, strict=True) if is_scale}

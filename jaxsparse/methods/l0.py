@@ -21,7 +21,7 @@ from jaxsparse.groups import Group, expected_counts, group_sizes
 from jaxsparse.links import check_range, check_steps, check_zeros, refuse_replicated, require_params
 from jaxsparse.masks import as_key
 from jaxsparse.placement import copied, mask_like, placed_like, varying_like
-from jaxsparse.structures import by_plain_path, is_masked_node, leaf_paths, path_name, plain_path
+from jaxsparse.trees import by_path, is_masked_node, leaf_paths, path_name
 
 __all__ = [
     "L0State", "Penalty", "dep_l0", "dependent_logits", "hard_concrete", "hard_concrete_mean", "l0", "prob_open",
@@ -85,14 +85,14 @@ class L0State(NamedTuple):
         ]
         found += [
             f"{who}: the weights of {path} are not finite. The training has diverged"
-            for path, w in by_plain_path(self.weights).items()
+            for path, w in by_path(self.weights).items()
             if not bool(jnp.isfinite(w).all())
         ]
         if params is None or found:
             return found
         found = check_zeros(self.sparse_masks(), params, who)
-        leaves = by_plain_path(params)
-        for path, w in by_plain_path(self.weights).items():
+        leaves = by_path(params)
+        for path, w in by_path(self.weights).items():
             away = jnp.max(jnp.abs(leaves[path] - w * _leaf(self.gates[path])), initial=0)
             if away > 16 * jnp.finfo(w.dtype).eps * (1 + jnp.max(jnp.abs(w), initial=0)):
                 found.append(
@@ -449,7 +449,7 @@ def _gated(
 
     def by_leaf(vectors, weights):
         """Vectors, one a group, in the dimensions of the leaves that they multiply."""
-        ranks = {path: leaf.ndim for path, leaf in by_plain_path(weights).items()}
+        ranks = {path: leaf.ndim for path, leaf in by_path(weights).items()}
         return {
             path: jnp.expand_dims(vector, _others(axis, ranks.get(path, 1)))
             for group, vector in zip(groups, vectors, strict=True)
@@ -465,7 +465,7 @@ def _gated(
         multiplied = {path for group in groups for path in group.multiplies}
         weights = jax.tree_util.tree_map_with_path(
             # A copy: the state and the params may both be donated.
-            lambda path, p: copied(p) if plain_path(path_name(path)) in multiplied else optax.MaskedNode(),
+            lambda path, p: copied(p) if path_name(path) in multiplied else optax.MaskedNode(),
             params,
         )
         draw, gate_key = jax.random.split(as_key(key))
@@ -503,7 +503,7 @@ def _gated(
         require_params(params, who)
         frozen = jnp.array(False) if freeze_gates_at is None else state.count >= freeze_gates_at
         paths, (leaves, treedef) = _names(params), jax.tree.flatten(params)
-        behind = by_plain_path(state.weights)
+        behind = by_path(state.weights)
         real = treedef.unflatten([behind.get(path, p) for path, p in zip(paths, leaves, strict=True)])
         grads = dict(zip(paths, treedef.flatten_up_to(updates), strict=True))
 
@@ -527,7 +527,7 @@ def _gated(
             for slope, g, extra in zip([state.slopes[name] for name in names], of_gates, of_penalty, strict=True)
         ]
         if penalty.weight_decay:  # the gradient of P c/2 W^2 by W
-            kernels = by_plain_path(real)
+            kernels = by_path(real)
             for group, log_alpha in zip(groups, logits, strict=True):
                 path, axis = _kernel_of(group, kernels)
                 pull = jnp.where(frozen, 0, prob_open(log_alpha) * penalty.weight_decay / penalty.examples)
@@ -581,7 +581,7 @@ def _penalty_of(
     penalty: Penalty, groups: Sequence[Group], params: Any, logits: Sequence[jax.Array] | None = None
 ) -> jax.Array:
     """The penalty, see :class:`Penalty`; without logits only whether it fits the params."""
-    leaves = by_plain_path(params)
+    leaves = by_path(params)
     kernels = [_kernel_of(group, leaves) for group in groups] if penalty.counts != "all" or penalty.weight_decay else []
     if penalty.counts == "neighbours":
         for group, (path, axis) in zip(groups, kernels, strict=True):
@@ -647,7 +647,7 @@ def _check_direction(direction: str) -> None:
 
 def _names(tree: Any) -> list[str]:
     """The plain paths of all leaves, in the order of ``jax.tree.leaves``."""
-    return [plain_path(path) for path in leaf_paths(tree)]
+    return [path for path in leaf_paths(tree)]
 
 
 def _leaf(wrapped: Any) -> jax.Array:

@@ -19,17 +19,9 @@ from jax.typing import ArrayLike
 from jaxsparse.layouts import LayoutLike
 from jaxsparse.links import chain, check_range, check_zeros, refuse_replicated, require_params
 from jaxsparse.placement import copied, zeros
-from jaxsparse.structures import (
-    StructureLike,
-    by_path,
-    check_structure,
-    is_masked_node,
-    leaf_paths,
-    leaf_structures,
-    mask_structures,
-    prunable_leaves,
-    weight,
-)
+from jaxsparse.prunable import prunable_leaves
+from jaxsparse.structures import StructureLike, check_structure, leaf_structures, mask_structures, weight
+from jaxsparse.trees import by_path, is_masked_node, leaf_paths
 
 __all__ = ["ReweightedL1State", "VelocityState", "rda", "reweighted_l1", "velocity"]
 

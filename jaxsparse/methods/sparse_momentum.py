@@ -54,14 +54,12 @@ from jaxsparse.structures import (
     channel,
     check_structure,
     check_units,
-    is_masked_node,
-    leaf_paths,
     mask_structures,
     n_of_m,
-    plain_path,
     unit_scores,
     weight,
 )
+from jaxsparse.trees import is_masked_node, leaf_paths
 
 __all__ = ["SparseMomentumState", "momentum_regrowth", "sparse_momentum"]
 
@@ -126,7 +124,7 @@ class SparseMomentumState(NamedTuple):
             f"sparse_momentum: {path} kept its mask in the last mask update, because it does not move or has no "
             "momentum: it is frozen, or no gradient reaches it. If it is meant to be frozen, leave it out, or it stays "
             f"as sparse as it was at the start: prunable=jaxsparse.all_but({path!r})"
-            for path, rests in zip(map(plain_path, leaf_paths(self.masks)), resting, strict=True)
+            for path, rests in zip(leaf_paths(self.masks), resting, strict=True)
             if rests
         ]
 

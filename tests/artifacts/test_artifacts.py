@@ -28,7 +28,7 @@ from jaxsparse import artifacts
 from jaxsparse.artifacts import ArtifactError, describe, files, formats, load_sparse, save_sparse
 from jaxsparse.artifacts.__main__ import main as command_line
 from jaxsparse.methods.asni import amenable_init, centroids
-from jaxsparse.structures import by_path
+from jaxsparse.trees import by_path
 
 FLOATS = ["float16", "bfloat16", "float32", "float64"]
 INTEGERS = ["bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]

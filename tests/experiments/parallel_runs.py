@@ -22,7 +22,7 @@ from jaxsparse import Group
 from jaxsparse.models.blocks import BatchNorm, dense
 from jaxsparse.models.layers import Conv
 from jaxsparse.parallel import Layout
-from jaxsparse.structures import by_path
+from jaxsparse.trees import by_path
 from tests.problems import gradients, make_params
 from tests.test_contract import METHODS as METHODS_OF_CONTRACT
 from tests.test_contract import UPDATE_EVERY, sgd

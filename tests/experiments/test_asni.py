@@ -10,7 +10,7 @@ from experiments import asni, train
 from experiments.networks import he_normal
 from experiments.program import make_program
 from experiments.workdir import read_json
-from jaxsparse.structures import by_path
+from jaxsparse.trees import by_path
 
 ROOT = Path(__file__).parents[2]
 

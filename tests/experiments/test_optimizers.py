@@ -12,7 +12,7 @@ import pytest
 from experiments import networks, optimizers, program
 from jaxsparse import models
 from jaxsparse.allocation import layer_counts
-from jaxsparse.structures import by_path
+from jaxsparse.trees import by_path
 from tests.experiments.test_configs import ALL, FIRST, ROOT, config_of
 from tests.problems import slow_except
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 import jaxsparse
 from jaxsparse import models, structures
-from jaxsparse.structures import by_path
+from jaxsparse.trees import by_path
 from tests.problems import SPARSE_SIZE, make_params, make_step
 
 # Totals of the author's logs: all params that are not zero, and the share of zeros at the last evaluation, in %.

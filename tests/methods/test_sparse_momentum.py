@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 import jaxsparse
 from jaxsparse.links import _StoredMomentum
 from jaxsparse.methods import sparse_momentum as module
-from jaxsparse.structures import check_units, leaf_structures, prunable_leaves
+from jaxsparse.prunable import prunable_leaves
+from jaxsparse.structures import check_units, leaf_structures
 from tests.problems import SPARSE_SIZE, gradients, jit_once, make_params, make_step, slow_except
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"

@@ -7,7 +7,7 @@ from flax import linen as nn
 import jaxsparse
 from jaxsparse import models
 from jaxsparse.groups import group_sizes
-from jaxsparse.structures import by_path
+from jaxsparse.trees import by_path
 from tests.models.networks import numpy_images, numpy_variables, quick_jit, variables_of
 from tests.problems import slow_except
 
