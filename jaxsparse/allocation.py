@@ -201,7 +201,8 @@ def with_floor(counts: jax.Array, floor: ArrayLike) -> jax.Array:
     room = lifted - floor
     left = jnp.maximum(total - least, 0)
     scale = left.astype(jnp.float32) / jnp.maximum(jnp.sum(room), 1).astype(jnp.float32)
-    return jnp.where(jnp.all(counts >= floor), counts, floor + apportion(room * scale, left, room, round_up=True))
+    quotas = room.astype(jnp.float32) * scale
+    return jnp.where(jnp.all(counts >= floor), counts, floor + apportion(quotas, left, room, round_up=True))
 
 
 def apportion(quotas: ArrayLike, total: ArrayLike, capacity: ArrayLike, *, round_up: bool = False) -> jax.Array:
@@ -254,7 +255,7 @@ def _apportion(quotas: jax.Array, total: jax.Array, capacity: jax.Array, round_u
     counts = filled(level)
     # Fewer are left than layers that have more at the next level, else the level would be one higher.
     first = -quotas if round_up else quotas
-    return counts + top_k_mask(first, total - jnp.sum(counts), where=filled(level + 1) > counts)
+    return counts + top_k_mask(first, total - jnp.sum(counts), where=filled(level + 1) > counts).astype(jnp.int32)
 
 
 def exact_sum(values: jax.Array, where: jax.Array | None = None, axis: tuple[int, ...] | None = None) -> jax.Array:
@@ -296,7 +297,7 @@ def exact_mean(values: jax.Array, where: jax.Array | None = None, axis: tuple[in
     if where is None:
         terms = values.size if axis is None else int(np.prod([values.shape[d] for d in axis]))
         return exact_sum(values, axis=axis) / max(terms, 1)
-    return exact_sum(values, where, axis) / jnp.maximum(count_true(where, axis), 1)
+    return exact_sum(values, where, axis) / jnp.maximum(count_true(where, axis), 1).astype(jnp.float32)
 
 
 def check_allocation(allocation: str, more: Sequence[str] = ()) -> None:

@@ -190,7 +190,7 @@ def density(masks: Any) -> jax.Array:
       0.5
     """
     size = sum(m.size for m in _sparse_leaves(masks))
-    return count(masks) / jnp.float32(size) if size else jnp.float32(1)
+    return count(masks).astype(jnp.float32) / jnp.float32(size) if size else jnp.float32(1)
 
 
 def pack_masks(masks: Any) -> Any:

@@ -157,7 +157,8 @@ def global_top_k_masks(
     if not leaves:
         return scores
     eligible = [None] * len(leaves) if where is None else treedef.flatten_up_to(where)
-    dtype = jnp.result_type(*leaves)
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.result_type(*leaves)
     group = [_checked(jnp.asarray(x, dtype), w) for x, w in zip(leaves, eligible, strict=True)]
     counted = (1,) * len(leaves) if sizes is None else tuple(map(operator.index, treedef.flatten_up_to(sizes)))
     if min(counted) < 1:

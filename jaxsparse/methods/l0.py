@@ -65,7 +65,7 @@ class L0State(NamedTuple):
 
     def eval_weights(self) -> Any:
         """The weights times the test-time gates; ``optax.MaskedNode()`` for leaves without gates."""
-        return self._gated(lambda w, path: (w * _leaf(self.test_gates[path])).astype(w.dtype))
+        return self._gated(lambda w, path: _times(w, _leaf(self.test_gates[path])).astype(w.dtype))
 
     def open_channels(self) -> dict[str, jax.Array]:
         """Which channels of each group are open in evaluation."""
@@ -93,7 +93,9 @@ class L0State(NamedTuple):
         found = check_zeros(self.sparse_masks(), params, who)
         leaves = by_path(params)
         for path, w in by_path(self.weights).items():
-            away = jnp.max(jnp.abs(leaves[path] - w * _leaf(self.gates[path])), initial=0)
+            away = jnp.max(
+                jnp.abs(leaves[path] - _times(w, _leaf(self.gates[path])).astype(leaves[path].dtype)), initial=0
+            )
             if away > 16 * jnp.finfo(w.dtype).eps * (1 + jnp.max(jnp.abs(w), initial=0)):
                 found.append(
                     f"{who}: {path} is not its weights times their gates, but up to {float(away):.2g} away. Something "
@@ -300,7 +302,7 @@ def l0(
       >>> import jax.numpy as jnp, optax, jaxsparse
       >>> params = {"fc1": {"kernel": jnp.ones((5, 4))}, "fc2": {"kernel": jnp.ones((4, 3))}}
       >>> hidden = jaxsparse.Group("hidden", multiplies={"fc2/kernel": 0}, removes={"fc1/kernel": -1, "fc2/kernel": 0})
-      >>> tx = jaxsparse.l0(optax.adam(1e-3), [hidden], penalty=jaxsparse.Penalty(1.0, examples=60_000))
+      >>> tx = jaxsparse.l0(optax.sgd(0.1), [hidden], penalty=jaxsparse.Penalty(1.0, examples=60_000))
       >>> opt_state = tx.init(params)
       >>> updates, opt_state = tx.update(params, opt_state, params)  # gradients of half the squared norm
       >>> params = optax.apply_updates(params, updates)
@@ -510,12 +512,14 @@ def _gated(
         # The chain rule: what the gradient of weight x gate says of each.
         of_gates = [
             sum(
-                jnp.sum(grads[path].astype(jnp.float32) * behind[path], _others(axis, behind[path].ndim))
+                jnp.sum(_times(grads[path].astype(jnp.float32), behind[path]), _others(axis, behind[path].ndim))
                 for path, axis in group.multiplies.items()
             )
             for group in groups
         ]
-        grads = {path: (g * state.gates[path]).astype(g.dtype) if path in behind else g for path, g in grads.items()}
+        grads = {
+            path: _times(g, state.gates[path]).astype(g.dtype) if path in behind else g for path, g in grads.items()
+        }
 
         gate_params = state.generator if generate is not None else [state.log_alpha[name] for name in names]
         gate_params = varying_like(gate_params, [*of_gates, state.slopes])
@@ -532,7 +536,7 @@ def _gated(
                 path, axis = _kernel_of(group, kernels)
                 pull = jnp.where(frozen, 0, prob_open(log_alpha) * penalty.weight_decay / penalty.examples)
                 pull = jnp.expand_dims(pull, _others(axis, kernels[path].ndim))
-                grads[path] += (pull * kernels[path]).astype(grads[path].dtype)
+                grads[path] += _times(pull, kernels[path]).astype(grads[path].dtype)
         (of_gate_params,) = pull_back(of_logits)
         of_weights = treedef.unflatten([grads[path] for path in paths])
         if axis_name is not None:
@@ -541,7 +545,8 @@ def _gated(
         if "grad" in extra_args:
             extra_args["grad"] = of_weights
         proposed, inner_state = inner.update(of_weights, state.inner_state, real, **extra_args)
-        moved, gate_state = gate_optimizer.update(of_gate_params, state.gate_state, gate_params)
+        with jax.numpy_dtype_promotion("standard"):  # Optax's Adam knows no other
+            moved, gate_state = gate_optimizer.update(of_gate_params, state.gate_state, gate_params)
         new_gate_params = optax.apply_updates(gate_params, moved)
         if clamp is not None:
             new_gate_params = jax.tree.map(lambda x: jnp.clip(x, *clamp), new_gate_params)
@@ -559,7 +564,7 @@ def _gated(
         def land(path, p):
             if path not in weights:
                 return steps[path].astype(p.dtype)
-            return (weights[path] * gates[path]).astype(p.dtype) - p
+            return _times(weights[path], gates[path]).astype(p.dtype) - p
 
         return treedef.unflatten([land(path, p) for path, p in zip(paths, leaves, strict=True)]), L0State(
             count=optax.safe_increment(state.count),
@@ -612,7 +617,7 @@ def _penalty_of(
     if penalty.weight_decay:
         for (path, axis), chances in zip(kernels, is_open, strict=True):
             norms = placed_like(jnp.sum(jnp.square(leaves[path]), _others(axis, leaves[path].ndim)), chances)
-            total += penalty.weight_decay / 2 * jnp.sum(chances * norms)
+            total += penalty.weight_decay / 2 * jnp.sum(_times(chances, norms))
     return total / penalty.examples
 
 
@@ -632,6 +637,12 @@ def _kernel_of(group: Group, leaves: Any) -> tuple[str, int]:
 def _others(axis: int, rank: int) -> list[int]:
     """All axes but one."""
     return [i for i in range(rank) if i != axis % rank]
+
+
+def _times(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The product in the wider of two precisions: of gates and weights, of which either may be the wider."""
+    dtype = np.promote_types(a.dtype, b.dtype)
+    return a.astype(dtype) * b.astype(dtype)
 
 
 def _as_tuple(groups: Sequence[Group]) -> tuple[Group, ...]:

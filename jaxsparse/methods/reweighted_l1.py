@@ -193,6 +193,7 @@ def reweighted_l1(
         require_params(params, "reweighted_l1")
         s, a, strength = (_at(value, state.count) for value in (step_size, averaging, l1))
         fading = s / weight_time
+        scalars = jnp.exp(-fading), jnp.expm1(-fading), a, 1 - a, strength * s
 
         def step(u, x, y, threshold, r, unit):
             if unit.layout is not None and unit.unit_size(x.shape) > 1:  # seen as matrices, and back
@@ -201,14 +202,15 @@ def reweighted_l1(
                 return unit.layout.from_matrices(u, like), unit.layout.from_matrices(y, like), *of_units
             group = tuple(i for i, (size, full) in enumerate(zip(r.shape, x.shape, strict=True)) if size != full)
             size = _mean(jnp.abs(x), group) if group else jnp.abs(x)
-            r = jnp.exp(-fading) * r - jnp.expm1(-fading) * size  # (1)
+            kept, lost, old, rest, pull = (scalar.astype(x.dtype) for scalar in scalars)
+            r = kept * r - lost * size  # (1)
             largest = jnp.max(r)
             # (2), all multiplied by max r: one division, and 0 / 0 where the average is zero.
             w = max_factor * largest / jnp.where(largest > 0, largest + (max_factor - 1) * r, 1)
             w = jnp.where((largest == 0) & (max_factor == 1), 1, w)  # plain l1 has no weights to lack
             w *= math.sqrt(x.size / r.size)
-            threshold = a * threshold + strength * s * w  # (3), times l1
-            y = a * y + (1 - a) * x + u  # (4)
+            threshold = old * threshold + pull * w  # (3), times l1
+            y = old * y + rest * x + u  # (4)
             shrunk = jnp.where(jnp.abs(y) > threshold, y - jnp.copysign(threshold, y), 0)  # (5)
             # -x where it is 0: x + (-x) is 0, exactly.
             return tuple(new.astype(x.dtype) for new in (shrunk - x, y, threshold, r))
@@ -266,11 +268,15 @@ def velocity(
         s = _at(step_size, state.count)
         fading = s / momentum_time
 
+        def times(scalar, x):  # in float32, or what is wider
+            dtype = np.promote_types(scalar.dtype, x.dtype)
+            return scalar.astype(dtype) * x.astype(dtype)
+
         def average(v, g):
-            return (jnp.exp(-fading) * v - jnp.expm1(-fading) * g).astype(v.dtype)
+            return (times(jnp.exp(-fading), v) - times(jnp.expm1(-fading), g)).astype(v.dtype)
 
         v = jax.tree.map(average, state.ema, updates)
-        updates = jax.tree.map(lambda v: (-s * v).astype(v.dtype), v)
+        updates = jax.tree.map(lambda v: times(-s, v).astype(v.dtype), v)
         return updates, VelocityState(optax.safe_increment(state.count), v)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

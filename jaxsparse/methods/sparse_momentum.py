@@ -446,7 +446,9 @@ def _updated(leaves: "_Leaves", prune_rate, growth, redistribution, prune, at_le
 def _regrow_in_groups(unit, weights, momentum, mask, prune_rate, growth, draw):
     """The new mask of a leaf of which n of every m weights stay, and the number of NaN scores seen."""
     kept = count_true(mask)
-    lose = jnp.minimum(jnp.ceil(jnp.asarray(prune_rate, jnp.float32) * kept).astype(jnp.int32), kept)
+    lose = jnp.minimum(
+        jnp.ceil(jnp.asarray(prune_rate, jnp.float32) * kept.astype(jnp.float32)).astype(jnp.int32), kept
+    )
     survivors = top_k_mask(weights, kept - lose, where=mask, absolute=True)
     lost = unit.counts(mask) - unit.counts(survivors)
     scores = draw(mask.shape) if growth == "random" else momentum
@@ -466,6 +468,7 @@ def _regrow(
 
     Those that rest are treated as if they had no weights at all.
     """
+    prune_rate = jnp.asarray(prune_rate, jnp.float32)
     nans = sum(count_true(jnp.isnan(w) & m) for w, m in zip(weights, masks, strict=True))
     nans += sum(count_true(jnp.isnan(m)) for m in momenta)
     masks = [mask & ~rests for mask, rests in zip(masks, resting, strict=True)]
@@ -487,13 +490,13 @@ def _regrow(
     shares = values / jnp.where(total > 0, total, 1)
 
     # 2. A dense layer that is still growing prunes at min(p, sparsity).
-    sparsity = (sizes - kept) / jnp.maximum(sizes, 1).astype(jnp.float32)
+    sparsity = (sizes - kept).astype(jnp.float32) / jnp.maximum(sizes, 1).astype(jnp.float32)
     mean_share = jnp.asarray(1 / np.arange(1, len(masks) + 1), jnp.float32)[jnp.sum(~resting) - 1]
     growing = (sparsity < 0.2) & (shares > mean_share)
-    rates = jnp.where(growing, jnp.minimum(sparsity, prune_rate), prune_rate).astype(jnp.float32)
+    rates = jnp.where(growing, jnp.minimum(sparsity, prune_rate), prune_rate)
 
     # 3. Prune. Exactly ceil(rate * kept) of each layer, or of the whole.
-    lose = jnp.minimum(jnp.ceil(rates * kept).astype(jnp.int32), kept)
+    lose = jnp.minimum(jnp.ceil(rates * kept.astype(jnp.float32)).astype(jnp.int32), kept)
     if prune == "magnitude":
         survivors = top_k_masks(weights, kept - lose, where=masks, absolute=True)
     elif prune == "SET":
@@ -502,7 +505,7 @@ def _regrow(
         survivors = top_k_masks(weights, kept - lose, where=survivors)
     else:
         everything = jnp.sum(kept)
-        lose_all = jnp.ceil(jnp.asarray(prune_rate, jnp.float32) * everything).astype(jnp.int32)
+        lose_all = jnp.ceil(prune_rate * everything.astype(jnp.float32)).astype(jnp.int32)
         lose_all = jnp.minimum(lose_all, everything)
         survivors = global_top_k_masks(weights, everything - lose_all, where=masks, absolute=True)
     surviving = jnp.stack([count_true(mask) for mask in survivors])
@@ -535,7 +538,9 @@ def _scales(momenta: list[jax.Array], kinds: list[Any], sizes: jax.Array) -> jax
     """For each layer the mean momentum of all layers whose optimizer is of the same kind; 1 where there is none."""
     sums = jnp.where(sizes > 0, jnp.stack([exact_sum(m) for m in momenta]), 0)
     same = np.asarray([[a == b for b in kinds] for a in kinds])
-    means = jnp.stack([exact_sum(sums, row) / jnp.maximum(jnp.sum(sizes, where=row), 1) for row in same])
+    means = jnp.stack(
+        [exact_sum(sums, row) / jnp.maximum(jnp.sum(sizes, where=row), 1).astype(jnp.float32) for row in same]
+    )
     return jnp.where(means > 0, means, 1)
 
 

@@ -118,7 +118,7 @@ def slim(model: nn.Module, params: Any, batch_stats: Any = None) -> tuple[nn.Mod
       >>> from jaxsparse import models
       >>> model = models.LeNet300100()
       >>> params = model.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
-      >>> params["fc1"]["kernel"] *= jnp.arange(784)[:, None] < 200  # only these pixels are read
+      >>> params["fc1"]["kernel"] = params["fc1"]["kernel"].at[200:].set(0)  # only these pixels are read
       >>> params["fc3"]["kernel"] *= jnp.arange(100)[:, None] < 30  # and only these units
       >>> small, params, _ = slim(model, params)
       >>> len(small.inputs), small.features, params["fc1"]["kernel"].shape
