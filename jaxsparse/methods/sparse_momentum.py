@@ -173,7 +173,7 @@ def sparse_momentum(
     kind. Optimizers of one kind are compared as they are, whatever their decay and learning rate.
 
     A layer that has not moved since its mask was chosen (``optax.freeze``, ``optax.set_to_zero``, ``stop_gradient``),
-    or that has no momentum anywhere while others have, keeps its mask and exchanges nothing with the others, and
+    or whose weights have no momentum at all while others have, keeps its mask and exchanges nothing with them, and
     :func:`jaxsparse.check` warns of it. But its first mask is as random as the others': leave frozen layers out by
     ``prunable``, for instance :func:`jaxsparse.all_but`.
 
@@ -410,16 +410,13 @@ def _updated(leaves: "_Leaves", prune_rate, growth, redistribution, prune, at_le
     """
     new, nans = list(leaves.masks), 0
     resting = frozen
-    if leaves.masks and (redistribution == "momentum" or growth.startswith("momentum")):
-        silent = jnp.stack([~jnp.any(momentum != 0) for momentum in leaves.momenta])
-        resting |= silent & ~jnp.all(silent)
     classes: dict[int, list[int]] = {}
     for i, unit in enumerate(leaves.structures):
         if isinstance(unit, n_of_m):
-            grown, seen = _regrow_in_groups(
-                unit, leaves.weights[i], leaves.momenta[i], leaves.masks[i], prune_rate, growth, _draw(key, i)
+            rate = jnp.where(frozen[i], 0, prune_rate)
+            new[i], seen = _regrow_in_groups(
+                unit, leaves.weights[i], leaves.momenta[i], leaves.masks[i], rate, growth, _draw(key, i)
             )
-            new[i] = jnp.where(resting[i], leaves.masks[i], grown)
             nans += seen
         else:
             classes.setdefault(unit.unit_size(leaves.masks[i].shape), []).append(i)
@@ -433,13 +430,25 @@ def _updated(leaves: "_Leaves", prune_rate, growth, redistribution, prune, at_le
         masks = [unit.units(leaves.masks[i]) for unit, i in zip(units, members, strict=True)]
         draws = [_draw(key, i) for i in members]
         kinds, layouts = ([every[i] for i in members] for every in (leaves.kinds, leaves.layouts))
-        rests = resting[np.asarray(members)]
-        grown, seen = _regrow(
-            weights, momenta, masks, prune_rate, growth, redistribution, prune, at_least, draws, kinds, layouts, rests
+        which = np.asarray(members)
+        grown, seen, rest = _regrow(
+            weights,
+            momenta,
+            masks,
+            prune_rate,
+            growth,
+            redistribution,
+            prune,
+            at_least,
+            draws,
+            kinds,
+            layouts,
+            frozen[which],
         )
         for unit, i, mask in zip(units, members, grown, strict=True):
-            new[i] = jnp.where(resting[i], leaves.masks[i], unit.expand(mask, leaves.masks[i]))
+            new[i] = unit.expand(mask, leaves.masks[i])
         nans += seen
+        resting = resting.at[which].set(rest)
     return new, nans, resting
 
 
@@ -462,17 +471,11 @@ def _draw(key, i):
 
 
 def _regrow(
-    weights, momenta, masks, prune_rate, growth, redistribution, prune, at_least, draws, kinds, layouts, resting
+    weights, momenta, masks, prune_rate, growth, redistribution, prune, at_least, draws, kinds, layouts, frozen
 ):
-    """The new masks of layers that regrow together, given as lists, and the number of NaN scores seen.
-
-    Those that rest are treated as if they had no weights at all.
-    """
+    """The new masks of layers that regrow together, given as lists, the number of NaN scores seen, and which rest."""
     prune_rate = jnp.asarray(prune_rate, jnp.float32)
-    nans = sum(count_true(jnp.isnan(w) & m) for w, m in zip(weights, masks, strict=True))
-    nans += sum(count_true(jnp.isnan(m)) for m in momenta)
-    masks = [mask & ~rests for mask, rests in zip(masks, resting, strict=True)]
-    sizes = jnp.where(resting, 0, np.asarray([mask.size for mask in masks], np.int32))
+    sizes = np.asarray([mask.size for mask in masks], np.int32)
     kept = jnp.stack([count_true(mask) for mask in masks])
 
     # 1. Shares of the regrowth, on the masks before pruning.
@@ -483,20 +486,23 @@ def _regrow(
         "none": lambda _, __, mask: jnp.float32(mask.size),
     }[redistribution]
     values = jnp.stack([statistic(*leaf) for leaf in zip(momenta, weights, masks, strict=True)])
-    values = jnp.where(resting, 0, values)
+    values = jnp.where(frozen, 0, values)
     if redistribution == "momentum" and len(set(kinds)) > 1:
-        values /= _scales(momenta, kinds, sizes)
+        values /= _scales(momenta, kinds, jnp.where(values > 0, sizes, 0))
     total = exact_sum(values)
     shares = values / jnp.where(total > 0, total, 1)
+    # Without a share nothing would come back of what a layer loses: it rests, as if it were not there.
+    resting = frozen | (values == 0) & (total > 0) if redistribution == "momentum" else frozen
 
     # 2. A dense layer that is still growing prunes at min(p, sparsity).
-    sparsity = (sizes - kept).astype(jnp.float32) / jnp.maximum(sizes, 1).astype(jnp.float32)
+    sparsity = (sizes - kept).astype(jnp.float32) / np.maximum(sizes, 1).astype(np.float32)
     mean_share = jnp.asarray(1 / np.arange(1, len(masks) + 1), jnp.float32)[jnp.sum(~resting) - 1]
     growing = (sparsity < 0.2) & (shares > mean_share)
     rates = jnp.where(growing, jnp.minimum(sparsity, prune_rate), prune_rate)
 
     # 3. Prune. Exactly ceil(rate * kept) of each layer, or of the whole.
     lose = jnp.minimum(jnp.ceil(rates * kept.astype(jnp.float32)).astype(jnp.int32), kept)
+    lose = jnp.where(resting, 0, lose)
     if prune == "magnitude":
         survivors = top_k_masks(weights, kept - lose, where=masks, absolute=True)
     elif prune == "SET":
@@ -504,17 +510,20 @@ def _regrow(
         survivors = top_k_masks(weights, kept - (lose + 1) // 2, where=masks, absolute=True)
         survivors = top_k_masks(weights, kept - lose, where=survivors)
     else:
-        everything = jnp.sum(kept)
+        still = [mask & rests for mask, rests in zip(masks, resting, strict=True)]
+        everything = jnp.sum(kept, where=~resting)
         lose_all = jnp.ceil(prune_rate * everything.astype(jnp.float32)).astype(jnp.int32)
         lose_all = jnp.minimum(lose_all, everything)
-        survivors = global_top_k_masks(weights, everything - lose_all, where=masks, absolute=True)
+        ranked = [mask & ~rests for mask, rests in zip(masks, resting, strict=True)]
+        survivors = global_top_k_masks(weights, everything - lose_all, where=ranked, absolute=True)
+        survivors = [mask | rest for mask, rest in zip(survivors, still, strict=True)]
     surviving = jnp.stack([count_true(mask) for mask in survivors])
     lost = kept - surviving
 
     # 4. How many return to each layer: the shares, with what overflows spread over the rest. Rounded up, as in the
     # authors' code: step 3 takes at least one weight of every layer, so a small one would dwindle away.
     regrow = jnp.sum(lost)
-    free = sizes - surviving
+    free = jnp.where(resting, 0, sizes - surviving)
     capped = free - (free + 99) // 100  # floor(0.99 * free)
     capacity = jnp.where(jnp.sum(capped) >= regrow, capped, free)
     quotas = jnp.where(total > 0, shares * regrow.astype(jnp.float32), lost.astype(jnp.float32))
@@ -531,11 +540,16 @@ def _regrow(
         grown = top_k_masks(scores, gains, where=missing)
     else:
         grown = [_grow_by_neuron(*leaf) for leaf in zip(momenta, missing, gains, layouts, strict=True)]
-    return [s | g for s, g in zip(survivors, grown, strict=True)], nans
+    nans = sum(count_true(jnp.isnan(w) & m) for w, m in zip(weights, masks, strict=True))
+    nans += sum(count_true(jnp.isnan(m)) for m in momenta)
+    return [s | g for s, g in zip(survivors, grown, strict=True)], nans, resting
 
 
 def _scales(momenta: list[jax.Array], kinds: list[Any], sizes: jax.Array) -> jax.Array:
-    """For each layer the mean momentum of all layers whose optimizer is of the same kind; 1 where there is none."""
+    """For each layer the mean momentum of all layers whose optimizer is of the same kind; 1 where there is none.
+
+    Layers of size 0 do not count.
+    """
     sums = jnp.where(sizes > 0, jnp.stack([exact_sum(m) for m in momenta]), 0)
     same = np.asarray([[a == b for b in kinds] for a in kinds])
     means = jnp.stack(
@@ -618,10 +632,9 @@ def _fingerprints(weights: list[jax.Array], masks: list[jax.Array]) -> jax.Array
         bits = jax.lax.bitcast_convert_type(w, {1: jnp.uint8, 2: jnp.uint16}.get(w.dtype.itemsize, jnp.uint32))
         kept = mask & (w != 0)  # which leaves out the sign of a zero
         kept = kept.reshape(kept.shape + (1,) * (bits.ndim - kept.ndim))  # a float64 has two of 32 bits
-        mixed = bits.astype(jnp.uint32)
-        for factor in (0x85EBCA6B, 0xC2B2AE35):  # MurmurHash3: what adds up in the weights must not in their numbers
-            mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(factor)
-        return jnp.sum(mixed ^ (mixed >> 16), where=kept, dtype=jnp.uint32)
+        bits = bits.astype(jnp.uint32)
+        # Nearly the squares: of the bits themselves, one weight a step up and another a step down would cancel.
+        return jnp.sum(bits * (bits | 1), where=kept, dtype=jnp.uint32)
 
     prints = [fingerprint(*leaf) for leaf in zip(weights, masks, strict=True)]
     return jnp.stack(prints) if prints else jnp.zeros(0, jnp.uint32)
