@@ -5,6 +5,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def strict_promotion_of_examples(request):
+    """Strict promotion in the examples of docstrings, and nowhere else: tests say for themselves."""
     if not isinstance(request.node, pytest.DoctestItem):
         yield
         return
