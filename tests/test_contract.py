@@ -616,3 +616,17 @@ def test_nan_gradients_inside_apply_if_finite_change_nothing(name):
         assert method.adaptive or int(jaxsparse.count(jaxsparse.get_masks(opt_state))) == method.budget()
         jaxsparse.check(opt_state, params)
     assert all(bool(jnp.isfinite(p).all()) for p in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_strict_dtype_promotion(name):
+    params = make_params(jnp.bfloat16 if ALL[name].low_precision else jnp.float32)
+
+    def train(params):
+        tx = ALL[name].around(sgd(), params)
+        opt_state = tx.init(params)
+        updates, opt_state = tx.update(params, opt_state, jaxsparse.sparsify(opt_state, params))
+        return updates, jaxsparse.eval_params(opt_state, params), jaxsparse.density(jaxsparse.get_masks(opt_state))
+
+    with jax.numpy_dtype_promotion("strict"):
+        jax.eval_shape(train, params)

@@ -310,9 +310,8 @@ class _Leaf(NamedTuple):
     def centroids(self) -> tuple[jax.Array, jax.Array]:
         value = self.value.astype(jnp.float32)
         negative, positive = self.alive & (value < 0), self.alive & (value > 0)
-        return tuple(
-            jnp.sum(value, where=w) / jnp.maximum(count_true(w), 1).astype(jnp.float32) for w in (negative, positive)
-        )
+        counts = [jnp.maximum(count_true(w), 1).astype(jnp.float32) for w in (negative, positive)]
+        return jnp.sum(value, where=negative) / counts[0], jnp.sum(value, where=positive) / counts[1]
 
     def quantised(self, negative: ArrayLike, positive: ArrayLike) -> jax.Array:
         value, negative, positive = self.value, *(jnp.asarray(c, self.value.dtype) for c in (negative, positive))
@@ -363,10 +362,9 @@ def _left(
             left = total - jnp.round(total * now)
         else:
             before = jnp.where(stage > 0, zeros_after(jnp.maximum(stage - 1, 0)), 0.0)
+            of = kept.astype(jnp.float64)
             share = (now - before) / jnp.where(before < 1, 1 - before, 1.0)  # q
-            left = kept.astype(jnp.float64) - jnp.where(
-                share > _SMALLEST_SHARE, jnp.floor(kept.astype(jnp.float64) * share), 0.0
-            )
+            left = of - jnp.where(share > _SMALLEST_SHARE, jnp.floor(of * share), 0.0)
         return jnp.minimum(left.astype(jnp.int32), kept)
 
 

@@ -93,9 +93,8 @@ class L0State(NamedTuple):
         found = check_zeros(self.sparse_masks(), params, who)
         leaves = by_path(params)
         for path, w in by_path(self.weights).items():
-            away = jnp.max(
-                jnp.abs(leaves[path] - _times(w, _leaf(self.gates[path])).astype(leaves[path].dtype)), initial=0
-            )
+            gated = _times(w, _leaf(self.gates[path])).astype(leaves[path].dtype)
+            away = jnp.max(jnp.abs(leaves[path] - gated), initial=0)
             if away > 16 * jnp.finfo(w.dtype).eps * (1 + jnp.max(jnp.abs(w), initial=0)):
                 found.append(
                     f"{who}: {path} is not its weights times their gates, but up to {float(away):.2g} away. Something "
@@ -302,7 +301,7 @@ def l0(
       >>> import jax.numpy as jnp, optax, jaxsparse
       >>> params = {"fc1": {"kernel": jnp.ones((5, 4))}, "fc2": {"kernel": jnp.ones((4, 3))}}
       >>> hidden = jaxsparse.Group("hidden", multiplies={"fc2/kernel": 0}, removes={"fc1/kernel": -1, "fc2/kernel": 0})
-      >>> tx = jaxsparse.l0(optax.sgd(0.1), [hidden], penalty=jaxsparse.Penalty(1.0, examples=60_000))
+      >>> tx = jaxsparse.l0(optax.sgd(1e-3), [hidden], penalty=jaxsparse.Penalty(1.0, examples=60_000))
       >>> opt_state = tx.init(params)
       >>> updates, opt_state = tx.update(params, opt_state, params)  # gradients of half the squared norm
       >>> params = optax.apply_updates(params, updates)
@@ -517,9 +516,7 @@ def _gated(
             )
             for group in groups
         ]
-        grads = {
-            path: _times(g, state.gates[path]).astype(g.dtype) if path in behind else g for path, g in grads.items()
-        }
+        grads |= {path: _times(grads[path], state.gates[path]).astype(grads[path].dtype) for path in behind}
 
         gate_params = state.generator if generate is not None else [state.log_alpha[name] for name in names]
         gate_params = varying_like(gate_params, [*of_gates, state.slopes])

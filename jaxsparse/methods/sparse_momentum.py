@@ -455,9 +455,8 @@ def _updated(leaves: "_Leaves", prune_rate, growth, redistribution, prune, at_le
 def _regrow_in_groups(unit, weights, momentum, mask, prune_rate, growth, draw):
     """The new mask of a leaf of which n of every m weights stay, and the number of NaN scores seen."""
     kept = count_true(mask)
-    lose = jnp.minimum(
-        jnp.ceil(jnp.asarray(prune_rate, jnp.float32) * kept.astype(jnp.float32)).astype(jnp.int32), kept
-    )
+    lose = jnp.ceil(jnp.asarray(prune_rate, jnp.float32) * kept.astype(jnp.float32)).astype(jnp.int32)
+    lose = jnp.minimum(lose, kept)
     survivors = top_k_mask(weights, kept - lose, where=mask, absolute=True)
     lost = unit.counts(mask) - unit.counts(survivors)
     scores = draw(mask.shape) if growth == "random" else momentum
@@ -552,9 +551,8 @@ def _scales(momenta: list[jax.Array], kinds: list[Any], sizes: jax.Array) -> jax
     """
     sums = jnp.where(sizes > 0, jnp.stack([exact_sum(m) for m in momenta]), 0)
     same = np.asarray([[a == b for b in kinds] for a in kinds])
-    means = jnp.stack(
-        [exact_sum(sums, row) / jnp.maximum(jnp.sum(sizes, where=row), 1).astype(jnp.float32) for row in same]
-    )
+    terms = [jnp.maximum(jnp.sum(sizes, where=row), 1).astype(jnp.float32) for row in same]
+    means = jnp.stack([exact_sum(sums, row) / n for row, n in zip(same, terms, strict=True)])
     return jnp.where(means > 0, means, 1)
 
 
