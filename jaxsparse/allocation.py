@@ -158,15 +158,13 @@ def layer_counts(
         densities = 1 - xp.asarray(per_layer)
     else:
         check_sparsity(sparsity)
-        xp = _namespace(sparsity)
+        xp, density = _namespace(sparsity), 1 - sparsity  # type: ignore[operator]
         if allocation == "uniform":
-            densities = (1 - sparsity) * xp.ones(len(sizes))
+            densities = density * xp.ones(len(sizes))
         else:
-            found = leaf_layouts(params) if layouts is None else layouts
-            kernel = allocation == "erdos_renyi_kernel"
-            densities = xp.stack(
-                _densities(list(params.values()), 1 - sparsity, kernel, [found[path] for path in params])
-            )
+            known = leaf_layouts(params) if layouts is None else layouts
+            at = [known[path] for path in params]
+            densities = xp.stack(_densities(list(params.values()), density, allocation == "erdos_renyi_kernel", at))
     of_units = np.ones_like(sizes) if unit_sizes is None else np.asarray(unit_sizes, np.int64)
     units = sizes // of_units
     counts = jnp.zeros(len(sizes), jnp.int32)

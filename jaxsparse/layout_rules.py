@@ -235,7 +235,10 @@ class Rules:
         if 1 < len(bias) < len(shape) and shape[-len(bias) :] == bias:
             return Axes(axes[: -len(bias)], axes[-len(bias) :], stacked)
         if heads := self._heads(leaf, shape, bias):
-            return Axes(*(tuple(axes[i] for i in part) for part in heads[:2]), (*stacked, *axes[: heads[2]]), heads[3])
+            inputs, outputs, more, doubt = heads
+            return Axes(
+                tuple(axes[i] for i in inputs), tuple(axes[i] for i in outputs), (*stacked, *axes[:more]), doubt
+            )
         outputs_first = "weight" in leaf.name
         if len(shape) > 3 or leaf.named(_CONVOLUTION) or len(shape) == 2:
             first, second = axes[:2] if outputs_first else axes[-2:][::-1]  # outputs, inputs

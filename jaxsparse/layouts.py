@@ -157,7 +157,8 @@ class Layout:
         """The order of axes that puts matrices last, and how many of them make up each axis of the view."""
         at = self.of_rank(rank)
         places = at.places(rank)
-        parts = [(axis,) for axis in (*at.stack, *places)] + [p for p in (at.inputs, at.outputs) if p]  # type: ignore[misc]
+        parts: list[Any] = [(axis,) for axis in (*at.stack, *places)]  # type: ignore[misc]
+        parts += [axes for axes in (at.inputs, at.outputs) if axes]
         return tuple(axis for part in parts for axis in part), [len(part) for part in parts]
 
 

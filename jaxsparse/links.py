@@ -168,7 +168,7 @@ def _nearest_momenta(states: Any, params: Any) -> dict[str, tuple[jax.Array, jax
     found = {}
     shapes = dict(zip(leaf_paths(params), map(jnp.shape, jax.tree.leaves(params)), strict=True))
     for state, kind in _momentum_states(states):
-        field = _momentum_field(state)
+        field = str(_momentum_field(state))
         squares = by_path(state.nu) if field == "mu" and hasattr(state, "nu") else {}
         for name, leaf in by_path(getattr(state, field)).items():
             if shapes.get(name) == jnp.shape(leaf):

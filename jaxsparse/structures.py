@@ -410,7 +410,7 @@ def leaf_structures(
     flags = dict(zip(names, treedef.flatten_up_to(prunable), strict=True))
     by_leaf = isinstance(structure, Mapping)
     chosen = [name for name in names if flags[name]]
-    if by_leaf:
+    if isinstance(structure, Mapping):
         given_to = by_pattern(structure, chosen, "structure", partial=is_partial(params))
     else:
         given_to = dict.fromkeys(chosen, structure)

@@ -66,7 +66,8 @@ def plain_tree(params: Any, what: str = "params") -> Any:
                 "flax.nnx take nnx.state(model), of Equinox eqx.filter(model, eqx.is_array)"
             )
         if _is_variable(node, parts):
-            return plain(*parts.values(), path)
+            (value,) = parts.values()
+            return plain(value, path)
         kinds = {type(key) for key in parts}
         if not kinds <= {str} and kinds != {int}:
             odd = next(key for key in parts if type(key) is not str)

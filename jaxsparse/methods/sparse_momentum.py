@@ -118,8 +118,8 @@ class SparseMomentumState(NamedTuple):
 
     def notes(self) -> list[str]:
         """Layers that took no part in the last mask update."""
-        resting = np.asarray(jax.tree.leaves(self.resting)[0])  # flax.nnx wraps the leaves of an optimizer state
-        resting = resting.any(tuple(range(resting.ndim - 1)))
+        resting = jax.device_get(jax.tree.leaves(self.resting)[0])  # flax.nnx wraps the leaves of an optimizer state
+        resting = resting.any(axis=tuple(range(resting.ndim - 1)))
         return [
             f"sparse_momentum: {path} kept its mask in the last mask update, because it does not move or has no "
             "momentum: it is frozen, or no gradient reaches it. If it is meant to be frozen, leave it out, or it stays "
