@@ -182,8 +182,9 @@ def test_an_error_that_nobody_expects_ends_the_others_too(monkeypatch, tmp_path,
         raise KeyError("unexpected")
 
     settings = {"distributed": False, "coordinator": None, "processes": None, "process": None}
-    settings |= {"config": ConfigDict({"smoke": False}), "workdir": str(tmp_path), "seeds": None, "profile": False}
+    settings |= {"workdir": str(tmp_path), "seeds": None, "profile": False}
     monkeypatch.setattr(train, "FLAGS", SimpleNamespace(**settings))
+    monkeypatch.setattr(train, "config_of_flags", lambda: ConfigDict({"smoke": False}))
     monkeypatch.setattr(train, "train", unexpected)
     with pytest.raises(KeyError):
         train.main(["train"])

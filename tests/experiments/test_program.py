@@ -158,6 +158,7 @@ def test_evaluation_does_not_depend_on_the_batches(monkeypatch):
     chex.assert_trees_all_close(*results, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_chunks_of_any_length_make_the_same_run():
     dataset, ends = data.load("digits"), []
     compiled = program.make_program(smoke_config(), dataset)

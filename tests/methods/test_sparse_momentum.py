@@ -37,6 +37,16 @@ def random_problem(seed, shapes, density):
     return weights, momenta, masks
 
 
+@functools.cache
+def jitted(**options):
+    return jax.jit(functools.partial(jaxsparse.momentum_regrowth, **options))
+
+
+def regrow(weights, momentum, masks, rate, *, key=0, **options):
+    """momentum_regrowth, jitted: it compiles once, and faster than step by step."""
+    return jitted(**options)(weights, momentum, masks, rate, key=key)
+
+
 def total(masks):
     return int(jaxsparse.count(masks))
 
@@ -77,7 +87,7 @@ def test_by_hand_prune_redistribute_regrow():
     weights = {"a": jnp.array([[4.0, 3.0, 0.2, 0.1, 0, 0, 0, 0]]), "b": jnp.array([[9.0, 8.0, 0.5, 0.4, 0, 0, 0, 0]])}
     momentum = {"a": jnp.array([[1.0, 1, 1, -1, 5, 0, 6, 0]]), "b": jnp.array([[3.0, 3, -3, 3, 0, -7, 8, 9]])}
     masks = {name: w != 0 for name, w in weights.items()}
-    new = jaxsparse.momentum_regrowth(weights, momentum, masks, 0.5)
+    new = regrow(weights, momentum, masks, 0.5)
     assert new["a"].tolist() == [[True, True, False, False, False, False, True, False]]
     assert new["b"].tolist() == [[True, True, False, False, False, True, True, True]]
 
@@ -96,7 +106,7 @@ def test_full_layers_share_what_does_not_fit():
     # All momentum is in the small layer, which has 6 of 10 places left after pruning; 99% of that is 5.
     weights, momentum, masks = random_problem(0, [(1, 10), (10, 30), (10, 30)], [0.8, 0.2, 0.2])
     momentum["layer0"] = momentum["layer0"] * 1e6
-    new = jaxsparse.momentum_regrowth(weights, momentum, masks, 0.5)
+    new = regrow(weights, momentum, masks, 0.5)
     kept = [int(new[f"layer{i}"].sum()) for i in range(3)]
     assert kept[0] == 4 + 5
     assert sum(kept) == 8 + 60 + 60
@@ -107,32 +117,32 @@ def test_a_dense_growing_layer_prunes_at_most_its_sparsity():
     # 95 of 100 kept, sparsity 0.05, and almost all of the momentum: ceil(0.05 * 95) = 5 go, not 48.
     weights, momentum, masks = random_problem(1, [(10, 10), (20, 20)], [0.95, 0.1])
     momentum["layer1"] = momentum["layer1"] * 1e-3
-    new = jaxsparse.momentum_regrowth(weights, momentum, masks, 0.5)
+    new = regrow(weights, momentum, masks, 0.5)
     smallest = np.sort(np.abs(np.asarray(weights["layer0"]))[np.asarray(masks["layer0"])])
     stays = np.abs(np.asarray(weights["layer0"])) > smallest[4]
     assert np.asarray(new["layer0"])[stays].all()
     # With as little momentum as the other, it prunes at the full rate.
     momentum["layer1"] = momentum["layer1"] * 1e9
-    new = jaxsparse.momentum_regrowth(weights, momentum, masks, 0.5)
+    new = regrow(weights, momentum, masks, 0.5)
     assert int(new["layer0"].sum()) < 60
 
 
 def test_without_momentum_every_layer_regrows_what_it_lost():
     weights, momentum, masks = random_problem(2, [(10, 10), (20, 20)], [0.5, 0.1])
-    new = jaxsparse.momentum_regrowth(weights, jax.tree.map(jnp.zeros_like, momentum), masks, 0.4)
+    new = regrow(weights, jax.tree.map(jnp.zeros_like, momentum), masks, 0.4)
     assert {k: int(m.sum()) for k, m in new.items()} == {k: int(m.sum()) for k, m in masks.items()}
 
 
 def test_prune_rate_zero_changes_nothing():
     weights, momentum, masks = random_problem(3, [(10, 10), (20, 20)], [0.5, 0.1])
-    new = jaxsparse.momentum_regrowth(weights, momentum, masks, 0.0)
+    new = regrow(weights, momentum, masks, 0.0)
     for name in masks:
         np.testing.assert_array_equal(new[name], masks[name])
 
 
 def test_even_the_smallest_rate_swaps_a_weight_in_every_layer():
     weights, momentum, masks = random_problem(4, [(10, 10), (20, 20)], [0.5, 0.1])
-    new = jaxsparse.momentum_regrowth(weights, momentum, masks, 0.005, redistribution="none")
+    new = regrow(weights, momentum, masks, 0.005, redistribution="none")
     smallest = {n: int(jnp.argmin(jnp.where(masks[n], jnp.abs(weights[n]), jnp.inf))) for n in masks}
     gone = [not bool(new[n].ravel()[i]) for n, i in smallest.items()]
     assert any(gone)
@@ -147,7 +157,7 @@ def test_redistribution_statistics_set_the_shares():
     momentum = {"a": jnp.ones((20, 20)), "b": jnp.full((20, 60), 4.0)}
     gains = {}
     for mode in REDISTRIBUTION:
-        new = jaxsparse.momentum_regrowth(weights, momentum, masks, 0.5, redistribution=mode)
+        new = regrow(weights, momentum, masks, 0.5, redistribution=mode)
         gains[mode] = int(new["a"].sum()) - 20
         assert total(new) == 80
     # a's shares of 40: 1/5, 3/3.5 (34.3), 40/60 (26.7) and 400/1600, rounded up: one too many, taken from the larger.
@@ -161,7 +171,7 @@ def test_a_small_layer_does_not_dwindle():
     for i in range(50):
         weights = {n: jnp.where(m, 1.0 + i + jnp.arange(m.size).reshape(m.shape), 0) for n, m in masks.items()}
         momentum = {n: jax.random.normal(k, m.shape) for k, (n, m) in zip(keys, masks.items(), strict=True)}
-        masks = jaxsparse.momentum_regrowth(weights, momentum, masks, 0.005, redistribution="none")
+        masks = regrow(weights, momentum, masks, 0.005, redistribution="none")
         assert total(masks) == 2005
         assert int(masks["small"].sum()) >= 5
 
@@ -170,7 +180,7 @@ def test_SET_prunes_half_the_smallest_and_half_the_most_negative():
     weights = {"w": jnp.array([[0.1, -0.2, 0.3, -5.0, -4.0, 6.0, 7.0, 8.0, 0.0, 0.0, 0.0, 0.0]])}
     masks = {"w": weights["w"] != 0}
     momentum = {"w": jnp.where(masks["w"], 0.0, 1.0)}
-    new = jaxsparse.momentum_regrowth(weights, momentum, masks, 0.5, prune="SET")
+    new = regrow(weights, momentum, masks, 0.5, prune="SET")
     assert new["w"][0, :8].tolist() == [False, False, True, False, False, True, True, True]
     assert total(new) == 8
 
@@ -178,7 +188,7 @@ def test_SET_prunes_half_the_smallest_and_half_the_most_negative():
 def test_global_magnitude_prunes_the_smallest_of_the_whole_network():
     weights, momentum, masks = random_problem(5, [(20, 20), (20, 20)], [0.25, 0.25])
     weights["layer0"] = weights["layer0"] * 1e-3
-    new = jaxsparse.momentum_regrowth(weights, momentum, masks, 0.3, prune="global_magnitude")
+    new = regrow(weights, momentum, masks, 0.3, prune="global_magnitude")
     assert np.asarray(new["layer1"])[np.asarray(masks["layer1"])].all()  # 60 go, all of layer0's 100
     assert total(new) == 200
 
@@ -190,21 +200,18 @@ def test_momentum_neuron_grows_every_unit_by_its_share():
     weights = {"w": jnp.where(masks["w"], 1.0 + jnp.arange(size)[:, None], 0.0)}
     ramp = 1 + jnp.arange(size) / size
     momentum = {"w": jnp.stack([ramp, 3 * ramp], axis=1)}
-    new = jaxsparse.momentum_regrowth(weights, momentum, masks, 0.5, growth="momentum_neuron")
+    new = regrow(weights, momentum, masks, 0.5, growth="momentum_neuron")
     grown = np.asarray(new["w"]).sum(0) - 30
     assert abs(grown - [15, 45]).max() <= 1
     assert grown.sum() == 60
     # Without that, all of the growth goes to the second.
-    new = jaxsparse.momentum_regrowth(weights, momentum, masks, 0.5)
+    new = regrow(weights, momentum, masks, 0.5)
     assert np.asarray(new["w"]).sum(0).tolist() == [30, 90]
 
 
 def test_random_growth_depends_on_the_key_alone():
     weights, momentum, masks = random_problem(6, [(20, 20)], [0.25])
-    grow = [
-        jaxsparse.momentum_regrowth(weights, momentum, masks, 0.5, growth="random", key=key)["layer0"]
-        for key in (1, 1, 2)
-    ]
+    grow = [regrow(weights, momentum, masks, 0.5, growth="random", key=key)["layer0"] for key in (1, 1, 2)]
     assert (grow[0] == grow[1]).all()
     assert (grow[0] != grow[2]).any()
 
@@ -239,22 +246,16 @@ def test_the_budget_is_exact_with_all_options(seed, densities, rate, growth, red
 
 def keeps_its_budget(seed, densities, rate, *modes):
     weights, momentum, masks = random_problem(seed, [(4, 5), (3, 3, 2, 8), (20, 30)], densities)
-    new = regrown(*modes)(weights, momentum, masks, rate, seed)
-    assert total(new) == total(masks)
-
-
-@functools.cache
-def regrown(*modes):
-    """Jitted, once for each combination."""
     options = dict(zip(("growth", "redistribution", "prune"), modes, strict=True))
-    return jax.jit(lambda w, m, masks, rate, key: jaxsparse.momentum_regrowth(w, m, masks, rate, key=key, **options))
+    new = regrow(weights, momentum, masks, rate, key=seed, **options)
+    assert total(new) == total(masks)
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_non_finite_momentum_keeps_the_budget(bad):
     weights, momentum, masks = random_problem(7, [(10, 10), (20, 20)], [0.5, 0.1])
     momentum["layer0"] = momentum["layer0"].at[:5].set(bad)
-    new = jaxsparse.momentum_regrowth(weights, momentum, masks, 0.5)
+    new = regrow(weights, momentum, masks, 0.5)
     assert total(new) == total(masks)
 
 
@@ -298,7 +299,7 @@ def test_equals_the_steps_done_by_hand():
     for count in range(5):
         updates, state = update(gradients(params, count), state, params)
         if count == 3:  # the first step after the boundary, from the params that came in and the momentum just stored
-            masks = jaxsparse.momentum_regrowth(params, state[0].trace, masks, 0.1)
+            masks = regrow(params, state[0].trace, masks, 0.1)
         params = jaxsparse.apply_masks(optax.apply_updates(params, updates), masks)
     for a, b in zip(jax.tree.leaves(jaxsparse.get_masks(opt_state)), jax.tree.leaves(masks), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -681,7 +682,11 @@ def test_random_growth_needs_a_key():
 
 
 @pytest.mark.parametrize(
-    "structure", [jaxsparse.block(2, 2), {"a": jaxsparse.block(2, 2), "b": jaxsparse.n_of_m(1, 2)}]
+    "structure",
+    [
+        pytest.param(jaxsparse.block(2, 2), marks=pytest.mark.slow),
+        {"a": jaxsparse.block(2, 2), "b": jaxsparse.n_of_m(1, 2)},
+    ],
 )
 def test_structures_inside_of_other_transformations(structure):
     params = {"a": jnp.arange(1.0, 33.0).reshape(4, 8), "b": jnp.arange(1.0, 17.0).reshape(4, 4), "c": jnp.ones(3)}
@@ -712,6 +717,7 @@ def trained_masks(tx, params, steps=12, gradient=gradients):
     return jaxsparse.get_masks(opt_state, params), opt_state, params
 
 
+@pytest.mark.slow
 def test_momenta_of_several_optimizers_are_brought_to_one_scale():
     keys = jax.random.split(jax.random.key(0), 3)
     params = {name: jax.random.normal(key, (32, 32)) for name, key in zip("abc", keys, strict=True)}
@@ -739,6 +745,7 @@ def test_momenta_of_several_optimizers_are_brought_to_one_scale():
         np.testing.assert_array_equal(whole[name], split[name])
 
 
+@pytest.mark.slow
 def test_muon_and_its_adam_part_share_what_regrows():
     params = {"matrix": jax.random.normal(jax.random.key(0), (32, 32))}
     params["conv"] = jax.random.normal(jax.random.key(1), (3, 3, 8, 16))  # four dimensions go to Adam
@@ -770,6 +777,7 @@ def test_the_scale_of_one_optimizer_does_not_matter():
         np.testing.assert_array_equal(a[name], b[name])
 
 
+@pytest.mark.slow
 def test_frozen_layers_keep_their_masks_and_the_others_do_as_without_them():
     # "frozen" does not move, whatever its momentum; "silent" has no gradient, but decays.
     names = ("frozen", "head", "silent", "tail")
@@ -823,6 +831,7 @@ def test_fingerprints_change_with_any_bit():
     assert module._fingerprints([], []).shape == (0,)
 
 
+@pytest.mark.slow
 def test_at_least_so_many_weights_of_a_layer_stay_and_a_layer_of_none_is_told():
     params = {"big": jax.random.normal(jax.random.key(0), (40, 30)), "out": jnp.full((4, 5), 1e-3)}
     weights = jax.tree.map(jnp.copy, params)
