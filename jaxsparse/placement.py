@@ -31,15 +31,12 @@ def zeros(leaf: Any, shape: Sequence[int] | None = None) -> jax.Array:
 
     Args:
       leaf: an array, or a ``jax.ShapeDtypeStruct``.
-      shape: the leaf's, perhaps with axes of length 1, which are then whole on every device; None: the leaf's. What
-        has any other shape is whole.
+      shape: the leaf's, perhaps with axes of length 1, which are then whole on every device; None: the leaf's.
     """
     if shape is None or tuple(shape) == leaf.shape:
         return jnp.zeros_like(leaf)
     sharding = sharding_of(leaf)
-    if len(shape) != len(leaf.shape):
-        sharding = None
-    elif isinstance(sharding, NamedSharding):
+    if isinstance(sharding, NamedSharding):
         spec = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
         kept = [axis if n == full else None for axis, n, full in zip(spec, shape, leaf.shape, strict=True)]
         sharding = sharding.update(spec=PartitionSpec(*kept))

@@ -128,7 +128,7 @@ ABLATIONS = {
         random=True,
     ),
     "reweighted_l1_channel": Method(
-        reweighted_l1(structure={"conv/kernel": "channel", "attention/kernel": "kernel"}),
+        reweighted_l1(structure={"conv/kernel": "channel", "attention/kernel": "channel"}),
         changes=True,
         random=False,
         adaptive=True,

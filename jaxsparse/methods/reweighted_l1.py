@@ -16,11 +16,11 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from jaxsparse.layouts import LayoutLike
+from jaxsparse.layouts import Layout, LayoutLike
 from jaxsparse.links import chain, check_range, check_zeros, refuse_replicated, require_params
 from jaxsparse.placement import copied, zeros
 from jaxsparse.prunable import prunable_leaves
-from jaxsparse.structures import StructureLike, check_structure, leaf_structures, mask_structures, weight
+from jaxsparse.structures import Structure, StructureLike, channel, check_structure, leaf_structures, weight
 from jaxsparse.trees import by_path, is_masked_node, leaf_paths
 
 __all__ = ["ReweightedL1State", "VelocityState", "rda", "reweighted_l1", "velocity"]
@@ -184,8 +184,8 @@ def reweighted_l1(
             count=jnp.zeros([], jnp.int32),
             # Copies: the state and the params may both be donated.
             pre_prox=for_each(lambda p, _: copied(p)),
-            threshold=for_each(lambda p, unit: zeros(p, unit.unit_shape(p.shape))),
-            magnitude=for_each(lambda p, unit: zeros(p, unit.unit_shape(p.shape))),
+            threshold=for_each(lambda p, unit: zeros(p, _group_shape(unit, p.shape))),
+            magnitude=for_each(lambda p, unit: zeros(p, _group_shape(unit, p.shape))),
         )
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -195,11 +195,7 @@ def reweighted_l1(
         fading = s / weight_time
         scalars = jnp.exp(-fading), jnp.expm1(-fading), a, 1 - a, strength * s
 
-        def step(u, x, y, threshold, r, unit):
-            if unit.layout is not None and unit.unit_size(x.shape) > 1:  # seen as matrices, and back
-                like, see = x, unit.layout.to_matrices
-                u, y, *of_units = step(see(u), see(x), see(y), threshold, r, weight())
-                return unit.layout.from_matrices(u, like), unit.layout.from_matrices(y, like), *of_units
+        def step(u, x, y, threshold, r):
             group = tuple(i for i, (size, full) in enumerate(zip(r.shape, x.shape, strict=True)) if size != full)
             size = _mean(jnp.abs(x), group) if group else jnp.abs(x)
             kept, lost, old, rest, pull = (scalar.astype(x.dtype) for scalar in scalars)
@@ -216,13 +212,12 @@ def reweighted_l1(
             return tuple(new.astype(x.dtype) for new in (shrunk - x, y, threshold, r))
 
         leaves, treedef = jax.tree.flatten(params)
-        units = mask_structures(structure, params, state.pre_prox, layout=layout, quiet=True)
-        flat = map(treedef.flatten_up_to, (updates, state.pre_prox, state.threshold, state.magnitude, units))
+        flat = map(treedef.flatten_up_to, (updates, state.pre_prox, state.threshold, state.magnitude))
         stepped = [
             (u if u is None else jnp.asarray(u, jnp.result_type(x)), y, threshold, r)
             if is_masked_node(y) or not x.size
-            else step(0 if u is None else u, x, y, threshold, r, unit)
-            for x, u, y, threshold, r, unit in zip(leaves, *flat, strict=True)
+            else step(0 if u is None else u, x, y, threshold, r)
+            for x, u, y, threshold, r in zip(leaves, *flat, strict=True)
         ]
         updates, *trees = (treedef.unflatten([leaf[i] for leaf in stepped]) for i in range(4))
         return updates, ReweightedL1State(optax.safe_increment(state.count), *trees)
@@ -347,9 +342,19 @@ def rda(
     )
 
 
+def _group_shape(unit: Structure, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a leaf with 1 for the axes over which a unit goes: the places, and of channels the inputs."""
+    if isinstance(unit, weight):
+        return shape
+    rank = len(shape)
+    at = Layout(inputs=-2, outputs=-1).of_rank(rank) if unit.layout is None else unit.layout.of_rank(rank)
+    group = (*at.places(rank), *(at.inputs if isinstance(unit, channel) else ()))
+    return tuple(1 if axis in group else size for axis, size in enumerate(shape))
+
+
 def _mean(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """The mean over the first axes of an array, which are kept with size 1."""
-    if len(axes) != 2 or math.prod(x.shape[:2]) > 64:
+    """The mean over axes of an array, which are kept with size 1."""
+    if axes != (0, 1) or math.prod(x.shape[:2]) > 64:
         return x.mean(axes, keepdims=True)
     # A slice for each place of a convolution's kernel: on a CPU, XLA's sum over leading axes takes five times as long.
     slices = [x[i : i + 1, j : j + 1] for i in range(x.shape[0]) for j in range(x.shape[1])]

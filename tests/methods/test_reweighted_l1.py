@@ -273,9 +273,9 @@ def test_channels_die_and_are_named():
 @pytest.mark.parametrize(
     ("structure", "message"),
     [
-        ("channel", r"structure 'channel' does not fit attention/kernel of shape \(16, 2, 8\)"),
+        ({"attention/kernel": "kernel"}, r"structure 'kernel' does not fit attention/kernel of shape \(16, 2, 8\)"),
         ({"dense/kernel": "kernel"}, r"structure 'kernel' does not fit dense/kernel of shape \(16, 24\)"),
-        ({"dense/kernle": "kernel"}, "structure names dense/kernle, but the params are attention/bias, "),
+        ({"dense/kernle": "kernel"}, "structure: 'dense/kernle' matches none of attention/kernel, conv/kernel, "),
         ("filter", r"structure must be one of \['weight', 'kernel', 'channel'\], got 'filter'"),
         (jaxsparse.block(2, 2), r"must be one of \['weight', 'kernel', 'channel'\], got block\(2, 2\)"),
         ({"dense/kernel": jaxsparse.n_of_m(2, 4)}, r"got n_of_m\(2, 4\)"),
@@ -366,4 +366,15 @@ def test_an_empty_leaf_is_nothing():
     updates, opt_state = tx.update(params, tx.init(params), params)
     assert updates["empty"].shape == (0, 5)
     assert float(jaxsparse.density(jaxsparse.get_masks(opt_state, params))) == 1
+    jaxsparse.check(opt_state, optax.apply_updates(params, updates))
+
+
+def test_channels_of_an_attention_kernel_go_by_their_outputs():
+    params = {"attention/query/kernel": jnp.ones((16, 2, 8)).at[:, 1, 3].set(1e-4)}
+    tx = optax.chain(optax.sgd(1.0), jaxsparse.reweighted_l1(1.0, l1=1e-3, structure={"*": "channel"}))
+    updates, opt_state = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    assert opt_state[1].threshold["attention/query/kernel"].shape == (1, 2, 8)
+    kept = jaxsparse.get_masks(opt_state, params)["attention/query/kernel"]
+    assert np.argwhere(~np.asarray(kept).any(0)).tolist() == [[1, 3]]
+    assert int(kept.sum()) == 16 * 15
     jaxsparse.check(opt_state, optax.apply_updates(params, updates))
