@@ -54,7 +54,7 @@ class Leaf:
     modules: tuple[str, ...]  # the other parts, outermost first, likewise
     kind: str  # the class of the innermost module, likewise; "" for a dict
     shape: tuple[int, ...]
-    floating: bool
+    weights: bool  # floats or their masks; counters and keys tell nothing of the leaves around them
 
     @property
     def module(self) -> str:
@@ -92,9 +92,8 @@ def described(params: Any) -> dict[str, Leaf]:
             name = path_name(path)
             *modules, own = (_snake(part) for part in name.split("/"))
             shape, dtype = tuple(getattr(node, "shape", ())), getattr(node, "dtype", jnp.float32)
-            found[name] = Leaf(
-                own, tuple(part for part in modules if part != "~"), kind, shape, jnp.issubdtype(dtype, jnp.floating)
-            )
+            weights = jnp.issubdtype(dtype, jnp.floating) or dtype == jnp.bool_  # masks stand for weights
+            found[name] = Leaf(own, tuple(part for part in modules if part != "~"), kind, shape, weights)
             return
         wraps = len(children) == 1 and children[0][0][-1] in WRAPPED  # a variable of flax.nnx
         if not wraps and not isinstance(node, Mapping | list | tuple):
@@ -125,7 +124,7 @@ class Rules:
         self._inside: dict[tuple[str, ...], list[Leaf]] = {}
         for leaf in leaves.values():
             self._beside.setdefault(leaf.modules, []).append(leaf)
-            for depth in range(len(leaf.modules) + 1 if leaf.floating else 0):
+            for depth in range(len(leaf.modules) + 1 if leaf.weights else 0):
                 self._inside.setdefault(leaf.modules[:depth], []).append(leaf)
         self._called_vectors = {leaf for leaf in leaves.values() if self._is_called_vector(leaf)}
         self._stacks = {modules: self._agreed_stack(inside) for modules, inside in self._inside.items()}
@@ -206,7 +205,7 @@ class Rules:
 
     def _stack(self, leaf: Leaf) -> tuple[int, str]:
         """How many leading axes of a leaf are stacked layers, and what is in doubt about it."""
-        if not leaf.floating:
+        if not leaf.weights:
             return 0, ""
         doubts = ""
         for depth in range(len(leaf.modules), -1, -1):
@@ -291,7 +290,7 @@ class Rules:
 
     def _around(self, leaf: Leaf) -> list[Leaf]:
         """The leaves of the module in which the layer that a leaf belongs to stands."""
-        return self._inside[leaf.modules[:-1] if leaf.label != leaf.name else leaf.modules]
+        return self._inside.get(leaf.modules[:-1] if leaf.label != leaf.name else leaf.modules, [])
 
     def _in_attention(self, leaf: Leaf, around: Sequence[Leaf]) -> bool:
         """Whether query, key or value stand beside a leaf, or a module around it is attention."""

@@ -386,7 +386,7 @@ def leaf_structures(
         structures, of which the first match wins; leaves that it does not name go by single weights. The strings stand
         for ``weight()``, ``kernel()`` and ``channel()``.
       params: a pytree of arrays.
-      prunable: a bool for every leaf, like ``params``; see :func:`prunable_leaves`.
+      prunable: a bool for every leaf, like ``params``; see :func:`jaxsparse.prunable.prunable_leaves`.
       layout: which axes of leaves are inputs and outputs, where the rules of :func:`jaxsparse.layouts.leaf_layouts` do
         not find it.
       quiet: do not warn of the leaves that go by single weights because they do not fit, or whose layout is a guess.
@@ -401,7 +401,7 @@ def leaf_structures(
     Examples:
       >>> import jax.numpy as jnp
       >>> params = {"conv": jnp.ones((3, 3, 2, 8)), "fc": jnp.ones((8, 10))}
-      >>> leaf_structures("kernel", params, prunable_leaves(params))
+      >>> leaf_structures("kernel", params, {"conv": True, "fc": True})
       {'conv': kernel(), 'fc': weight()}
     """
     check_structure(structure)

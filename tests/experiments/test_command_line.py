@@ -19,6 +19,8 @@ def parse(monkeypatch):
 
     yield parse
     flags.FLAGS.unparse_flags()
+    for name in [name for name in flags.FLAGS if name.startswith("config.")]:
+        delattr(flags.FLAGS, name)  # defined by the changes of the test
 
 
 def test_changes_reach_the_config(parse):

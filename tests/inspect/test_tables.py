@@ -69,10 +69,11 @@ def test_means_and_dead_units_by_loops(seed, shape):
     rng = np.random.default_rng(seed)
     weights, mask = rng.normal(size=shape).astype(np.float32), rng.random(shape) < 0.2
     (row,) = jaxsparse.summary({"w": mask}, {"w": weights}).layers
-    outputs = mask.reshape(-1, shape[-1])
-    assert row.dead_outputs == sum(not any(outputs[:, i]) for i in range(shape[-1]))
+    layers = mask if len(shape) == 3 else mask[None]  # three axes are a stack of matrices
+    outputs = [layer.reshape(-1, shape[-1]) for layer in layers]
+    assert row.dead_outputs == sum(not any(layer[:, i]) for layer in outputs for i in range(shape[-1]))
     if len(shape) > 1:
-        assert row.dead_inputs == sum(not mask[..., i, :].any() for i in range(shape[-2]))
+        assert row.dead_inputs == sum(not layer[..., i, :].any() for layer in layers for i in range(shape[-2]))
     kept = [abs(w) for w, m in zip(weights.ravel(), mask.ravel(), strict=True) if m]
     assert row.mean_abs == (pytest.approx(sum(kept) / len(kept), rel=1e-5) if kept else None)
 
