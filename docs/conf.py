@@ -31,6 +31,7 @@ exclude_patterns = ["**.ipynb_checkpoints", "notebooks/README.md"]
 suppress_warnings = [
     "toc.empty_glob",  # before there are notebooks
     "mystnb.unknown_mime_type",
+    "ref.python",  # two classes are called Layout: that of a leaf, and that of a train step over devices
 ]
 
 # Markdown and notebooks.

@@ -72,7 +72,7 @@ class Layout:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether the leaf has inputs: it multiplies, where a bias or a gain does not."""
+        """Whether the leaf has inputs, and so multiplies, where a bias or a gain does not."""
         return bool(self.inputs)
 
     def is_plain(self, rank: int) -> bool:
@@ -228,7 +228,7 @@ def warn_of_guesses(layouts: Mapping[str, Layout], why: str, stacklevel: int = 3
     Args:
       layouts: path -> layout, of the leaves for which it matters.
       why: what the layout is needed for.
-      stacklevel: whom to name as the place, as of :func:`warnings.warn`.
+      stacklevel: whom to name as the place, as of ``warnings.warn``.
     """
     doubts = [f"{path} ({layout.guess})" for path, layout in layouts.items() if layout.guess]
     if doubts:

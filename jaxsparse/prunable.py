@@ -13,7 +13,7 @@ import numpy as np
 from jaxsparse.layouts import LayoutLike, leaf_layouts
 from jaxsparse.trees import align, as_array, by_path, is_function, is_partial, leaf_paths, listed, matching
 
-__all__ = ["Prunable", "all_but", "default_choice", "prunable_leaves"]
+__all__ = ["AllBut", "Prunable", "all_but", "default_choice", "prunable_leaves"]
 
 logger = logging.getLogger("jaxsparse")
 
@@ -41,7 +41,11 @@ class Prunable:
 
 @dataclasses.dataclass(frozen=True)
 class AllBut:
-    """What :func:`all_but` returns."""
+    """The default choice of leaves without some, made by :func:`all_but`.
+
+    Attributes:
+      patterns: of the leaves that are left out.
+    """
 
     patterns: tuple[str, ...]
 

@@ -348,7 +348,7 @@ def _group_shape(unit: Structure, shape: tuple[int, ...]) -> tuple[int, ...]:
         return shape
     rank = len(shape)
     at = Layout(inputs=-2, outputs=-1).of_rank(rank) if unit.layout is None else unit.layout.of_rank(rank)
-    group = (*at.places(rank), *(at.inputs if isinstance(unit, channel) else ()))
+    group = (*at.places(rank), *(at.inputs if isinstance(unit, channel) else ()))  # type: ignore[misc]
     return tuple(1 if axis in group else size for axis, size in enumerate(shape))
 
 
