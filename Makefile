@@ -25,9 +25,8 @@ train: $(VENV)/train.installed
 test: $(VENV)/test.installed $(VENV)/tpu.compiler
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10
 
-# As fast as can be, unlike the others: what is compiled for users is tested too.
 test-all: $(VENV)/test.installed $(VENV)/tpu.compiler
-	JAX_DISABLE_MOST_OPTIMIZATIONS=False $(BIN)/python -m pytest -n 2 --dist worksteal --durations=10 -m slow
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10 -m slow
 
 test-versions:
 	$(PYTHON) tests/versions.py
