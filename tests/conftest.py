@@ -26,6 +26,7 @@ if TPU_COMPILER.exists():
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it is for one process at a time that has a TPU
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 # The same examples every time, or others. No deadline: the first call of what is jitted compiles.
@@ -35,6 +36,14 @@ settings.load_profile("repeatable")
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """The examples of docstrings are slow tests, as those of the documentation are."""
+    for item in items:
+        if isinstance(item, pytest.DoctestItem):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_unconfigure(config):

@@ -9,18 +9,24 @@ from experiments import command_line, compare, export, report, reproduce, train
 CONFIG = Path(__file__).parents[2] / "configs" / "digits_sparse_momentum.py"
 
 
+def forget_changes():
+    """The flags that changes of a config have defined."""
+    flags.FLAGS.unparse_flags()
+    for name in [name for name in flags.FLAGS if name.startswith("config.")]:
+        delattr(flags.FLAGS, name)
+
+
 @pytest.fixture
 def parse(monkeypatch):
     def parse(*arguments):
+        forget_changes()
         argv = ["train", *map(str, arguments)]
         monkeypatch.delitem(sys.modules, "config_config", raising=False)  # the file of the test before
         monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for changes of the config
         return command_line.parse_flags(argv)
 
     yield parse
-    flags.FLAGS.unparse_flags()
-    for name in [name for name in flags.FLAGS if name.startswith("config.")]:
-        delattr(flags.FLAGS, name)  # defined by the changes of the test
+    forget_changes()
 
 
 def test_changes_reach_the_config(parse):

@@ -16,6 +16,7 @@ from jaxsparse.kernels.masked_matmul import pallas_tpu, reference
 from jaxsparse.kernels.masked_matmul.arg_specs import TESTS, Product
 from jaxsparse.kernels.masked_matmul.block_info import block_info, live_tiles
 from jaxsparse.kernels.masked_matmul.config import Config
+from tests.problems import slow_except
 
 BLOCK_BACKENDS = ("xla", "xla_blocks", "interpret")
 MASK_BACKENDS = ("xla", "interpret")
@@ -85,14 +86,14 @@ def test_blocks_of_awkward_shapes(name, implementation):
     compare(TESTS[name], [a_mask("half", blocks_of(TESTS[name]))], "float32", implementation)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", slow_except(["float32"], ["float32", "bfloat16"]))
 @pytest.mark.parametrize("implementation", BLOCK_BACKENDS)
 def test_masks_of_blocks(implementation, dtype):
     spec = Product(48, 512, 384, (128, 128))
     compare(spec, [a_mask(kind, blocks_of(spec)) for kind in MASKS], dtype, implementation)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", slow_except(["float32"], ["float32", "bfloat16"]))
 @pytest.mark.parametrize("implementation", MASK_BACKENDS)
 def test_masks_of_weights(implementation, dtype):
     spec = Product(33, 200, 600, None)
@@ -206,7 +207,7 @@ def test_dense_gradients_of_the_weights(implementation):
 
 
 @pytest.mark.parametrize("implementation", BLOCK_BACKENDS)
-@pytest.mark.parametrize("batched", ["x", "w", "mask", "all"])
+@pytest.mark.parametrize("batched", slow_except(["all"], ["x", "w", "mask", "all"]))
 def test_vmap(implementation, batched):
     spec = TESTS["small blocks"]
     examples = [operands(spec, "float32", seed) for seed in range(3)]

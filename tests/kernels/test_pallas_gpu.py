@@ -126,7 +126,10 @@ def test_masks_change_without_compiling_anew(interpret):
         _assert_close(f(x, w, jnp.asarray(live)), _expected("forward", x, w, dy, mask), max(shape))
 
 
-@pytest.mark.parametrize("tile", [(64, 64), (128, 128), (64, 256)])
+@pytest.mark.parametrize(
+    "tile",
+    [(64, 64), pytest.param((128, 128), marks=pytest.mark.slow), pytest.param((64, 256), marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_lowers_for_cuda(name, tile):
     x, w, dy = (jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in [(256, 512), (512, 768), (256, 768)])

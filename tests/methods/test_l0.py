@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import jaxsparse
 from jaxsparse import Group, Penalty
 from jaxsparse.methods import l0 as method
+from tests.problems import slow_except
 
 GOLDEN = np.load(pathlib.Path(__file__).parent.parent / "golden" / "hard_concrete.npz")
 
@@ -169,7 +170,7 @@ def explicit_penalty(name, params, logits):
     return 0.01 * (p1.sum() * (18 + 3) + 9 * p1.sum() * p2.sum() + p2.sum() + 3 * rows)
 
 
-@pytest.mark.parametrize("name", PENALTIES)
+@pytest.mark.parametrize("name", slow_except(["alone"], PENALTIES))
 def test_the_gradients_are_those_of_the_explicit_loss(problem, name):
     params, loss = problem
     # Optimizers that store the gradient itself, so that it can be read from their state.

@@ -140,6 +140,7 @@ def test_prune_rate_zero_changes_nothing():
         np.testing.assert_array_equal(new[name], masks[name])
 
 
+@pytest.mark.slow
 def test_even_the_smallest_rate_swaps_a_weight_in_every_layer():
     weights, momentum, masks = random_problem(4, [(10, 10), (20, 20)], [0.5, 0.1])
     new = regrow(weights, momentum, masks, 0.005, redistribution="none")
@@ -149,6 +150,7 @@ def test_even_the_smallest_rate_swaps_a_weight_in_every_layer():
     assert total(new) == total(masks)
 
 
+@pytest.mark.slow
 def test_redistribution_statistics_set_the_shares():
     # One statistic a mode: mean momentum, mean weight, number of nonzeros, size. Two layers, 20 + 20 pruned.
     masks = {"a": jnp.arange(400).reshape(20, 20) < 40, "b": jnp.arange(1200).reshape(20, 60) < 40}
@@ -164,6 +166,7 @@ def test_redistribution_statistics_set_the_shares():
     assert gains == {"momentum": 8, "magnitude": 34, "nonzeros": 26, "none": 10}
 
 
+@pytest.mark.slow
 def test_a_small_layer_does_not_dwindle():
     # Without redistribution its share of what is regrown is less than one weight, and each update prunes one of it.
     masks = {"big": jnp.arange(40_000).reshape(200, 200) < 2000, "small": jnp.arange(100).reshape(10, 10) < 5}
@@ -176,6 +179,7 @@ def test_a_small_layer_does_not_dwindle():
         assert int(masks["small"].sum()) >= 5
 
 
+@pytest.mark.slow
 def test_SET_prunes_half_the_smallest_and_half_the_most_negative():
     weights = {"w": jnp.array([[0.1, -0.2, 0.3, -5.0, -4.0, 6.0, 7.0, 8.0, 0.0, 0.0, 0.0, 0.0]])}
     masks = {"w": weights["w"] != 0}
@@ -185,6 +189,7 @@ def test_SET_prunes_half_the_smallest_and_half_the_most_negative():
     assert total(new) == 8
 
 
+@pytest.mark.slow
 def test_global_magnitude_prunes_the_smallest_of_the_whole_network():
     weights, momentum, masks = random_problem(5, [(20, 20), (20, 20)], [0.25, 0.25])
     weights["layer0"] = weights["layer0"] * 1e-3
@@ -193,6 +198,7 @@ def test_global_magnitude_prunes_the_smallest_of_the_whole_network():
     assert total(new) == 200
 
 
+@pytest.mark.slow
 def test_momentum_neuron_grows_every_unit_by_its_share():
     # Two units; the second has 3 times the momentum of the first and so 3 times its growth: 15 and 45 of 60.
     size = 400
@@ -209,6 +215,7 @@ def test_momentum_neuron_grows_every_unit_by_its_share():
     assert np.asarray(new["w"]).sum(0).tolist() == [30, 90]
 
 
+@pytest.mark.slow
 def test_random_growth_depends_on_the_key_alone():
     weights, momentum, masks = random_problem(6, [(20, 20)], [0.25])
     grow = [regrow(weights, momentum, masks, 0.5, growth="random", key=key)["layer0"] for key in (1, 1, 2)]
@@ -219,7 +226,7 @@ def test_random_growth_depends_on_the_key_alone():
 densities = st.lists(st.sampled_from([0.0, 0.02, 0.2, 0.5, 0.9, 1.0]), min_size=3, max_size=3)
 
 
-@settings(max_examples=30)
+@settings(max_examples=12)
 @given(st.integers(0, 1000), densities, st.floats(0, 1), st.sampled_from(["plain", "SET", "neuron"]))
 def test_the_budget_is_exact_whatever_happens(seed, densities, rate, name):
     modes = {
@@ -848,6 +855,7 @@ def test_at_least_so_many_weights_of_a_layer_stay_and_a_layer_of_none_is_told():
         jaxsparse.sparse_momentum(0.99, 1, decay=0.9).init({"big": params["big"], "out": jnp.ones((2, 2))})
 
 
+@pytest.mark.slow
 def test_neurons_are_outputs_wherever_they_lie():
     momentum = jax.random.normal(jax.random.key(1), (6, 40)) * jnp.array([[9.0], [1], [1], [1], [1], [9]])
     masks = jnp.zeros((6, 40), bool).at[:, ::4].set(True)

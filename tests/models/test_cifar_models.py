@@ -108,7 +108,7 @@ def test_layers_are_named_in_network_order(name, layers):
         ("DenseNet-10", [[-0.14596, 0.49181, 0.8316], [-0.11647, 0.27427, 0.74765]]),
     ],
 )
-@pytest.mark.parametrize("form", ["xla", "slices"])
+@pytest.mark.parametrize("form", slow_except(["slices"], ["xla", "slices"]))
 def test_logits_are_those_of_the_authors_code(name, expected, form):
     model, variables = SMALL[name].clone(implementation=form), numpy_variables(SMALL[name])
     if name == "VGG16-C":  # PyTorch flattens its 32 x 2 x 2 features channels first
@@ -146,12 +146,12 @@ def test_batch_statistics_over_an_axis_are_those_of_the_whole_batch(name):
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
-        ("AlexNet", (2, 16, 18, 3)),
-        ("VGG16-C", (2, 32, 32, 3)),
+        pytest.param("AlexNet", (2, 16, 18, 3), marks=pytest.mark.slow),
+        pytest.param("VGG16-C", (2, 32, 32, 3), marks=pytest.mark.slow),
         ("VGG-16", (2, 18, 16, 3)),
         ("ResNet-8", (2, 7, 5, 1)),
-        ("ResNet-18", (2, 9, 8, 3)),
-        ("WRN-16-2", (2, 6, 5, 3)),
+        pytest.param("ResNet-18", (2, 9, 8, 3), marks=pytest.mark.slow),
+        pytest.param("WRN-16-2", (2, 6, 5, 3), marks=pytest.mark.slow),
         ("DenseNet-10", (2, 7, 5, 3)),
     ],
 )
