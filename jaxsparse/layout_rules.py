@@ -48,7 +48,7 @@ class Axes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """What the rules look at."""
+    """One leaf as the rules see it: its names, its shape, the class of its module."""
 
     name: str  # the last part of the path, in lower case with underscores
     modules: tuple[str, ...]  # the other parts, outermost first, likewise
@@ -68,7 +68,7 @@ class Leaf:
 
     @functools.cached_property
     def called(self) -> str:
-        """What the names call a leaf that does not multiply: "bias" or "norm"; "" for others."""
+        """The kind of a leaf that by its name does not multiply: "bias" or "norm"; "" for others."""
         last = self.name.split("_")[-1]
         if self.name in _MATRIX_NAMES or last in _LAYER_WORDS or self.name.startswith("to_"):
             return ""
@@ -83,7 +83,7 @@ class Leaf:
 
 
 def described(params: Any) -> dict[str, Leaf]:
-    """What the rules look at, for every leaf, by path."""
+    """Every leaf as the rules see it, by path."""
     found = {}
 
     def walk(node: Any, path: tuple, kind: str) -> None:
