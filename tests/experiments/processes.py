@@ -14,7 +14,8 @@ def start(command, processes=2, devices=4):
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{found.getsockname()[1]}"
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"XLA_FLAGS": flags}
     started = []
     for process in range(processes):
         arguments = [
