@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from sklearn import datasets
 
 from experiments.command_line import progress_bar
 
@@ -165,6 +164,8 @@ def _channels(values: Any, split: Split, what: str) -> np.ndarray:
 
 @cache
 def _digits() -> tuple[Split, Split, int]:
+    from sklearn import datasets  # takes a while, and other sets do without
+
     pixels, labels = datasets.load_digits(return_X_y=True)
     images, labels = pixels.reshape(-1, 8, 8, 1).astype(np.uint8), labels.astype(np.int32)
     test = _stratified(labels, fraction=0.2)

@@ -20,8 +20,8 @@ if OWN_CACHE:
 
 # Nearly all that is compiled runs for a moment: not worth a program that is as fast as can be.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "True")
-# XLA's older emitters of CPU code compile in half the time. They are gone from JAX 0.11 on, and a flag that XLA does not
-# know ends the process.
+# XLA's older emitters of CPU code compile in half the time. JAX 0.11 no longer has them, and an unknown flag would end
+# the process.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

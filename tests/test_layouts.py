@@ -254,6 +254,7 @@ def test_equal_matrices_get_equal_densities_and_a_stack_is_its_layers():
         assert sum(int(layer["kernel"].sum()) for layer in map(one.get, layers)) == int(other["blocks"]["kernel"].sum())
 
 
+@pytest.mark.slow
 def test_every_method_takes_heads_and_outputs_first():
     """2:4 and columns of attention and of Equinox are those of the matrix, in all methods that take structures."""
     params = {"query": {"kernel": jax.random.normal(KEY, (8, 2, 4))}, "fc": {"weight": jax.random.normal(KEY, (6, 8))}}

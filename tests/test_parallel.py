@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 import jaxsparse
 from jaxsparse.parallel import LAYOUTS, ElsewhereError, Layout, any_process, of_processes, together
 from jaxsparse.trees import by_path
+from tests.problems import slow_except
 from tests.test_contract import METHODS, sparse_momentum
 
 MANY = [name for name in LAYOUTS if name != "one_device"]
@@ -134,7 +135,7 @@ def test_a_step_gives_up_the_state_that_comes_in_and_nothing_of_the_caller(name)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((state, after)))
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", slow_except(["pmap", "fsdp"], LAYOUTS))
 def test_collected_and_restored_it_goes_on_with_the_same_bits(name):
     layout = Layout(name, min_size=64)
     tx = jaxsparse.chain(sgd(), jaxsparse.sparse_momentum(0.75, update_every=2))

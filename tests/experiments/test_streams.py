@@ -181,6 +181,7 @@ def test_seeds_differ(small):
             assert (ours != other).mean() > 0.8
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(
     count=st.sampled_from([1, 2, 4]),
@@ -260,6 +261,7 @@ def test_state_of_another_stream(small, key, changed):
         streams.train_stream(small, **OPTIONS | changed).set_state(state)
 
 
+@pytest.mark.slow
 def test_processes_give_the_same(imagenet):
     whole = take(streams.train_stream(imagenet.train, **OPTIONS), 10)
     stream = streams.train_stream(imagenet.train, workers=2, **OPTIONS)

@@ -224,6 +224,7 @@ def test_a_single_point_is_seen():
     assert (np.ptp(panel, axis=-1) > 100).any()  # in colour
 
 
+@pytest.mark.slow
 def test_names_are_drawn_as_they_are(recwarn):
     odd = {"_stem$x_$y": 0.5, "fc": 0.4}
     history = inspect.History(({"step": 1, "train_loss": 1.0, "layer_density": odd, "flips": odd},))
@@ -285,6 +286,7 @@ def test_schedules():
     drawn(figure)
 
 
+@pytest.mark.slow
 def test_class_specialization_back_to_back():
     dense, sparse = {"conv": [0.5, 0.5, 0.9], "only": [0.1]}, {"conv": [0.2, 0.3]}
     figure = inspect.plot_class_specialization({"dense": dense, "sparse": sparse})
@@ -329,6 +331,7 @@ def test_arrays_of_numpy_and_jax_alike():
     np.testing.assert_array_equal(drawn(inspect.plot_densities(masks)), drawn(inspect.plot_densities(as_numpy)))
 
 
+@pytest.mark.slow
 def test_a_run_without_flips_has_no_panel_for_them():
     line = {"step": 1, "epoch": 1, "layer_density": {"a": 0.5}}
     for flips, panels in (({}, 1), ({"flips": {"a": 3}}, 2)):

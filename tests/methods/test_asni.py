@@ -11,7 +11,7 @@ from flax import nnx
 import jaxsparse
 from jaxsparse import models, structures
 from jaxsparse.trees import by_path
-from tests.problems import SPARSE_SIZE, make_params, make_step
+from tests.problems import SPARSE_SIZE, make_params, make_step, slow_except
 
 # Totals of the author's logs: all params that are not zero, and the share of zeros at the last evaluation, in %.
 LOGGED = {
@@ -46,7 +46,7 @@ def test_counts_alone_give_the_totals_of_the_authors_logs(name):
     assert 100 * (weights - counts[-2]) / (weights + rest) == pytest.approx(zero_percent, abs=5e-4)
 
 
-@pytest.mark.parametrize("name", ["fc", "conv4", pytest.param("vgg16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", slow_except(["fc"], ["fc", "conv4", "vgg16"]))
 def test_the_transformation_has_these_totals_on_the_params_of_the_networks(name):
     magnitude, stages, scale, nonzeros, zero_percent = LOGGED[name]
     params = shapes(name)
@@ -221,7 +221,7 @@ def test_what_is_short_of_the_schedule_is_made_up_for():
     jaxsparse.check(opt_state)
 
 
-@pytest.mark.parametrize("everywhere", [True, False])
+@pytest.mark.parametrize("everywhere", slow_except([False], [True, False]))
 def test_two_of_four(everywhere):
     rule = jaxsparse.n_of_m(2, 4)
     params = {"a": jax.random.normal(jax.random.key(0), (16, 12)),

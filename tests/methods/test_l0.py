@@ -217,7 +217,7 @@ def test_penalty_of_neighbours_is_the_product_of_expected_widths(problem):
         jaxsparse.dep_l0(optax.sgd(0.1), GROUPS, penalty=1e-3).init(params)
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("direction", slow_except(["forward"], ["forward", "backward"]))
 def test_dep_l0_trains_its_generator_through_the_gates(problem, direction):
     params, loss = problem
     tx = jaxsparse.dep_l0(
@@ -301,6 +301,7 @@ def test_clamped_log_alpha_stays_in_its_bounds(problem):
     assert float(min(la.min() for la in jaxsparse.get_log_alpha(opt_state).values())) == -1.0
 
 
+@pytest.mark.slow
 def test_each_device_samples_its_own_gates_and_the_average_is_unbiased(problem):
     params, loss = problem
     gates = optax.chain(optax.trace(0.0), optax.scale(0.0))
@@ -335,6 +336,7 @@ def test_each_device_samples_its_own_gates_and_the_average_is_unbiased(problem):
         assert mean.var(0).sum() < one.var(0).sum() / 4  # eight samples instead of one
 
 
+@pytest.mark.slow
 def test_works_around_a_sparse_optimizer(problem):
     params, loss = problem
     prunable = jax.tree.map(lambda p: p.ndim == 4, params)
@@ -352,6 +354,7 @@ def test_works_around_a_sparse_optimizer(problem):
     assert int((params["conv1"]["kernel"] == 0).sum()) >= params["conv1"]["kernel"].size // 2 - 30
 
 
+@pytest.mark.slow
 def test_check_finds_params_that_moved(problem):
     params, loss = problem
     tx = jaxsparse.l0(optax.sgd(0.05), GROUPS, penalty=0.1)

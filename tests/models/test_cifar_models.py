@@ -148,11 +148,11 @@ def test_batch_statistics_over_an_axis_are_those_of_the_whole_batch(name):
     [
         pytest.param("AlexNet", (2, 16, 18, 3), marks=pytest.mark.slow),
         pytest.param("VGG16-C", (2, 32, 32, 3), marks=pytest.mark.slow),
-        ("VGG-16", (2, 18, 16, 3)),
+        pytest.param("VGG-16", (2, 18, 16, 3), marks=pytest.mark.slow),
         ("ResNet-8", (2, 7, 5, 1)),
         pytest.param("ResNet-18", (2, 9, 8, 3), marks=pytest.mark.slow),
         pytest.param("WRN-16-2", (2, 6, 5, 3), marks=pytest.mark.slow),
-        ("DenseNet-10", (2, 7, 5, 3)),
+        pytest.param("DenseNet-10", (2, 7, 5, 3), marks=pytest.mark.slow),
     ],
 )
 def test_gradients_reach_every_parameter(name, shape):

@@ -22,7 +22,13 @@ def test_numbers_of_parameters(model, shape, parameters):
     assert sum(v.size for v in variables_of(model, (1, *shape)).values()) == parameters
 
 
-@pytest.mark.parametrize("shape", [(2, 8, 8, 3), (2, 14, 14, 1)])  # the second leaves a rest at the third max-pool
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 8, 8, 3),
+        pytest.param((2, 14, 14, 1), marks=pytest.mark.slow),  # leaves a rest at the third max-pool
+    ],
+)
 def test_it_is_what_it_says_in_plain_jax(shape):
     model = models.Conv6(width=1 / 16)
     variables, images = numpy_variables(model, shape), numpy_images(shape)

@@ -51,6 +51,7 @@ def test_lenet_300_100_is_three_matrix_products():
     chex.assert_shape(logits, (5, 7))
 
 
+@pytest.mark.slow
 def test_lenet_5_forms_agree_in_logits_and_gradient():
     images = jax.random.normal(jax.random.key(1), (2, 16, 16, 1))
     params = models.LeNet5Caffe().init(jax.random.key(0), images)

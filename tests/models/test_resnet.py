@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 from jaxsparse.models import resnet
 from jaxsparse.models.blocks import BatchNorm
 from tests.models.networks import numpy_images, numpy_variables, quick_jit, variables_of
+from tests.problems import slow_except
 
 
 def outputs(model, variables, images):
@@ -62,10 +63,9 @@ def test_the_stem_of_imagenet_leaves_a_quarter_of_the_pixels_on_each_side():
 @pytest.mark.parametrize(
     ("model", "before"),
     [
-        (resnet.ResNet18(width=1 / 16, zero_init=True), "bn1"),
-        (resnet.ResNet50(width=1 / 16, zero_init=True), None),
+        pytest.param(resnet.ResNet18(width=1 / 16, zero_init=True), "bn1", id="basic"),
+        pytest.param(resnet.ResNet50(width=1 / 16, zero_init=True), None, id="bottleneck", marks=pytest.mark.slow),
     ],
-    ids=["basic", "bottleneck"],
 )
 def test_blocks_start_as_their_shortcuts_if_the_last_scale_starts_from_zero(model, before):
     images = numpy_images((2, 32, 32, 3))
@@ -85,7 +85,7 @@ def test_blocks_start_as_their_shortcuts_if_the_last_scale_starts_from_zero(mode
 @pytest.mark.parametrize("zero_init", [True, False])
 @pytest.mark.parametrize(
     "model",
-    [resnet.ResNet20(), resnet.ResNet18(), resnet.ResNet34(), resnet.ResNet50()],
+    slow_except([resnet.ResNet20()], [resnet.ResNet20(), resnet.ResNet18(), resnet.ResNet34(), resnet.ResNet50()]),
     ids=lambda m: type(m).__name__,
 )
 def test_zero_init_is_of_the_last_batch_normalisation_of_every_block(model, zero_init):
