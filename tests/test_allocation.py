@@ -30,7 +30,7 @@ def test_the_kernel_variant_counts_spatial_sizes():
     assert without[0] == without[1] == pytest.approx(0.1)
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(
     shapes=st.lists(st.lists(st.integers(1, 40), min_size=2, max_size=4), min_size=1, max_size=6),
     density=st.floats(0.001, 1.0),

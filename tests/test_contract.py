@@ -447,7 +447,7 @@ def alone(name, steps=9):
     return jaxsparse.get_masks(opt_state), params
 
 
-@pytest.mark.parametrize("name", slow_except(["sparse_momentum"], ALL))
+@pytest.mark.parametrize("name", slow_except(["mask_updates"], ALL))
 def test_pmapped_masks_are_bit_equal(name):
     method, params = ALL[name], make_params()
     tx = method.around(sgd(), params)
@@ -598,7 +598,7 @@ def test_replicated_params_are_refused(name):
         link.init(jax_utils.replicate(params))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_except(["sparse_momentum", "l0"], METHODS))
 def test_nan_gradients_inside_apply_if_finite_change_nothing(name):
     method, params = METHODS[name], make_params()
     tx = optax.apply_if_finite(method.around(sgd(), params), max_consecutive_errors=100)

@@ -208,6 +208,7 @@ def test_a_leaf_is_seen_as_matrices_and_back():
         np.testing.assert_array_equal(layout.from_matrices(matrices, leaf), leaf)
 
 
+@pytest.mark.slow
 def test_structures_count_in_inputs_and_outputs_wherever_they_lie():
     groups, tiles = jaxsparse.n_of_m(2, 4), jaxsparse.block(2, 2)
     for layout, shape, seen, _ in VIEWS:

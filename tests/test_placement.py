@@ -44,7 +44,7 @@ def trained(tx, params, state, scale, steps=3):
     return jax.device_get(params), state
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_except(["sparse_momentum", "l0"], METHODS))
 def test_states_made_outside_of_jit_lie_as_the_params_do(name):
     params = sharded(SMALL, mesh_of(AxisType.Auto))
     state = around(name).init(params)
@@ -58,7 +58,7 @@ def test_states_made_outside_of_jit_lie_as_the_params_do(name):
         np.testing.assert_array_equal(mask, on_one_device)
 
 
-@pytest.mark.parametrize("name", slow_except(["sparse_momentum", "reweighted_l1"], METHODS))
+@pytest.mark.parametrize("name", slow_except(["sparse_momentum"], METHODS))
 def test_meshes_with_explicit_axes(name):
     mesh = mesh_of(AxisType.Explicit)
     tx = around(name)

@@ -32,7 +32,7 @@ floats = st.one_of(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(data=st.data(), dtype=st.sampled_from(DTYPES))
 def test_top_k_mask_is_the_sorted_choice(data, dtype):
     # Few shapes, so that few programs are compiled.

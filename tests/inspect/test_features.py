@@ -46,6 +46,7 @@ def test_activity_sums_over_examples_and_places_of_a_class():
     assert of_units.shape == (5, 3)
 
 
+@pytest.mark.slow
 def test_features_of_a_flax_model():
     model, images = models.LeNet5Caffe(), jnp.ones((6, 28, 28, 1))
     variables = model.init(jax.random.key(0), images)

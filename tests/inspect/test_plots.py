@@ -116,7 +116,10 @@ def test_filters():
         inspect.plot_filters(np.ones((2, 2), bool))
 
 
-@pytest.mark.parametrize("shape", [(12, 7), (12, 1), (2, 3, 2, 5), (3, 3, 1, 200)])
+@pytest.mark.parametrize(
+    "shape",
+    [(12, 7), *(pytest.param(shape, marks=pytest.mark.slow) for shape in [(12, 1), (2, 3, 2, 5), (3, 3, 1, 200)])],
+)
 def test_receptive_fields_show_each_weight_once(shape):
     mask = np.random.RandomState(0).rand(*shape) < 0.3
     figure = inspect.plot_receptive_fields(mask, (3, 2, 2))
@@ -173,6 +176,7 @@ def test_layer_densities():
     drawn(figure)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [18, 60])
 def test_layer_densities_of_more_layers_than_colours(count):
     layers = {f"layer{i}": 0.5 for i in range(count)}

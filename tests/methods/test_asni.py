@@ -245,6 +245,7 @@ def test_two_of_four(everywhere):
     jaxsparse.check(opt_state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", [{"attention/kernel": jaxsparse.block(2, 4), "conv/kernel": "channel",
                                         "dense/kernel": jaxsparse.n_of_m(1, 4)}])  # fmt: skip
 def test_units_in_every_layout(structure):

@@ -170,6 +170,7 @@ def explicit_penalty(name, params, logits):
     return 0.01 * (p1.sum() * (18 + 3) + 9 * p1.sum() * p2.sum() + p2.sum() + 3 * rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_except(["alone"], PENALTIES))
 def test_the_gradients_are_those_of_the_explicit_loss(problem, name):
     params, loss = problem
@@ -249,6 +250,7 @@ def test_dep_l0_trains_its_generator_through_the_gates(problem, direction):
     assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(wanted)) > 1e-3
 
 
+@pytest.mark.slow
 def test_with_all_gates_frozen_open_it_is_the_inner_optimizer(problem):
     params, loss = problem
     inner = optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(0.1, momentum=0.9, nesterov=True))

@@ -75,6 +75,7 @@ def test_golden_trajectories(file):
     assert float(jaxsparse.density(jaxsparse.get_masks(opt_state))) < 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", GOLDEN, ids=lambda f: f.stem)
 def test_golden_trajectories_on_eight_devices(file):
     tx, params, grads, expected = golden(file)

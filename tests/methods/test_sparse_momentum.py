@@ -533,6 +533,7 @@ STRUCTURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:structure .* does not fit")
 @pytest.mark.parametrize("name", slow_except(["block"], STRUCTURES))
 def test_every_step_keeps_the_budget_in_whole_units(name):
@@ -688,6 +689,7 @@ def test_random_growth_needs_a_key():
         jaxsparse.momentum_regrowth(weights, momentum, masks, 0.5, growth="random")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "structure",
     [

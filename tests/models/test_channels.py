@@ -214,6 +214,7 @@ def test_slim_keeps_the_axis_of_batch_normalisation_and_the_statistics_made_anew
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_channels_of_unstructured_masks_and_of_other_models():
     model = models.LeNet300100()
     params = model.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
@@ -228,7 +229,7 @@ def test_channels_of_unstructured_masks_and_of_other_models():
         models.slim(models.AlexNet(), {})
 
 
-@pytest.mark.parametrize("name", ["LeNet-300-100", "LeNet-5", "VGG-11-BN"])
+@pytest.mark.parametrize("name", slow_except(["LeNet-300-100"], ["LeNet-300-100", "LeNet-5", "VGG-11-BN"]))
 def test_slim_keeps_dtypes(name):
     model, shape = MODELS[name]
     variables = numpy_variables(model, (1, *shape))

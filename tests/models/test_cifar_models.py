@@ -170,6 +170,7 @@ def test_gradients_reach_every_parameter(name, shape):
         assert jnp.all(jnp.isfinite(grad)), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["xla", "slices"])
 @pytest.mark.parametrize("name", SMALL)
 def test_form_of_every_convolution_is_the_one_asked_for(name, form):
@@ -249,6 +250,7 @@ def test_networks_that_do_not_exist(model, message):
 
 # The standard deviation of a normal distribution by fan_in or fan_out (He et al.; 0.01 in VGG's last layer), the bounds
 # of PyTorch's uniform distribution by fan_in, or the number that all entries start from.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
