@@ -410,6 +410,7 @@ def test_vmap_over_seeds_with_different_masks(name):
         chex.assert_trees_all_close(lane(trained, i), alone, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_except(["sparse_momentum"], METHODS))
 def test_the_update_can_be_differentiated(name):
     # Meta-learning takes gradients through the optimizer; masks have none.

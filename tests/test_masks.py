@@ -66,6 +66,7 @@ def test_magnitude_masks_keep_the_largest():
     assert sum(kept(masks).values()) == round(0.2 * SPARSE_SIZE)
 
 
+@pytest.mark.slow
 def test_units_are_kept_whole_and_counted_by_their_size():
     params = make_params()
     structure = {

@@ -80,7 +80,7 @@ def sgd():
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", slow_except(["pmap", "fsdp"], LAYOUTS))
 def test_a_step_is_that_of_the_whole_batch(name, accumulate):
     layout, state = Layout(name, min_size=64), make_state()
     (loss, (_, model_state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
@@ -226,7 +226,7 @@ def test_with_whole_weights_a_step_sends_what_a_dense_one_does(name, layout):
     assert sparse == dense
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_except(["sparse_momentum"], NAMES))
 def test_with_sharded_weights_nothing_large_is_sent_for_masks(name):
     layout = Layout("fsdp", min_size=64)
     dense, sparse = dense_collectives(layout), collectives(layout, around(name))

@@ -77,6 +77,7 @@ def test_meshes_with_explicit_axes(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), result, reference)
 
 
+@pytest.mark.slow
 def test_data_on_a_mesh_and_all_else_where_it_was_made():
     tx = around("l0")
     reference, _ = trained(tx, SMALL, tx.init(SMALL), jnp.ones(8))

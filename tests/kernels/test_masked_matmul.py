@@ -158,6 +158,7 @@ def test_no_races_and_nothing_read_that_was_not_written(masked):
     close(ours, wanted, (256, 256, 16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", BLOCK_BACKENDS)
 def test_leading_axes_bias_and_what_is_dead(implementation):
     spec = TESTS["small blocks"]

@@ -284,6 +284,7 @@ def test_units_in_every_layout(structure):
         chex.assert_trees_all_equal(one, jaxsparse.get_masks(state))
 
 
+@pytest.mark.slow
 def test_leaves_that_do_not_fit_go_by_single_weights():
     params = make_params()
     tx = jaxsparse.asni(0.5, 1, structure=jaxsparse.block(8, 8))

@@ -218,6 +218,7 @@ def test_penalty_of_neighbours_is_the_product_of_expected_widths(problem):
         jaxsparse.dep_l0(optax.sgd(0.1), GROUPS, penalty=1e-3).init(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", slow_except(["forward"], ["forward", "backward"]))
 def test_dep_l0_trains_its_generator_through_the_gates(problem, direction):
     params, loss = problem

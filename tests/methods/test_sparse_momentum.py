@@ -614,7 +614,7 @@ def test_options_are_checked_when_the_link_is_made(options, message):
 
 def with_leaf(path, value):
     """Masks of the shared problem, one of them replaced."""
-    masks = jaxsparse.random_masks(make_params(), 0.5)
+    masks = jax.tree.map(lambda p: np.ones(p.shape, bool) if p.ndim > 1 else True, jax.eval_shape(make_params))
     masks[path[0]][path[1]] = value
     return masks
 
@@ -622,9 +622,10 @@ def with_leaf(path, value):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"masks": with_leaf(("dense", "kernel"), jnp.ones((16, 23), bool))},
+        ({"masks": with_leaf(("dense", "kernel"), np.ones((16, 23), bool))},
          r"masks of dense/kernel: expected bool of shape \(16, 24\).* got bool of shape \(16, 23\)"),
-        ({"masks": with_leaf(("conv", "kernel"), jnp.ones((3, 3, 2, 8)))}, "masks of conv/kernel.* got float32"),
+        ({"masks": with_leaf(("conv", "kernel"), np.ones((3, 3, 2, 8), np.float32))},
+         "masks of conv/kernel.* got float32"),
         ({"masks": {"dense": {"kernel": jnp.ones((16, 24), bool)}}}, "has nothing for attention"),
         ({"prunable": jaxsparse.Prunable(lambda path, leaf: False)}, "prunable matches none of the params"),
         ({"prunable": lambda path, leaf: True}, "wrap the predicate"),

@@ -75,6 +75,7 @@ def test_slim_equals_the_network_with_gates(network):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_slim_folds_what_dead_channels_add(network):
     """Channels without a filter, whose bias or normalisation still makes them a constant, not zero."""
     model, variables, images = network

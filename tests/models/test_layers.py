@@ -26,6 +26,7 @@ def value_and_grads(f, *args):
     return y, grads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel_size", "strides", "padding"),
     [
@@ -49,6 +50,7 @@ def test_conv_forms_agree_in_value_and_gradient(kernel_size, strides, padding):
     chex.assert_trees_all_close(*results, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel_size", "window", "padding"),
     [
