@@ -376,7 +376,7 @@ def test_donation_consumes_the_old_buffers_and_nothing_of_the_caller(name):
     assert int(jaxsparse.count(jaxsparse.get_masks(again))) == method.budget()
 
 
-@pytest.mark.parametrize("name", slow_except(["sparse_momentum"], ALL))
+@pytest.mark.parametrize("name", slow_except(["mask_updates"], ALL))
 def test_vmap_over_seeds_with_different_masks(name):
     method, params = ALL[name], make_params()
 

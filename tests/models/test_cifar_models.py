@@ -41,12 +41,12 @@ ALL = {
         # SNIP (Lee et al. 2019, Table 1): 5.1M and 8.5M weights. The convolutions have 96 11^2 3 + 256 5^2 96
         # + 384 3^2 256 + 384 3^2 384 + 256 3^2 384 = 3,745,824, the dense layers 256 f + f^2 + 10 f, f = 1024 or 2048.
         ("AlexNet-s", 5_077_066, 5_066_784),
-        ("AlexNet-b", 8_501_322, 8_484_896),
+        pytest.param("AlexNet-b", 8_501_322, 8_484_896, marks=pytest.mark.slow),
         # SNIP, Table 1: 10.5M (C), 15.2M (D), 15.0M (like). The padding of the 1 x 1 convolutions (sparse momentum's
         # code) leaves 2 x 2 pixels in C, and adds (2048 - 512) * 512 weights to SNIP's 10,521,280.
         ("VGG16-C", 11_323_466, 10_521_280 + 786_432),
-        ("VGG16-D", 15_255_626, 15_239_872),
-        ("VGG16-like", 14_991_946, 14_977_728),
+        pytest.param("VGG16-D", 15_255_626, 15_239_872, marks=pytest.mark.slow),
+        pytest.param("VGG16-like", 14_991_946, 14_977_728, marks=pytest.mark.slow),
         # Sun et al., NeuralFuse (2023), Table 7, for 11, 16, 19; 13 has the two convolutions of 36,864 and 147,456
         # weights more than 11. Network slimming's README: 20.04M for 19.
         ("VGG-11", 9_231_114, 9_222_848),
@@ -62,9 +62,9 @@ ALL = {
         # Zagoruyko and Komodakis 2016: 11.0M (16-8), 17.1M (16-10), 17.2M (22-8), 36.5M (28-10); 16-10 and 28-10 to the
         # digit in the tables of https://github.com/osmr/imgclsmob.
         ("WRN-28-2", 1_467_610, 1_463_984),
-        ("WRN-16-8", 10_961_370, 10_954_160),
-        ("WRN-16-10", 17_116_634, 17_107_632),
-        ("WRN-22-8", 17_158_106, 17_147_312),
+        pytest.param("WRN-16-8", 10_961_370, 10_954_160, marks=pytest.mark.slow),
+        pytest.param("WRN-16-10", 17_116_634, 17_107_632, marks=pytest.mark.slow),
+        pytest.param("WRN-22-8", 17_158_106, 17_147_312, marks=pytest.mark.slow),
         ("WRN-28-10", 36_479_194, 36_461_232),
         # Network slimming's README: 1.07M, of which the channel selection counts 9,360. Layers read 24, 36, ..., 156,
         # 168, ..., 300, 312, ..., 444 channels, together 8,424, and have 108 weights for each; transitions have 168^2

@@ -63,7 +63,7 @@ def test_the_stem_of_imagenet_leaves_a_quarter_of_the_pixels_on_each_side():
 @pytest.mark.parametrize(
     ("model", "before"),
     [
-        pytest.param(resnet.ResNet18(width=1 / 16, zero_init=True), "bn1", id="basic"),
+        pytest.param(resnet.ResNet18(width=1 / 16, zero_init=True), "bn1", id="basic", marks=pytest.mark.slow),
         pytest.param(resnet.ResNet50(width=1 / 16, zero_init=True), None, id="bottleneck", marks=pytest.mark.slow),
     ],
 )
