@@ -46,7 +46,9 @@ def test_counts_alone_give_the_totals_of_the_authors_logs(name):
     assert 100 * (weights - counts[-2]) / (weights + rest) == pytest.approx(zero_percent, abs=5e-4)
 
 
-@pytest.mark.parametrize("name", slow_except(["fc"], ["fc", "conv4", "vgg16"]))
+@pytest.mark.parametrize(
+    "name", ["fc", pytest.param("conv4", marks=pytest.mark.slow), pytest.param("vgg16", marks=pytest.mark.long)]
+)
 def test_the_transformation_has_these_totals_on_the_params_of_the_networks(name):
     magnitude, stages, scale, nonzeros, zero_percent = LOGGED[name]
     params = shapes(name)
