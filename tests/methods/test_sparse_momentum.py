@@ -841,6 +841,16 @@ def test_fingerprints_change_with_any_bit():
     assert module._fingerprints([], []).shape == (0,)
 
 
+def test_fingerprints_of_large_leaves_change_with_a_step_and_with_the_mask():
+    w = jax.random.normal(jax.random.key(0), (300, 40))
+    mask = w > -0.5
+    first = module._fingerprints([w], [mask])
+    assert module._fingerprints([jnp.where(mask, w, 7)], [mask]) == first  # what is pruned does not count
+    assert module._fingerprints([w.at[0, 0].set(-0.0)], [mask]) == module._fingerprints([w.at[0, 0].set(0.0)], [mask])
+    assert module._fingerprints([w * (1 + 1e-6)], [mask]) != first
+    assert module._fingerprints([w], [mask & (w < 2)]) != first
+
+
 @pytest.mark.slow
 def test_at_least_so_many_weights_of_a_layer_stay_and_a_layer_of_none_is_told():
     params = {"big": jax.random.normal(jax.random.key(0), (40, 30)), "out": jnp.full((4, 5), 1e-3)}
