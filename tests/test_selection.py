@@ -89,7 +89,7 @@ def expected_of_units(arrays, sizes, k, wheres, absolute):
 
 
 @pytest.mark.slow
-@settings(max_examples=50)
+@settings(max_examples=150)
 @given(data=st.data(), sizes=st.sampled_from([(1, 1, 1), (3, 7, 4), (100, 1, 13), (5, 5, 5)]), absolute=st.booleans())
 def test_entries_that_count_for_several_stay_as_long_as_they_fit(data, sizes, absolute):
     # Few values, so that many are equal: within a leaf and across.

@@ -516,7 +516,6 @@ def _regrow(
         ranked = [mask & ~rests for mask, rests in zip(masks, resting, strict=True)]
         survivors = global_top_k_masks(weights, everything - lose_all, where=ranked, absolute=True)
         survivors = [mask | rest for mask, rest in zip(survivors, still, strict=True)]
-    if prune == "global_magnitude":
         lose = kept - jnp.stack([count_true(mask) for mask in survivors])
     surviving, lost = kept - lose, lose
 

@@ -219,7 +219,7 @@ def test_penalty_of_neighbours_is_the_product_of_expected_widths(problem):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("direction", slow_except(["forward"], ["forward", "backward"]))
+@pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_dep_l0_trains_its_generator_through_the_gates(problem, direction):
     params, loss = problem
     tx = jaxsparse.dep_l0(
