@@ -26,13 +26,13 @@ SLOWER = "SLOWER"
 
 
 @contextlib.contextmanager
-def library_of(commit: str) -> Iterator[Path]:
-    """A folder with the library as a commit has it.
+def library_of(commit: str, *folders: str) -> Iterator[Path]:
+    """A folder with the library as a commit has it, and with these other folders.
 
     Raises:
       ValueError: if git knows no such commit, or it has no library.
     """
-    archived = subprocess.run(["git", "archive", commit, "jaxsparse"], cwd=ROOT, capture_output=True)
+    archived = subprocess.run(["git", "archive", commit, "jaxsparse", *folders], cwd=ROOT, capture_output=True)
     if archived.returncode:
         why = archived.stderr.decode().strip()
         raise ValueError(f"--against is a commit that git knows here, got {commit!r}: {why}")

@@ -17,7 +17,7 @@ import optax
 
 from benchmarks import timing
 from configs import imagenet
-from experiments import data, program
+from experiments import build, data, program
 
 EXPERIMENTS = ["sparse_momentum_10", "rda", "dep_l0_forward", "l0_hc", "asni_80"]
 EVERY_STEP = ("rda", "dep_l0_forward", "dep_l0_backward", "l0_hc")  # whose masks change on every step
@@ -42,7 +42,7 @@ class Steps:
         numbers = np.arange(options.batch, dtype=np.int32)
         labels = draw.randint(0, 1000, options.batch).astype(np.int32)
         self.batch = jax.device_put((images, labels, numbers))
-        self.update_every = len(nothing) // options.batch * config.sparsity.get("update_every_epochs", 1)
+        self.update_every = build.update_every(config, len(nothing) // options.batch)
 
     def __call__(self, steps: int):
         loss = None

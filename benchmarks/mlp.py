@@ -18,7 +18,7 @@ ALTERNATIVES = {
     "dense": ("weights", {"dense": True}),
     "weights": ("weights", {}),
     "blocks": ("blocks", {}),
-    "blocks, dense gradients on 20 steps": ("blocks", {"sparsity.dense_gradient_steps": 20}),
+    "blocks, dense gradients on 20 steps": ("blocks", {"dense_gradient_steps": 20}),
 }
 
 

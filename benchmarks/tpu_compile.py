@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from benchmarks import timing
 from configs import imagenet
 from experiments import data, program
-from jaxsparse.parallel import AXIS, Layout
+from jaxsparse.parallel import AXIS, DeviceLayout
 
 GIB = 2**30
 MEMORY = {"v5e": 16 * GIB, "v6e": 32 * GIB, "v5p": 95 * GIB, "v4": 32 * GIB}  # of a chip
@@ -28,7 +28,7 @@ KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
 
 
-def shapes_of(layout: Layout, state, batch):
+def shapes_of(layout: DeviceLayout, state, batch):
     """What the compiled step takes, as shapes: of all devices, whichever process has them."""
     if layout.name != "pmap":
         sharding = NamedSharding(layout.mesh, PartitionSpec(AXIS))

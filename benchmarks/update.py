@@ -27,7 +27,7 @@ OPTIMIZERS = {
 }
 LINKS = {  # with the steps between two changes of masks
     "sparse_momentum": functools.partial(jaxsparse.sparse_momentum, 0.9),
-    "asni": functools.partial(jaxsparse.asni, jaxsparse.linear_sparsity(0.9, 100)),
+    "asni": functools.partial(jaxsparse.asni, optax.linear_schedule(0.009, 0.9, 100)),
 }
 
 # What --against compares, behind or around an optimizer: made when it is asked for, since an old version may lack it.

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from configs import common
 
 # The keys of config.model, and the share of the weights that is kept.
-NETWORKS = {
+EXPERIMENTS = {
     "alexnet_s": ({"name": "alexnet", "variant": "s"}, 0.1),
     "alexnet_b": ({"name": "alexnet", "variant": "b"}, 0.1),
     "vgg16_c": ({"name": "vgg", "variant": "C"}, 0.05),
@@ -38,15 +38,15 @@ NETWORKS = {
 
 
 def get_config(network: str = "vgg16_d") -> ConfigDict:
-    """The configuration, for one of :data:`NETWORKS`."""
-    if network not in NETWORKS:
-        raise ValueError(f"this config comes with the networks {', '.join(NETWORKS)}, got {network!r}")
-    model, kept = NETWORKS[network]
+    """The configuration, for one of :data:`EXPERIMENTS`."""
+    if network not in EXPERIMENTS:
+        raise ValueError(f"this config comes with the networks {', '.join(EXPERIMENTS)}, got {network!r}")
+    model, kept = EXPERIMENTS[network]
     config = common.cifar(common.sparse_momentum())
     config.epochs = 250
     config.data.validation = 0.1
     config.data.pad_mode = "reflect"
     config.model.update(model)
-    config.optimizer.decay_every_steps = 30_000
-    config.sparsity.sparsity = 1 - kept
+    common.decay_every(config, 30_000)
+    config.method.sparsity = 1 - kept
     return config

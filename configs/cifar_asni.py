@@ -21,7 +21,7 @@ two numbers a layer, ASNI-II with two numbers of the biases too, and the same ma
 
 (The deviations are those of single runs.)
 
-  python -m experiments.asni --config=configs/cifar_asni.py:vgg16 --config.data_dir=DIR --workdir=/tmp/vgg16
+  python -m experiments.stages --config=configs/stages/asni.py:cifar_vgg16 --config.data_dir=DIR --workdir=/tmp/vgg16
   python -m experiments.train --config=configs/cifar_asni.py:vgg16_steep ...               # ASNI-I alone
 
 The first trains all of these one after another and shows them side by side. DIR is where TensorFlow Datasets has
@@ -65,12 +65,12 @@ def get_config(experiment: str = "vgg16") -> ConfigDict:
     config = common.cifar(common.asni())
     config.epochs = epochs
     config.model.update(model)
-    config.optimizer.learning_rate = learning_rate
-    config.sparsity.magnitude, config.sparsity.scale = magnitude, scale
+    config.method.sparsity.update({"magnitude": magnitude, "scale_epochs": scale})
     if experiment.startswith("conv"):
         config.data.batch_size = 60
+        config.optimizer.learning_rate = learning_rate
     else:
-        config.optimizer.name = "sgd"
-        config.optimizer.weight_decay = 5e-4
-        config.optimizer.cosine_scale = 1.06
+        config.weight_decay = 5e-4
+        config.optimizer = ConfigDict({"name": "sgd", "momentum": 0.9})
+        common.epoch_cosine(config, learning_rate, scale=1.06)
     return config

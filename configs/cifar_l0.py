@@ -42,22 +42,20 @@ def get_config(experiment: str = "vgg16_forward") -> ConfigDict:
     network, gates, data = EXPERIMENTS[experiment]
     config = common.cifar(common.gates("l0" if gates == "hc" else "dep_l0"))
     config.epochs = 299
-    config.optimizer.decay_at_epochs = (60, 120, 180, 240)
-    config.sparsity.penalty = PENALTIES[network][GATES.index(gates)]
-    config.sparsity.counts = "neighbours"
+    config.method.penalty.update({"strength": PENALTIES[network][GATES.index(gates)], "counts": "neighbours"})
     if gates == "hc":
-        config.sparsity.log_alpha = 3.0
+        config.method.log_alpha = 3.0
     else:
-        config.sparsity.direction = gates
+        config.method.direction = gates
     if network == "vgg16":
         config.model.update({"name": "vgg", "variant": "16"})
-        config.optimizer.learning_rate = 0.05
-        config.optimizer.decay_rate = 0.2
+        common.decay_at(config, (60, 120, 180, 240), init_value=0.05, decay_rate=0.2)
         if gates != "hc":
-            config.sparsity.input_width = 64
+            config.method.input_width = 64
     else:
         config.model.update({"name": "resnet_56", "project": True})
-        config.sparsity.gate_decay_rate = 0.1
+        common.decay_at(config, (60, 120, 180, 240))
+        config.method.gate_optimizer.learning_rate.decay_rate = 0.1
     config.data.mean = (0.4914, 0.4824, 0.4467)  # 125.3, 123.0, 113.9 of 255
     config.data.std = (0.2471, 0.2435, 0.2616)  # 63.0, 62.1, 66.7
     if data:

@@ -1,16 +1,23 @@
 """What the configurations share: all keys, with the recipes of the papers' authors as far as they are the same.
 
-Every key can be changed on the command line: ``--config.optimizer.weight_decay=1e-4``.
+Every key can be changed on the command line: ``--config.weight_decay=1e-4``. ``optimizer`` and ``method`` name
+functions of Optax and jaxsparse and give their arguments, see ``experiments/build.py``: a mapping with a ``name`` is a
+call, a key that ends in ``_epochs`` is the argument in steps, and ``"config.epochs"`` is what that key has.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from ml_collections import ConfigDict, config_dict
+
+ALL_EPOCHS = "config.epochs"
 
 
 def training() -> ConfigDict:
     """The keys of every run; those that are None or "" have to be set."""
     config = ConfigDict()
     config.seed = 0
-    config.dense = False  # True leaves the sparse link out
+    config.dense = False  # True leaves the method out
     config.smoke = False  # True makes the run small, to see that it works
     config.data_dir = config_dict.placeholder(str)  # of TensorFlow Datasets; None: ~/tensorflow_datasets
     config.epochs = 100
@@ -20,6 +27,11 @@ def training() -> ConfigDict:
 
     config.label_smoothing = 0.0  # share of every target that is spread over all classes
     config.init = "model"  # where the weights start: as the model has it, or "he_normal": by fan-in, with biases of 0
+    # The file of a sparse model, such as WORKDIR/sparse.safetensors of another run: its masks are kept, in place of the
+    # method. The weights start on them as "centroids" (ASNI-II: two numbers per layer), "centroids_and_biases" (two for
+    # its biases too), "original" (the random ones of this run's seed), or "weights" (the model's own).
+    config.masks_from = config_dict.placeholder(str)
+    config.start = "centroids"
 
     config.data = ConfigDict()
     config.data.name = ""
@@ -27,8 +39,8 @@ def training() -> ConfigDict:
     config.data.validation = 0.0  # share of the train examples that is held out, the last of them
     config.data.mean = config_dict.placeholder(tuple)  # None: that of the train images
     config.data.std = config_dict.placeholder(tuple)
-    config.data.examples = config_dict.placeholder(int)  # take the first so many; None: all
-    config.data.pad = 0  # augmentation: random crops of images padded by so many pixels,
+    config.data.examples = config_dict.placeholder(int)  # take at most this many, from the start; None: all
+    config.data.pad = 0  # augmentation: random crops of images padded by this many pixels,
     config.data.pad_mode = "zeros"  # or "reflect",
     config.data.flip = False  # and mirrored at random
     config.data.streamed = False  # True: too large for the memory, read and decoded by worker processes while training
@@ -39,121 +51,142 @@ def training() -> ConfigDict:
     config.parallel = ConfigDict()
     config.parallel.layout = "one_device"  # or "pmap", "data", "fsdp": how the devices share a step
     config.parallel.sync_batch_norm = False  # statistics of batch normalisation over the whole batch, not each device's
-    config.parallel.accumulate = 1  # gradients of so many parts of a device's batch are averaged, one after another
+    config.parallel.accumulate = 1  # a device's batch is split into this many parts, whose gradients are averaged
 
     config.model = ConfigDict()
     config.model.name = ""
     config.model.dtype = "float32"  # or "bfloat16", of the computation; weights are float32
 
+    config.clip_norm = config_dict.placeholder(float)  # None: gradients are not clipped
+    config.weight_decay = 5e-4  # times all params is added to the gradients
+    config.warmup_epochs = 0.0  # in these the learning rate rises from 0 to its schedule, at every step
+    # The batch size that the learning rate is meant for: k times as many examples have k times the learning rate. None:
+    # the same for any batch size.
+    config.scale_with_batch = config_dict.placeholder(int)
     config.optimizer = ConfigDict()
-    config.optimizer.weight_decay = 5e-4  # of all params
-    config.optimizer.clip_norm = config_dict.placeholder(float)  # None: gradients are not clipped
-    config.sparsity = ConfigDict()
+    config.method = ConfigDict()
+
+    # What --config.smoke changes: few examples, four epochs of 44 steps at most.
+    config.smoke_overrides = ConfigDict({
+        "epochs": 4, "log_every_steps": 44, "optimizer": {}, "method": {}, "model": {},
+        "data": {"examples": 44 * 32, "batch_size": 32, "image_size": 64, "workers": 0},
+    })  # fmt: skip
     return config
 
 
-def add_learning_rate(config: ConfigDict, schedule: str) -> None:
-    """The learning rate of SGD or Adam, for the methods that have one of them."""
-    optimizer = config.optimizer
-    optimizer.learning_rate = 0.1
-    # "every_steps" and "at_epochs": multiplied by decay_rate then; "cosine": falls to 0, at every step; "epoch_cosine":
-    # constant within an epoch, falls to 0 over cosine_scale times the epochs.
-    optimizer.schedule = schedule
-    optimizer.decay_rate = 0.1
-    optimizer.decay_every_steps = 25_000
-    optimizer.decay_at_epochs = ()
-    optimizer.cosine_scale = config_dict.placeholder(float)  # None: constant
-    optimizer.warmup_epochs = 0.0  # in the first so many it rises from 0 to its schedule, at every step
-    # The batch size that the learning rate is meant for: k times as many examples have k times the learning rate. None:
-    # the same for any batch size.
-    optimizer.scale_with_batch = config_dict.placeholder(int)
+def set_learning_rate(config: ConfigDict, rate: Mapping[str, Any], **smoke: Any) -> None:
+    """The schedule of the learning rate, and what a smoke run changes in it."""
+    config.optimizer.learning_rate = ConfigDict(rate)
+    config.smoke_overrides.optimizer = ConfigDict({"learning_rate": smoke})
+
+
+def decay_every(config: ConfigDict, steps: int, init_value: float = 0.1) -> None:
+    """The learning rate is divided by 10 every so often."""
+    rate = {"init_value": init_value, "transition_steps": steps, "decay_rate": 0.1, "staircase": True}
+    set_learning_rate(config, {"name": "exponential_decay", **rate}, transition_steps=2 * 44)
+
+
+def decay_at(config: ConfigDict, epochs: tuple[int, ...], init_value: float = 0.1, decay_rate: float = 0.1) -> None:
+    """The learning rate is multiplied by ``decay_rate`` after each of these epochs."""
+    rate = {"init_value": init_value, "decay_rate": decay_rate, "at_epochs": epochs}
+    set_learning_rate(config, {"name": "decays_at", **rate}, at_epochs=(1, 2, 3))
+
+
+def cosine(config: ConfigDict, init_value: float = 0.1) -> None:
+    """The learning rate falls to 0, at every step."""
+    rate = {"name": "cosine_decay_schedule", "init_value": init_value, "decay_steps_epochs": ALL_EPOCHS}
+    set_learning_rate(config, rate)
+
+
+def epoch_cosine(config: ConfigDict, init_value: float, scale: float) -> None:
+    """The learning rate is constant within an epoch, and would fall to 0 in ``scale`` times the epochs."""
+    rate = {"init_value": init_value, "every_epochs": 1, "epochs": ALL_EPOCHS, "scale": scale}
+    set_learning_rate(config, {"name": "epoch_cosine", **rate})
 
 
 def sparse_momentum() -> ConfigDict:
     """Sparse momentum (Dettmers and Zettlemoyer, 2019): SGD with Nesterov momentum, learning rate by steps."""
     config = training()
-    add_learning_rate(config, "every_steps")
-    config.optimizer.momentum = 0.9
-
-    config.sparsity.method = "sparse_momentum"
-    config.sparsity.sparsity = 0.95
-    config.sparsity.update_every_epochs = 1
-    config.sparsity.prune_rate = 0.5
-    config.sparsity.prune_rate_decay = "cosine"  # or "linear", "constant"
-    config.sparsity.prune = "magnitude"  # or "SET", "global_magnitude"
-    config.sparsity.redistribution = "momentum"  # or "magnitude", "nonzeros", "none"
-    config.sparsity.growth = "momentum"  # or "random", "momentum_neuron"
-    config.sparsity.allocation = "uniform"  # or "erdos_renyi", "erdos_renyi_kernel"
-    # What is kept or dropped as one: "weight", "kernel", "channel", blocks such as "64x64", n of m such as "2:4", or
-    # "model": the blocks of config.model.
-    config.sparsity.structure = "weight"
+    config.optimizer = ConfigDict({"name": "sgd", "momentum": 0.9, "nesterov": True})
+    decay_every(config, 25_000)
+    config.method = ConfigDict({
+        "name": "sparse_momentum",
+        "sparsity": 0.95,
+        "update_every_epochs": 1,
+        "prune_rate": {"name": "cosine_prune_rate", "init_value": 0.5, "steps_epochs": ALL_EPOCHS},
+        "prune": "magnitude",  # or "SET", "global_magnitude"
+        "redistribution": "momentum",  # or "magnitude", "nonzeros", "none"
+        "growth": "momentum",  # or "random", "momentum_neuron"
+        "allocation": "uniform",  # or "erdos_renyi", "erdos_renyi_kernel"
+        "structure": "weight",  # what is kept or dropped as one, or "kernel", "channel", {"name": "block", ...}
+    })  # fmt: skip
     return config
 
 
-def rda() -> ConfigDict:
-    """Training with compressed sensing (Siegel et al., 2020): generalised dual averaging with reweighted l1."""
-    config = training()
-    config.optimizer.step_size = 1.0
-    config.optimizer.schedule = "cosine"  # or "halving", "log_cosine"; it sets the averaging too
-    config.optimizer.halve_after_epochs = ()  # for "halving"
-    config.optimizer.momentum_time = 9.5
+def rda(schedule: str = "rda_cosine", **options: Any) -> ConfigDict:
+    """Training with compressed sensing (Siegel et al., 2020): generalised dual averaging with reweighted l1.
 
-    config.sparsity.method = "rda"
-    config.sparsity.l1 = 1e-6
-    config.sparsity.weight_time = config_dict.placeholder(float)  # None: momentum_time
-    config.sparsity.max_factor = 500.0
-    config.sparsity.structure = "weight"  # or "kernel", "channel"
+    Args:
+      schedule: of the step size and the averaging: "rda_cosine", "rda_log_cosine", or "rda_halving".
+      **options: of the schedule; by default it goes over all epochs.
+    """
+    config = training()
+    schedules = {"name": schedule, "init_value": 1.0, **(options or {"steps_epochs": ALL_EPOCHS})}
+    config.optimizer = ConfigDict({"name": "velocity", "schedules": schedules, "momentum_time": 9.5})
+    config.method = ConfigDict({
+        "name": "reweighted_l1",
+        "schedules": "config.optimizer.schedules",  # step size and averaging
+        "l1": 1e-6,
+        "weight_time": "config.optimizer.momentum_time",
+        "max_factor": 500.0,
+        "structure": "weight",  # or "kernel", "channel"
+    })  # fmt: skip
     return config
 
 
 def gates(method: str) -> ConfigDict:
     """L0 regularisation, "l0" (Louizos et al., 2018) or "dep_l0" (Li and Ji, 2021): SGD or Adam, gates on channels."""
     config = training()
-    config.optimizer.name = "sgd"  # or "adam"
-    add_learning_rate(config, "at_epochs")
-    config.optimizer.momentum = 0.9
-
-    config.sparsity.method = method
-    config.sparsity.penalty = 1e-6  # strength of the penalty,
-    config.sparsity.penalty_factors = config_dict.placeholder(tuple)  # times one factor for each group; None: 1
-    config.sparsity.counts = "alone"  # or "neighbours", "all": which weights it counts, see jaxsparse.Penalty
-    config.sparsity.examples = 1  # by what it is divided
-    config.sparsity.gate_learning_rate = 1e-3  # of Adam, on the gates,
-    config.sparsity.gate_decay_rate = 1.0  # multiplied by this at config.optimizer.decay_at_epochs
-    config.sparsity.freeze_gates_at_epoch = config_dict.placeholder(int)  # from then on they are deterministic
+    config.optimizer = ConfigDict({"name": "sgd", "momentum": 0.9})
+    decay_at(config, ())
+    of_gates = {"init_value": 1e-3, "decay_rate": 1.0, "at_epochs": "config.optimizer.learning_rate.at_epochs"}
+    config.method = ConfigDict({
+        "name": method,
+        # counts: which weights it counts, "neighbours", "all"; examples: by what it is divided. See jaxsparse.Penalty.
+        "penalty": {"name": "Penalty", "strength": 1e-6, "counts": "alone", "examples": 1},
+        "gate_optimizer": {"name": "adam", "learning_rate": {"name": "decays_at", **of_gates}},
+    })  # fmt: skip
+    config.method.freeze_gates_at_epochs = config_dict.placeholder(int)  # from then on they are deterministic
     if method == "l0":
-        config.sparsity.log_alpha = 0.0  # where gates start
-        config.sparsity.clamp = config_dict.placeholder(tuple)  # bounds of log_alpha
+        config.method.log_alpha = 0.0  # where gates start
+        config.method.clamp = config_dict.placeholder(tuple)  # bounds of log_alpha
     else:
-        config.sparsity.direction = "forward"  # or "backward"
-        config.sparsity.input_width = config_dict.placeholder(int)  # None: that of the first group of the chain
+        config.method.direction = "forward"  # or "backward"
+        config.method.input_width = config_dict.placeholder(int)  # None: that of the first group of the chain
     return config
 
 
 def asni() -> ConfigDict:
-    """ASNI (Damadi et al., 2022): Adam or SGD, global magnitude pruning on a sigmoid schedule, once an epoch."""
+    """ASNI (Damadi et al., 2022): Adam, global magnitude pruning on a sigmoid schedule, once an epoch."""
     config = training()
     config.init = "he_normal"
-    config.optimizer.name = "adam"  # or "sgd"
-    add_learning_rate(config, "epoch_cosine")
-    config.optimizer.learning_rate = 1.2e-4
-    config.optimizer.momentum = 0.9  # of SGD
-    config.optimizer.weight_decay = 0.0
-
-    config.sparsity.method = "asni"  # or "mask_updates": fixed masks
-    config.sparsity.update_every_epochs = 1
-    config.sparsity.schedule = "sigmoid"  # or "cubic", "linear"
-    config.sparsity.magnitude = 0.98  # of the sparsity
-    config.sparsity.scale = 5.0  # of the sigmoid, in prunings: small is steep
-    config.sparsity.translation = 0.5
-    config.sparsity.normalised = False
-    config.sparsity.exact = False  # True: as many as the schedule says, nothing skipped
-    config.sparsity.structure = "weight"  # what goes as one: as for sparse momentum
-    # For "mask_updates": the file of a sparse model, such as WORKDIR/sparse.safetensors of another run, and the weights
-    # to start with on its masks: "centroids" (ASNI-II: two numbers a layer), "centroids_and_biases" (two of its biases
-    # too), "original" (the random ones of this run's seed), "weights" (the model's own).
-    config.sparsity.masks_from = config_dict.placeholder(str)
-    config.sparsity.start = "centroids"
+    config.weight_decay = 0.0
+    config.optimizer = ConfigDict({"name": "adam", "learning_rate": 1.2e-4})
+    config.method = ConfigDict({
+        "name": "asni",
+        "sparsity": {
+            "name": "sigmoid_sparsity",
+            "magnitude": 0.98,
+            "begin_epochs": 1,  # the first pruning, as the author counts
+            "steps_epochs": ALL_EPOCHS,
+            "scale_epochs": 5.0,  # small is steep
+            "translation": 0.5,
+            "normalised": False,
+        },
+        "update_every_epochs": 1,
+        "structure": "weight",  # what goes as one: as for sparse momentum
+    })  # fmt: skip
+    config.smoke_overrides.method = ConfigDict({"sparsity": {"scale_epochs": 0.4}})
     return config
 
 
@@ -170,6 +203,8 @@ def mnist(config: ConfigDict, model: str) -> ConfigDict:
     config.data.mean = (0.1307,)
     config.data.std = (0.3081,)
     config.model.name = model
+    config.smoke_overrides.eval_every_epochs = 2 if convolutional else 1
+    config.smoke_overrides.checkpoint_every_epochs = 1 if convolutional else 2
     return config
 
 
@@ -183,5 +218,12 @@ def cifar(config: ConfigDict) -> ConfigDict:
     config.data.std = (0.2023, 0.1994, 0.2010)
     config.data.pad = 4
     config.data.flip = True
-    config.model.width = 1.0  # factor of all channel numbers
+    config.smoke_overrides.checkpoint_every_epochs = 2
+    set_width(config)
     return config
+
+
+def set_width(config: ConfigDict) -> None:
+    """A model whose channel numbers have a factor; a smoke run has an eighth of them."""
+    config.model.width = 1.0
+    config.smoke_overrides.model = ConfigDict({"width": 1 / 8})

@@ -26,6 +26,8 @@ def get_config() -> ConfigDict:
     config.data.name = "digits"
     config.data.batch_size = 32
     config.model.name = "lenet_300_100"
-    config.optimizer.decay_every_steps = 1980
-    config.sparsity.sparsity = 0.9
+    common.decay_every(config, 1980)
+    config.method.sparsity = 0.9
+    config.smoke_overrides.eval_every_epochs = 2
+    config.smoke_overrides.checkpoint_every_epochs = 2
     return config

@@ -27,7 +27,7 @@ On a TPU pod slice or several machines, the same command on every host, with DIR
 
 DIR is where TensorFlow Datasets has imagenet2012 (imagenette/320px-v2 for the last one) as array_record, W the folder
 of the run. ``data.batch_size`` is that of all devices together. The learning rate grows with it, and with a large one
-there should be a warm-up: ``--config.data.batch_size=1024 --config.optimizer.warmup_epochs=5``; the step size of "rda"
+there should be a warm-up: ``--config.data.batch_size=1024 --config.warmup_epochs=5``; the step size of "rda"
 does not grow, and its schedule has a warm-up. "asni_80" has the 820 images a step of its author's four GPUs, which
 eight devices cannot share: give them 816. ``--config.dense`` is any of these without its method, by the same optimizer.
 
@@ -36,7 +36,7 @@ Where the recipes are from:
 - Sparse momentum: Dettmers and Zettlemoyer, 2019 (arXiv:1907.04840), Table 3, and
   https://github.com/TimDettmers/sparse_learning at e19ff16. Nesterov momentum; all convolutions and the dense layer are
   sparse. For these two rows the authors' script has densities of 0.15626087 and 0.25626087, which are
-  ``--config.sparsity.sparsity=0.84373913`` and ``=0.74373913``; here they are 10% and 20%. The log that they published
+  ``--config.method.sparsity=0.84373913`` and ``=0.74373913``; here they are 10% and 20%. The log that they published
   of the first ends at 72.3%.
 - Compressed sensing: Siegel et al., 2020 (arXiv:2008.09661). Their code has a schedule that no script of theirs uses
   and that fits ImageNet: a warm-up, then the cosine of the logarithm of the step size. Step size and momentum time are
@@ -65,41 +65,39 @@ def dense() -> ConfigDict:
     config.epochs = 90
     config.label_smoothing = 0.1
     config.model.zero_init = True
-    config.optimizer.schedule = "cosine"
-    config.optimizer.warmup_epochs = 5.0
+    config.warmup_epochs = 5.0
+    config.smoke_overrides.warmup_epochs = 1.0
+    common.cosine(config)
     return config
 
 
 def sparse_momentum(kept: float) -> ConfigDict:
     """With this share of the weights."""
     config = imagenet(common.sparse_momentum())
-    config.optimizer.schedule = "at_epochs"
-    config.optimizer.decay_at_epochs = (30, 60, 90)
-    config.sparsity.sparsity = 1 - kept
-    config.sparsity.prune_rate = 0.2
+    common.decay_at(config, (30, 60, 90))
+    config.method.sparsity = 1 - kept
+    config.method.prune_rate.init_value = 0.2
     return config
 
 
 def rda() -> ConfigDict:
     """Dual averaging with reweighted l1."""
-    config = imagenet(common.rda())
-    config.optimizer.schedule = "log_cosine"
-    return config
+    return imagenet(common.rda("rda_log_cosine"))
 
 
 def gates(direction: str | None) -> ConfigDict:
     """Gates that depend on those of the layer before ("forward") or behind ("backward"), or on none (None)."""
     config = imagenet(common.gates("dep_l0" if direction else "l0"))
-    config.optimizer.decay_at_epochs = (30, 60, 90)
-    config.sparsity.penalty = 5e-9
-    config.sparsity.penalty_factors = KERNEL_AREAS
-    config.sparsity.gate_decay_rate = 0.2
-    config.sparsity.freeze_gates_at_epoch = 90
+    common.decay_at(config, (30, 60, 90))
+    del config.method.penalty.strength
+    config.method.penalty.strength = tuple(5e-9 * area for area in KERNEL_AREAS)
+    config.method.gate_optimizer.learning_rate.decay_rate = 0.2
+    config.method.freeze_gates_at_epochs = 90
     if direction:
-        config.sparsity.direction = direction
-        config.sparsity.input_width = 64 if direction == "forward" else 512
+        config.method.direction = direction
+        config.method.input_width = 64 if direction == "forward" else 512
     else:
-        config.sparsity.log_alpha = 3.0
+        config.method.log_alpha = 3.0
     return config
 
 
@@ -107,11 +105,9 @@ def asni() -> ConfigDict:
     """Pruned once an epoch, to four zeros in five."""
     config = imagenet(common.asni(), batch_size=820)
     config.epochs = 90
-    config.optimizer.name = "sgd"
-    config.optimizer.learning_rate = 0.35
-    config.optimizer.cosine_scale = 1.02
-    config.sparsity.magnitude = 0.814
-    config.sparsity.scale = 10.0
+    config.optimizer = ConfigDict({"name": "sgd", "momentum": 0.9})
+    common.epoch_cosine(config, 0.35, scale=1.02)
+    config.method.sparsity.update({"magnitude": 0.814, "scale_epochs": 10.0})
     return config
 
 
@@ -122,8 +118,8 @@ def imagenette() -> ConfigDict:
     config.data.name = "imagenette/320px-v2"
     config.data.image_size = 160
     config.data.batch_size = 64
-    config.optimizer.schedule = "cosine"
-    config.optimizer.warmup_epochs = 1.0
+    config.warmup_epochs = 1.0
+    common.cosine(config)
     return config
 
 
@@ -136,11 +132,11 @@ def imagenet(config: ConfigDict, batch_size: int = 256) -> ConfigDict:
     config.data.mean = (0.485, 0.456, 0.406)
     config.data.std = (0.229, 0.224, 0.225)
     config.model.name = "resnet_50"
-    config.model.width = 1.0  # factor of all channel numbers
+    common.set_width(config)
     config.model.zero_init = False  # True: the scale of each block's last batch normalisation starts from 0
-    config.optimizer.weight_decay = 1e-4
-    if "scale_with_batch" in config.optimizer:
-        config.optimizer.scale_with_batch = batch_size
+    config.weight_decay = 1e-4
+    if "learning_rate" in config.optimizer:
+        config.scale_with_batch = batch_size
     return config
 
 

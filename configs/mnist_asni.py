@@ -12,7 +12,7 @@ two numbers a layer, ASNI-II with two numbers of the biases too, and the same ma
 
 (The deviations are those of single runs; dense fc had the learning rate 1.2e-3.)
 
-  python -m experiments.asni --config=configs/mnist_asni.py:fc --config.data_dir=DIR --workdir=/tmp/mnist_asni
+  python -m experiments.stages --config=configs/stages/asni.py:mnist_fc --config.data_dir=DIR --workdir=/tmp/mnist_asni
   python -m experiments.train --config=configs/mnist_asni.py:conv2 ...               # ASNI-I alone
 
 The first trains all of these one after another and shows them side by side. DIR is where TensorFlow Datasets has MNIST
@@ -24,12 +24,12 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-# The model, epochs, learning rate, and what the sparsity schedule has.
+# The model, epochs, learning rate, and arguments of the sparsity schedule.
 EXPERIMENTS = {
-    "fc": ("lenet_300_100", 50, 1.2e-4, {"magnitude": 0.98, "scale": 5.0}),
-    "conv2": ("conv_2", 20, 2e-4, {"magnitude": 0.992, "scale": 2.0}),
-    "conv4": ("conv_4", 25, 3e-4, {"magnitude": 0.985, "scale": 2.0}),
-    "conv6": ("conv_6", 30, 3e-4, {"magnitude": 0.985, "scale": 2.0}),
+    "fc": ("lenet_300_100", 50, 1.2e-4, {"magnitude": 0.98, "scale_epochs": 5.0}),
+    "conv2": ("conv_2", 20, 2e-4, {"magnitude": 0.992, "scale_epochs": 2.0}),
+    "conv4": ("conv_4", 25, 3e-4, {"magnitude": 0.985, "scale_epochs": 2.0}),
+    "conv6": ("conv_6", 30, 3e-4, {"magnitude": 0.985, "scale_epochs": 2.0}),
 }
 
 
@@ -48,7 +48,8 @@ def get_config(experiment: str = "fc") -> ConfigDict:
     config.data.std = (0.3081,)
     config.model.name = model
     if experiment != "fc":
-        config.model.width = 1.0
+        common.set_width(config)
     config.optimizer.learning_rate = learning_rate
-    config.sparsity.update(schedule)
+    config.method.sparsity.update(schedule)
+    config.smoke_overrides.checkpoint_every_epochs = 2 if experiment == "fc" else 1
     return config

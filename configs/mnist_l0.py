@@ -12,13 +12,15 @@ report 1.4% error for 219-214-100 and 1.8% for 266-88-33 inputs and units (LeNet
 DIR is where TensorFlow Datasets has MNIST as array_record. Adam, 1e-3, for weights and gates, batches of 100, pixels
 from 0 to 1, all 60,000 images, as in the code of Louizos et al. In three things we differ: a weight is paid for as long
 as both its ends are open (``counts``), gates start more open, and in the last fifth of the epochs they are frozen.
-Their way is ``--config.sparsity.counts=alone --config.sparsity.log_alpha=0`` and
-``--config.sparsity.freeze_gates_at_epoch=100``.
+Their way is ``--config.method.penalty.counts=alone --config.method.log_alpha=0`` and
+``--config.method.freeze_gates_at_epochs=100``.
 """
 
 from ml_collections import ConfigDict
 
 from configs import common
+
+EXPERIMENTS = ("lenet_300_100", "lenet5_caffe", "lenet_300_100_dep", "lenet5_caffe_dep")
 
 
 def get_config(model: str = "lenet_300_100") -> ConfigDict:
@@ -29,16 +31,15 @@ def get_config(model: str = "lenet_300_100") -> ConfigDict:
     config.epochs = 100 if network == "lenet_300_100" else 40
     config.data.validation = 0.0
     config.data.mean, config.data.std = (0.0,), (1.0,)
-    config.optimizer.name = "adam"
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.weight_decay = 0.0
-    config.sparsity.examples = 60_000
-    config.sparsity.counts = "all"
-    config.sparsity.penalty = 0.2 if dependent else 0.22
-    config.sparsity.freeze_gates_at_epoch = config.epochs * 4 // 5
+    config.weight_decay = 0.0
+    config.optimizer = ConfigDict({"name": "adam"})
+    common.decay_at(config, (), init_value=1e-3)
+    config.method.penalty.update({"strength": 0.2 if dependent else 0.22, "counts": "all", "examples": 60_000})
+    config.method.freeze_gates_at_epochs = config.epochs * 4 // 5
     if dependent:
-        config.sparsity.gate_learning_rate = 1e-4  # every weight of the generator moves every gate of a layer
+        # Every weight of the generator moves every gate of a layer.
+        config.method.gate_optimizer.learning_rate.init_value = 1e-4
     else:
-        config.sparsity.log_alpha = 2.0
-        config.sparsity.clamp = (-4.605, 4.605)  # log(0.01), log(100)
+        config.method.log_alpha = 2.0
+        config.method.clamp = (-4.605, 4.605)  # log(0.01), log(100)
     return config

@@ -2,7 +2,7 @@
 
   python -m experiments.train --config=configs/mnist_mlp.py --config.data_dir=DIR --workdir=/tmp/mlp
   python -m experiments.train --config=configs/mnist_mlp.py:weights ...     # the same, by single weights
-  python -m experiments.train --config=configs/mnist_mlp.py --config.sparsity.dense_gradient_steps=20 ...
+  python -m experiments.train --config=configs/mnist_mlp.py --config.dense_gradient_steps=20 ...
 
 DIR is where TensorFlow Datasets has MNIST as array_record. Blocks are of 112 x 128 weights in the first layer, whose
 784 inputs 128 does not divide, and of 128 x 128 in the second; the last layer's 20,480 weights are kept or dropped one
@@ -20,6 +20,7 @@ from ml_collections import ConfigDict, config_dict
 from configs import common
 
 BLOCKS = ((112, 128), (128, 128), None)
+EXPERIMENTS = ("blocks", "weights")
 
 
 def get_config(unit: str = "blocks") -> ConfigDict:
@@ -32,10 +33,17 @@ def get_config(unit: str = "blocks") -> ConfigDict:
     config.log_every_steps = 108
     config.model.name = "mlp"
     config.model.features = (2048, 2048)
-    config.optimizer.decay_every_steps = 2 * 540
-    config.sparsity.sparsity = 0.9
-    config.sparsity.dense_gradient_steps = config_dict.placeholder(int)  # None: on all steps
+    config.dense_gradient_steps = config_dict.placeholder(int)  # None: on all steps
+    common.decay_every(config, 2 * 540)
+    config.method.sparsity = 0.9
     if unit == "blocks":
         config.model.blocks = BLOCKS
-        config.sparsity.structure = "model"
+        del config.method.structure
+        config.method.structure = ConfigDict({
+            f"fc{i}/kernel": {"name": "block", "bm": block[0], "bn": block[1]}
+            for i, block in enumerate(BLOCKS, 1)
+            if block is not None
+        })  # fmt: skip
+    config.smoke_overrides.checkpoint_every_epochs = 1
+    config.smoke_overrides.model = ConfigDict({"features": (512, 512)})
     return config

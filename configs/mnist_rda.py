@@ -5,9 +5,9 @@ paper has no MNIST; this is its CIFAR recipe (step size 1, cosine, momentum time
 the epochs, batches and held out images of sparse momentum's Table 1, beside which results/rda_mnist.md puts it.
 
   python -m experiments.train --config=configs/mnist_rda.py --config.data_dir=DIR --workdir=/tmp/mnist_rda
-  python -m experiments.train --config=configs/mnist_rda.py:lenet5_caffe ... --config.sparsity.l1=1e-5
+  python -m experiments.train --config=configs/mnist_rda.py:lenet5_caffe ... --config.method.l1=1e-5
 
-How many weights stay follows from ``sparsity.l1``, which was chosen on the held out images alone
+How many weights stay follows from ``method.l1``, which was chosen on the held out images alone
 (results/rda_mnist_l1.md). LeNet-5's gradients are clipped to norm 1, as for sparse momentum.
 """
 
@@ -15,11 +15,13 @@ from ml_collections import ConfigDict
 
 from configs import common
 
+EXPERIMENTS = ("lenet_300_100", "lenet5_caffe")
+
 
 def get_config(model: str = "lenet_300_100") -> ConfigDict:
     """The configuration, for the model "lenet_300_100" or "lenet5_caffe"."""
     config = common.mnist(common.rda(), model)
-    config.sparsity.l1 = 3e-6
+    config.method.l1 = 3e-6
     if model == "lenet5_caffe":
-        config.optimizer.clip_norm = 1.0
+        config.clip_norm = 1.0
     return config

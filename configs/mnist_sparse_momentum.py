@@ -11,7 +11,7 @@ DIR is where TensorFlow Datasets has MNIST as array_record. The recipe is that o
 the last tenth of the train images is held out and the rest trained on for 100 epochs, the test error is that of the
 last epoch. (TensorFlow Datasets has the images in another order than the original files, so other images are held out.)
 
-One thing differs: LeNet-5's gradients are clipped to norm 1. Without (``--config.optimizer.clip_norm=inf``) the first
+One thing differs: LeNet-5's gradients are clipped to norm 1. Without (``--config.clip_norm=inf``) the first
 mask updates, which give the two small layers all their weights back at once, throw the loss up a hundredfold, and in
 some seeds every unit dies. With the authors' code it is the same.
 """
@@ -20,10 +20,12 @@ from ml_collections import ConfigDict
 
 from configs import common
 
+EXPERIMENTS = ("lenet_300_100", "lenet5_caffe")
+
 
 def get_config(model: str = "lenet_300_100") -> ConfigDict:
     """The configuration, for the model "lenet_300_100" or "lenet5_caffe"."""
     config = common.mnist(common.sparse_momentum(), model)
     if model == "lenet5_caffe":
-        config.optimizer.clip_norm = 1.0
+        config.clip_norm = 1.0
     return config

@@ -1,12 +1,15 @@
 """Draws the pictures of these pages, light and dark: ``python docs/pictures.py``, about a minute on two cores.
 
-What they show is computed here, by the library itself. The networks are small and trained on scikit-learn's digits:
-images of 8 x 8 pixels, 1,437 to train with.
+``python docs/pictures.py NAME ...`` draws the named ones only. They are computed here, by the library, with small
+networks trained on scikit-learn's digits (images of 8 x 8 pixels, 1,437 to train with); "methods" is drawn from the
+committed results of MNIST.
 """
 
 import contextlib
 import io
+import json
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -23,6 +26,7 @@ from sklearn.datasets import load_digits
 import jaxsparse
 
 FOLDER = Path(__file__).parent / "_static"
+RESULTS = Path(__file__).parents[1] / "results"
 # Okabe and Ito's colours, which colour-blind people tell apart; those that a dark page swallows are exchanged.
 COLOURS = {
     "light": ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"],
@@ -96,6 +100,65 @@ STEPS = 1437 // BATCH  # of an epoch
 
 # --- Pictures --------------------------------------------------------------------------------------------------------
 
+# label -> table in results/, its rows of LeNet-300-100, colour, marker
+MEASURED = {
+    "sparse_momentum": (
+        "sparse_momentum_table_1",
+        [f"lenet_300_100/density_{kept}" for kept in (1, 2, 5, 20)],
+        "C0",
+        "o-",
+    ),
+    "rda": (
+        "rda_mnist",
+        [f"lenet_300_100/rda_l1_{l1}" for l1 in ("8e-06", "3e-06", "1e-06")],
+        "C1",
+        "s-",
+    ),
+    "asni (ASNI-I)": ("asni_mnist", ["asni_mnist/fc/asni_1"], "C2", "v"),
+    "ASNI-II": ("asni_mnist", ["asni_mnist/fc/asni_2"], "C2", "^"),
+    "l0": ("l0_mnist", ["l0/lenet_300_100"], "C3", "D"),
+    "dep_l0": ("l0_mnist", ["l0/lenet_300_100_dep"], "C4", "P"),
+}
+
+
+def measured(table: str, row: str) -> tuple[float, float, float]:
+    """Weights kept, test accuracy and the standard error of that, in %: means over the seeds of a row."""
+    runs = list(json.loads((RESULTS / f"{table}.json").read_text())[row].values())
+    accuracies = np.array([100 - run["test_error"] for run in runs])
+    error = accuracies.std(ddof=1) / len(runs) ** 0.5
+    return np.mean([run["kept"] for run in runs]), accuracies.mean(), error
+
+
+def methods():
+    """Accuracy against weights kept of all methods that were measured on MNIST, from ``results/``."""
+    points = {
+        label: np.array([measured(table, row) for row in rows]).T
+        for label, (table, rows, _, _) in MEASURED.items()
+    }
+    _, dense, error = measured("sparse_momentum_table_1", "lenet_300_100/dense")
+
+    def draw(figure):
+        axes = figure.subplots()
+        axes.axhspan(dense - error, dense + error, color="grey", alpha=0.25, linewidth=0)
+        axes.axhline(dense, color="grey", linestyle="--", linewidth=1, label="dense")
+        for label, (kept, accuracy, errors) in points.items():
+            _, _, colour, marker = MEASURED[label]
+            axes.errorbar(
+                kept, accuracy, errors, fmt=marker, color=colour, capsize=3, label=label
+            )
+        ticks = [1, 2, 3, 5, 10, 20]
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.set_xticks([], minor=True)
+        axes.set(
+            xlabel="weights kept (%)",
+            ylabel="test accuracy (%)",
+            title="LeNet-300-100 on MNIST, each method with a recipe of its own",
+        )
+        figure.legend(loc="outside right center")
+
+    return draw
+
 
 def sparse_momentum():
     """Where sparse momentum moves the weights, and the momentum that it follows."""
@@ -133,9 +196,9 @@ def sparse_momentum():
         right.plot(steps / STEPS, 100 * np.asarray(rate(steps)))
         right.set(
             xlabel="epoch",
-            ylabel="of a layer's weights (%)",
+            ylabel="prune rate: weights replaced (%)",
             ylim=(0, None),
-            title="Replaced at an update",
+            title="Prune rate (drop fraction)",
         )
 
     return draw
@@ -164,7 +227,7 @@ def reweighted_l1():
         left.plot(x, np.ones_like(x), linestyle="--", label="plain l1 (max_factor=1)")
         left.set(
             xlabel="size of a weight / largest of its layer",
-            ylabel="shrunk by so many times l1",
+            ylabel="shrunk by (multiples of l1)",
             yscale="log",
         )
         left.set(title="Small weights are shrunk most", ylim=(0.5, 800))
@@ -207,11 +270,11 @@ def l0():
         )
         right.plot(log_alpha, jaxsparse.prob_open(log_alpha))
         right.plot(log_alpha, jaxsparse.hard_concrete_mean(log_alpha), linestyle="--")
-        right.text(-1.1, 0.72, "prob_open:\nhow often not 0", color="C0", ha="right")
-        right.text(0.7, 0.3, "hard_concrete_mean:\nto evaluate with", color="C1")
+        right.text(-1.1, 0.72, "prob_open:\nprobability of z > 0", color="C0", ha="right")
+        right.text(0.7, 0.3, "hard_concrete_mean:\nthe test-time gate", color="C1")
         right.set(
-            xlabel=r"$\log\alpha$, what is learned",
-            title=r"What $\log\alpha$ means",
+            xlabel=r"$\log\alpha$, the learned location",
+            title=r"The gate against $\log\alpha$",
             ylim=(-0.04, 1.04),
         )
 
@@ -267,33 +330,33 @@ def dep_l0():
 
 def asni():
     """Sparsity schedules, and the two numbers about which the weights that are left gather."""
-    stages = 50
+    epochs = 50
+    last = (epochs - 1) * STEPS  # the step of the last pruning
     schedules = {
-        "sigmoid": jaxsparse.sigmoid_sparsity(0.95, stages, scale=5),
-        "cubic": jaxsparse.cubic_sparsity(0.95, stages - 2),
-        "linear": jaxsparse.linear_sparsity(0.95, stages),
+        "sigmoid": jaxsparse.sigmoid_sparsity(0.95, epochs * STEPS, 5 * STEPS, begin=STEPS),
+        "cubic": optax.polynomial_schedule(0.0, 0.95, power=3, transition_steps=last),
+        "linear": optax.linear_schedule(0.0, 0.95, last),
     }
     tx = optax.chain(optax.adam(1e-3), jaxsparse.asni(schedules["sigmoid"], STEPS))
-    params, opt_state, _ = train(tx, network((64, 300, 100, 10)), stages)
+    params, opt_state, _ = train(tx, network((64, 300, 100, 10)), epochs)
     masks = jaxsparse.get_masks(opt_state, params)
     means = jaxsparse.centroids(params, masks)["fc2/kernel"]
     kept = np.asarray(params["fc2"]["kernel"])[np.asarray(masks["fc2"]["kernel"])]
 
     def draw(figure):
         left, right = figure.subplots(1, 2)
-        stage = np.arange(stages)
+        step = np.arange(last + 1)
         for style, (name, schedule) in zip(STYLES, schedules.items(), strict=False):
-            left.plot(stage, 100 * np.asarray(schedule(stage)), linestyle=style, label=name)
-        left.set(
-            xlabel="stage (an epoch)", ylabel="zeros (%)", title="Schedules", ylim=(0, 100)
-        )
+            zeros = 100 * np.asarray(schedule(step))
+            left.plot(step / STEPS, zeros, linestyle=style, label=name)
+        left.set(xlabel="epoch", ylabel="zeros (%)", title="Schedules", ylim=(0, 100))
         left.legend(loc="lower right")
         right.hist(kept, bins=60)
         for mean, label in zip(means, ("centroids", None), strict=True):
             right.axvline(float(mean), linestyle="--", color="C1", label=label)
         right.set(
             xlabel="weight",
-            ylabel="how many",
+            ylabel="number of weights",
             title=f"fc2 after ASNI-I: {len(kept):,} of 30,000 left",
         )
         right.legend()
@@ -367,6 +430,7 @@ def structures():
 
 
 PICTURES = {
+    "methods": (methods, (7.4, 3.4)),
     "sparse_momentum": (sparse_momentum, (7.4, 2.9)),
     "reweighted_l1": (reweighted_l1, (7.4, 2.9)),
     "l0": (l0, (7.4, 2.9)),
@@ -385,9 +449,10 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def main() -> None:
-    """Draws them all."""
+    """Draws those that the command line names, or all."""
     FOLDER.mkdir(exist_ok=True)
-    for name, (compute, size) in PICTURES.items():
+    for name in sys.argv[1:] or PICTURES:
+        compute, size = PICTURES[name]
         draw = compute()
         for theme, (ink, paper, line) in INK.items():
             style = {

@@ -118,7 +118,7 @@ class Checkpoints:
         return None
 
     def about(self, step: int) -> dict[str, Any]:
-        """What was saved with a checkpoint beside its state."""
+        """The metadata saved beside the state of a checkpoint."""
         return self._abouts.restore(self.folder / str(step) / "about", args=ocp.args.JsonRestore())
 
     def close(self) -> None:
@@ -165,3 +165,8 @@ def _as_shapes(tree: Any) -> Any:
     return jax.tree.map(
         lambda leaf: leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.eval_shape(lambda: leaf), tree
     )
+
+
+def size_in_bytes(state: Any) -> int:
+    """Bytes of all arrays of a tree, or of what ``jax.eval_shape`` gives for them."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))

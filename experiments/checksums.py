@@ -1,4 +1,4 @@
-"""Checksums of sharded arrays that are the same however devices and processes cut them.
+"""Checksums of arrays that do not depend on their sharding over devices and processes.
 
 That of a leaf is the sum over its entries, modulo 2^64, of a 32-bit hash of the entry's place and bits: each process
 sums what it holds, and the sums add up. Damage goes unnoticed with a probability of about 2^-32.
@@ -18,7 +18,7 @@ _BLOCK = 1 << 15  # entries that stay in a core's cache while they are hashed
 
 
 class Part(NamedTuple):
-    """What a process holds of a leaf.
+    """The part of a leaf that a process holds.
 
     Attributes:
       sum: over the entries that it answers for.
@@ -47,7 +47,7 @@ def parts(state: Any) -> dict[str, Part]:
 
 
 def together(parts: dict[str, Part]) -> dict[str, str]:
-    """The checksums, in hexadecimal, by path, of the parts of all processes, which have to call this together."""
+    """The checksums of the parts of all processes, hexadecimal, by path; all processes call this together."""
     first = jax.process_index() == 0
     sums = np.array([[part.sum if first or not part.whole else 0 for part in parts.values()]], np.uint64)
     # JAX has no integers of 64 bits by default.
@@ -57,7 +57,7 @@ def together(parts: dict[str, Part]) -> dict[str, str]:
 
 
 def differing(saved: dict[str, str], parts: dict[str, Part]) -> list[str]:
-    """The paths of leaves whose checksums are not those saved, as this process sees it. All call this together."""
+    """The paths of leaves whose checksums differ from the saved ones; all processes call this together."""
     now = together(parts)
     wrong = {path for path in {*saved, *now} if saved.get(path) != now.get(path)}
     # The sum is that of the first process; others have read the leaf too.

@@ -1,4 +1,4 @@
-"""How to choose the l1 of reweighted_l1 behind Adam and SGD: what is left, by l1 times the sum of the step sizes.
+"""How to choose the l1 of reweighted_l1 behind Adam and SGD: weights kept, by l1 times the sum of the step sizes.
 
   python -m experiments.choose_l1 [--seeds 3] [--only "Adam, 0.001"]
 
@@ -19,7 +19,7 @@ import optax
 
 import jaxsparse
 from experiments import data
-from experiments.compare import mean_and_error
+from experiments.results.table import markdown, mean_and_error, with_error
 from jaxsparse import models
 
 BATCH = 32
@@ -27,7 +27,7 @@ PULLS = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3)
 
 
 class Setting(NamedTuple):
-    """An optimizer with its step size, the same at every step; how long it trains, and whether a trained network."""
+    """An optimizer with a constant step size, the number of epochs, and whether it starts from a trained network."""
 
     optimizer: str
     step_size: float
@@ -63,7 +63,7 @@ SETTINGS = (
 
 
 class Measured(NamedTuple):
-    """What came out with one l1: the share of the weights kept and the test accuracy of each seed, in %."""
+    """The results with one l1: the share of the weights kept and the test accuracy of each seed, in %."""
 
     l1: float
     kept: list[float]
@@ -112,15 +112,19 @@ def measure(setting: Setting, pulls: Sequence[float], seeds: int) -> list[Measur
 
 
 def as_markdown(found: Mapping[Setting, Sequence[Measured]], pulls: Sequence[float], seeds: int, command: str) -> str:
-    """The table: a column for each pull."""
+    """The page of results, with a table that has a column for each pull."""
+    import pandas as pd
 
-    def line(name, cells):
-        return "| " + " | ".join([name, *cells]) + " |"
+    def cells(of_each):
+        return [with_error(*mean_and_error(values), ".1f", ".2f") for values in of_each]
 
-    def with_error(values):
-        mean, error = mean_and_error(values)
-        return f"{mean:.1f}" + ("" if error is None else f" ± {error:.2f}")
-
+    rows = []
+    for setting, measured in found.items():
+        rows += [
+            [f"**{setting}**: l1", *(f"{m.l1:.1e}" if m.l1 else "0" for m in measured)],
+            ["weights kept (%)", *cells(m.kept for m in measured)],
+            ["test accuracy (%)", *cells(m.accuracy for m in measured)],
+        ]
     lines = [
         "# Choosing the l1 of reweighted_l1: LeNet-300-100 on digits",
         "",
@@ -131,15 +135,8 @@ def as_markdown(found: Mapping[Setting, Sequence[Measured]], pulls: Sequence[flo
         f"{BATCH}. Pull: l1 times the sum of the step sizes, so l1 = pull / (step size x steps). A trained network: 30 "
         "epochs of Adam, 0.001, without the link.",
         "",
-        line("pull", [f"{pull:g}" for pull in pulls]),
-        line("---", ["---"] * len(pulls)),
+        *markdown(pd.DataFrame(rows, columns=["pull", *(f"{pull:g}" for pull in pulls)])),
     ]
-    for setting, measured in found.items():
-        lines += [
-            line(f"**{setting}**: l1", [f"{m.l1:.1e}" if m.l1 else "0" for m in measured]),
-            line("weights kept (%)", [with_error(m.kept) for m in measured]),
-            line("test accuracy (%)", [with_error(m.accuracy) for m in measured]),
-        ]
     return "\n".join(lines) + "\n"
 
 

@@ -50,7 +50,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def read_config(config: str) -> ConfigDict:
-    """What the file and its argument, FILE or FILE:ARGUMENT, give; ends the program if they give nothing."""
+    """Reads the config of FILE or FILE:ARGUMENT; ends the program with a message if there is none."""
     file = config.partition(":")[0]
     if not file:
         sys.exit(f"error: --config {EMPTY}")
@@ -68,7 +68,7 @@ def read_config(config: str) -> ConfigDict:
 
 
 def not_empty(text: str) -> str:
-    """An argument of the command line, for ``type=`` of argparse; it refuses what an unset variable gives."""
+    """An argument of the command line that is not empty, for ``type=`` of argparse: unset variables are empty."""
     if not text:
         raise argparse.ArgumentTypeError(EMPTY)
     return text

@@ -18,7 +18,7 @@ from experiments.command_line import progress_bar
 
 
 class Split(NamedTuple):
-    """Some examples.
+    """A split of a data set: images and labels.
 
     Attributes:
       images: (n, height, width, channels), uint8.
@@ -107,7 +107,7 @@ def check_amounts(validation: float, examples: int | None) -> None:
 
 
 def count(split: Any) -> int:
-    """How many examples a split has, be it arrays or a source of streamed images."""
+    """The number of examples of a split, of arrays or of streamed images."""
     return len(split.labels) if isinstance(split, Split) else len(split)
 
 

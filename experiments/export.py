@@ -22,13 +22,13 @@ from absl import logging
 from ml_collections import ConfigDict
 
 import jaxsparse
-from experiments.checkpoints import Checkpoints
+from experiments.checkpoints import Checkpoints, size_in_bytes
 from experiments.command_line import as_path, not_empty
-from experiments.optimizers import is_gated
-from experiments.program import make_program, masks_of, open_dataset
-from experiments.train import one_a_run, size_in_bytes
+from experiments.inputs import open_dataset
+from experiments.program import make_program
+from experiments.train import one_a_run
 from experiments.workdir import read_json
-from jaxsparse import artifacts
+from jaxsparse import artifacts, inspect
 from jaxsparse.artifacts import formats
 
 FORMATS = ("sparse", "dense", "npz")
@@ -81,6 +81,8 @@ def restore(workdir: Path, data_dir: str | None = None) -> tuple[Any, Any]:
     if config is None:
         raise OSError(f"{str(workdir)!r} is not the folder of a run: it has no config.json")
     config = ConfigDict(config)
+    if "method" not in config:
+        raise ValueError(f"{str(workdir)!r} is a run of another version: its config.json has no 'method'")
     seeds = config.get("side_by_side")  # their checkpoints are of all of them, a folder above
     folder = (workdir if seeds is None else workdir.parent) / "checkpoints"
     if not folder.is_dir():
@@ -94,7 +96,8 @@ def restore(workdir: Path, data_dir: str | None = None) -> tuple[Any, Any]:
         raise OSError(f"{str(workdir)!r} has no checkpoint")
     state = one_a_run(restored[1], seeds)[0 if seeds is None else list(seeds).index(config.seed)]
     params = state.params if config.dense else jaxsparse.eval_params(state.opt_state, state.params)
-    return params, None if is_gated(config) else masks_of(config, state)
+    gated = program.optimizer.groups is not None
+    return params, None if gated else inspect.current_masks(state.opt_state, state.params)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

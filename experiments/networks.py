@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import jaxsparse
-from experiments.optimizers import choose
+from experiments.options import choose
 from jaxsparse import models
-from jaxsparse.parallel import Layout
+from jaxsparse.parallel import DeviceLayout
 from jaxsparse.trees import by_path, path_name
 
 MODELS = {
@@ -33,7 +33,7 @@ MODELS = {
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def make_model(config: ConfigDict, num_classes: int, layout: Layout | None = None) -> Any:
+def make_model(config: ConfigDict, num_classes: int, layout: DeviceLayout | None = None) -> Any:
     """The model ``config.model.name``, with the other keys of ``config.model`` that are not None as its attributes."""
     options = {name: value for name, value in config.model.items() if name != "name" and value is not None}
     if "dtype" in options:
@@ -81,12 +81,18 @@ STARTS = {
 }
 
 
+def load_start(config: ConfigDict) -> tuple[Any, Any]:
+    """The params and masks in the file ``config.masks_from``."""
+    choose(STARTS, config.start, "config.start")
+    return jaxsparse.load_sparse(config.masks_from)
+
+
 def check_fits(trained: Any, params: Any, file: str) -> None:
     """Raises a ValueError if a model that was read from a file is not the one of the run."""
     there, here = ({path: leaf.shape for path, leaf in by_path(tree).items()} for tree in (trained, params))
     for path in sorted(there | here):
         if there.get(path) != here.get(path):
             raise ValueError(
-                f"config.sparsity.masks_from={file!r} does not fit config.model: {path} is "
+                f"config.masks_from={file!r} does not fit config.model: {path} is "
                 f"{there.get(path, 'not there')} in the file and {here.get(path, 'not there')} in the model"
             )

@@ -33,7 +33,7 @@ def random_box(height: int, width: int, draws: Sequence[float]) -> tuple[int, in
 
 
 def centre_box(height: int, width: int, size: int) -> tuple[int, int, int, int]:
-    """What a centre crop of ``size`` pixels shows of an image whose shorter side becomes ``size`` * 256/224."""
+    """The box of a centre crop of ``size`` pixels, for an image whose shorter side becomes ``size`` * 256/224."""
     side = round(min(height, width) * size / round(size * 256 / 224))
     left, top = (width - side) // 2, (height - side) // 2
     return left, top, left + side, top + side

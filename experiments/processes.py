@@ -52,7 +52,7 @@ def join(distributed: bool, coordinator: str | None, processes: int | None, proc
 
 
 def lost(error: BaseException) -> str | None:
-    """What to say of an error that the end of another process has caused here; None of other errors."""
+    """The message for an error caused by the end of another process; None for other errors."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, jax.errors.JaxRuntimeError):
         cause = cause.__cause__ or cause.__context__
@@ -70,7 +70,7 @@ def leave(message: str) -> None:
 
 
 def part() -> None:
-    """Waits until all processes have come to their end: one that leaves early is taken for dead."""
+    """Waits until all processes have finished: one that leaves early is considered dead."""
     if jax.process_count() > 1:
         any_process(False)
         jax.distributed.shutdown()

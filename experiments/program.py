@@ -1,7 +1,6 @@
-"""What a run computes: the model, the optimizer with its sparse link, and the compiled functions around them."""
+"""The computations of a run: the model, the optimizer with its method, and the compiled functions around them."""
 
 import abc
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,13 +14,14 @@ from ml_collections import ConfigDict
 
 import jaxsparse
 from experiments import data
-from experiments.networks import INITS, STARTS, check_fits, make_model
-from experiments.optimizers import choose, is_gated, load_start, make_optimizer
-from jaxsparse import groups, models
-from jaxsparse.parallel import Layout
+from experiments.build import make_optimizer, update_every
+from experiments.inputs import batches, in_batches, make_augmentation
+from experiments.networks import INITS, STARTS, check_fits, load_start, make_model
+from experiments.options import choose
+from jaxsparse import inspect, models
+from jaxsparse.parallel import DeviceLayout, device_layout
 from jaxsparse.trees import by_path
 
-PADDINGS = {"zeros": "constant", "reflect": "reflect"}
 NO_EPOCH = 2**31  # what is drawn besides the orders of the epochs is drawn with a key that belongs to none of them
 EVAL_BATCH = 500  # examples; more is no faster, and takes memory in convolutional networks
 
@@ -59,6 +59,7 @@ class Program(abc.ABC):
     Attributes:
       model: the model.
       layout: how devices share the steps; ``train_chunk`` and ``evaluate`` take states that it has placed.
+      optimizer: with its method.
       image_shape: (height, width, channels) of the images that the model sees.
     """
 
@@ -81,19 +82,19 @@ class Program(abc.ABC):
         self._config, self._dataset, self._side_by_side = config, dataset, side_by_side
         self._steps_per_epoch = num_examples // batch_size  # the rest of an epoch is dropped
         self._augmented = make_augmentation(config)
-        self._tx = make_optimizer(config, self._steps_per_epoch, model=self.model)
-        self._positions = models.positions(self.model, self.image_shape) if is_gated(config) else {}
+        self._fresh = choose(INITS, config.init, "config.init")
+        self._start = None if config.dense or not config.masks_from else load_start(config)
+        self.optimizer = make_optimizer(config, self._steps_per_epoch, self.model)
+        self._tx = self.optimizer.make(masks=self._start and self._start[1])
+        self._positions = models.positions(self.model, self.image_shape) if self.optimizer.groups else None
         # Layers that skip dead blocks take the masks; to others pruned weights are zeros among the rest.
         self._takes_masks = not config.dense and bool(config.model.get("blocks"))
-        self._dense_gradient_steps = None if config.dense else config.sparsity.get("dense_gradient_steps")
+        self._dense_gradient_steps = None if config.dense else config.get("dense_gradient_steps")
         if self._dense_gradient_steps is not None and not (self._takes_masks and self._dense_gradient_steps >= 0):
             raise ValueError(
-                "config.sparsity.dense_gradient_steps is at least 0, and for models with config.model.blocks, got "
+                "config.dense_gradient_steps is at least 0, and for models with config.model.blocks, got "
                 f"{self._dense_gradient_steps} for {config.model.name!r} with blocks {config.model.get('blocks')}"
             )
-        self._fresh = choose(INITS, config.init, "config.init")
-        masks_given = not config.dense and config.sparsity.method == "mask_updates"
-        self._start = load_start(config) if masks_given else None
         self._compiled_init = jax.jit(self._for_seeds(self._init))
 
     def init(self, seed: Any) -> TrainState:
@@ -104,13 +105,10 @@ class Program(abc.ABC):
     def train_chunk(self, state: TrainState, source: Any, start: int, length: int) -> tuple[TrainState, dict[str, Any]]:
         """The state after the steps start, ..., start + length - 1, and measurements. Donates the state.
 
-        Measured are "losses" and "accuracies" of the batches, (length,); "density" of all sparse leaves together;
-        "layer_density" and "flips" by the path of every sparse leaf, the flips being the entries of its mask that the
-        chunk has changed; "finite" by the path of every leaf, whether all of its weights are. For methods with gates,
-        "density" is the share of the params left when closed channels are removed, "layer_density" and "flips" count
-        channels by the name of their group, and "remaining" adds the share of the multiply-adds, and the expected
-        values of both. Of streamed images also "input_wait", the seconds that were spent waiting for them, and
-        "replaced", the numbers of those that could not be read.
+        Measured are "losses" and "accuracies" of the batches, (length,); what :class:`jaxsparse.inspect.Measured` has,
+        with the flips of the chunk; "finite" by the path of every leaf, whether all of its weights are. Of streamed
+        images also "input_wait", the seconds that were spent waiting for them, and "replaced", the numbers of those
+        that could not be read.
         """
 
     @abc.abstractmethod
@@ -134,9 +132,9 @@ class Program(abc.ABC):
         variables = dict(self.model.init(init_key, first_image))
         params = self._fresh(variables.pop("params"), init_key)
         if start is not None:
-            check_fits(start[0], params, config.sparsity.masks_from)
-            params = choose(STARTS, config.sparsity.start, "config.sparsity.start")(params, *start)
-        opt_state = make_optimizer(config, self._steps_per_epoch, mask_key, self.model).init(params)
+            check_fits(start[0], params, config.masks_from)
+            params = choose(STARTS, config.start, "config.start")(params, *start)
+        opt_state = self.optimizer.make(mask_key, start and start[1]).init(params)
         if not config.dense:
             params = jaxsparse.sparsify(opt_state, params)
         return TrainState(params, opt_state, variables, order_key)
@@ -154,8 +152,8 @@ class Program(abc.ABC):
         images = self._augmented(images, jax.random.fold_in(augment_key, step // self._steps_per_epoch), numbers)
         how = {}
         if self._dense_gradient_steps is not None:  # all weights before masks change: momentum tells which to grow
-            update_every = self._config.sparsity.update_every_epochs * self._steps_per_epoch
-            how = {"dense_weight_grad": -step % update_every < self._dense_gradient_steps}
+            every = update_every(self._config, self._steps_per_epoch)
+            how = {"dense_weight_grad": -step % every < self._dense_gradient_steps}
         dropout_key = jax.random.fold_in(jax.random.fold_in(dropout_key, step), numbers[0])  # each device its own
         logits, model_state = self.model.apply(
             {"params": params, **model_state, **collections},
@@ -186,36 +184,12 @@ class Program(abc.ABC):
 
         return train_step
 
-    def _measured(self, old_masks, state, losses, accuracies):
-        old = by_path(old_masks)
-        new = {path: mask for path, mask in by_path(masks_of(self._config, state)).items() if mask.ndim}
-        density, remaining = jaxsparse.density(new), {}
-        if is_gated(self._config):
-            logits = jaxsparse.get_log_alpha(state.opt_state)
-            density, adds = self._shares(state, new)
-            expected = self._shares(state, {name: jaxsparse.prob_open(la) for name, la in logits.items()})
-            remaining = {
-                "multiply_adds": adds,
-                "expected_params": expected[0],
-                "expected_multiply_adds": expected[1],
-            }
-        return {
-            "losses": losses,
-            "accuracies": accuracies,
-            "density": density,
-            "remaining": remaining,
-            "layer_density": {path: jaxsparse.density({path: mask}) for path, mask in new.items()},
-            "flips": {path: jnp.sum(mask != old[path]) for path, mask in new.items()},
-            "finite": {path: jnp.all(jnp.isfinite(leaf)) for path, leaf in by_path(state.params).items()},
-        }
-
-    def _shares(self, state, open_channels):
-        """The shares of the params and of the multiply-adds that stay."""
-        shapes = {path: leaf.shape for path, leaf in by_path(state.params).items()}
-        kept = groups.expected_counts(models.channel_groups(self.model), shapes, open_channels)
-        sizes = {path: math.prod(shape) for path, shape in shapes.items()}
-        adds, all_adds = (sum(n * of[path] for path, n in self._positions.items()) for of in (kept, sizes))
-        return sum(kept.values()) / sum(sizes.values()), adds / all_adds
+    def _measured(self, before, state, losses, accuracies):
+        found = inspect.measure(
+            state.opt_state, state.params, self._positions, groups=self.optimizer.groups, before=before
+        )
+        finite = {path: jnp.all(jnp.isfinite(leaf)) for path, leaf in by_path(state.params).items()}
+        return {"losses": losses, "accuracies": accuracies, **found._asdict(), "finite": finite}
 
     def _sums(self, state):
         """A function of (images, labels, which are real): the sums of losses and of hits, and how many are real."""
@@ -259,11 +233,11 @@ class ResidentProgram(Program):
             step, rows = step_and_rows
             return train_step(state, self.layout.share(rows), step, examples)
 
-        old = masks_of(self._config, state)
+        before = inspect.current_masks(state.opt_state, state.params)
         batch_size = self._config.data.batch_size
         rows = batches(state.order_key, start, length, batch_size, data.count(self._dataset.train), epochs)
         state, (losses, accuracies) = jax.lax.scan(scanned, state, (start + jnp.arange(length), rows))
-        return state, self._measured(old, state, losses, accuracies)
+        return state, self._measured(before, state, losses, accuracies)
 
     def _evaluation(self, state, split):
         sums, size = self._sums(state), self.layout.size
@@ -289,26 +263,27 @@ class StreamedProgram(Program):
 
     def __init__(self, *args):
         super().__init__(*args)
-        config, compile_ = self._config, self.layout.compile
+        compile_ = self.layout.compile
         self.train_step = compile_(self._step(lambda batch, _: batch))
         # Of a copy: the state itself is given up by the first step.
         self._copied_masks = compile_(
-            lambda state: (_Masks(jax.tree.map(jnp.copy, masks_of(config, state))), None), donate=False
+            lambda state: (_Masks(jax.tree.map(jnp.copy, inspect.current_masks(state.opt_state, state.params))), None),
+            donate=False,
         )
         self._compiled_measured = compile_(
-            lambda state, old, *of_batches: (None, self._measured(old.masks, state, *of_batches)), donate=False
+            lambda state, before, *of_batches: (None, self._measured(before.masks, state, *of_batches)), donate=False
         )
         self._compiled_sums = compile_(lambda state, batch: (None, self._sums(state)(batch)), donate=False)
         self._left_out: set[str] = set()  # images that were named
 
     def train_chunk(self, state, source, start, length):
         """See :class:`Program`; the source is the stream."""
-        old, _ = self._copied_masks(state)
+        before, _ = self._copied_masks(state)
         waited, replaced, losses, accuracies = 0.0, [], [], []
         for step in range(start, start + length):
-            before = time.perf_counter()
+            asked = time.perf_counter()
             batch = next(source)
-            waited += time.perf_counter() - before
+            waited += time.perf_counter() - asked
             replaced += [int(number) for number in batch.replaced if number >= 0]
             placed = self.layout.place_batch((batch.images, batch.labels, batch.numbers))
             if step > start + 1:  # one step runs and one waits, so that the devices have something to do, and no more
@@ -317,7 +292,7 @@ class StreamedProgram(Program):
             losses.append(loss)
             accuracies.append(accuracy)
         losses, accuracies = jax.device_get((losses, accuracies))
-        _, results = self._compiled_measured(state, old, np.stack(losses), np.stack(accuracies))
+        _, results = self._compiled_measured(state, before, np.stack(losses), np.stack(accuracies))
         return state, results | {"input_wait": waited, "replaced": np.asarray(replaced, np.int64)}
 
     def evaluate(self, state, source):
@@ -355,90 +330,13 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) 
     return optax.softmax_cross_entropy(logits, targets)
 
 
-def make_layout(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Layout:
+def make_layout(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> DeviceLayout:
     """How devices share the steps, as ``config.parallel`` has it."""
     if config.parallel.accumulate < 1:
         raise ValueError(f"config.parallel.accumulate is at least 1, got {config.parallel.accumulate}")
     if not 0 <= config.label_smoothing < 1:
         raise ValueError(f"config.label_smoothing is in [0, 1), got {config.label_smoothing}")
     try:
-        return Layout(config.parallel.layout, devices)
+        return device_layout(config.parallel.layout, devices)
     except ValueError as error:
         raise ValueError(f"config.parallel.layout: {error}") from None
-
-
-def open_dataset(config: ConfigDict) -> data.Dataset:
-    """The images of ``config.data``: as arrays, or if they are streamed as sources that are read while training."""
-    if not config.data.streamed:
-        return data.load(
-            config.data.name,
-            config.data_dir,
-            validation=config.data.validation,
-            mean=config.data.mean,
-            std=config.data.std,
-            examples=config.data.examples,
-        )
-    from experiments import streams  # takes a while, and small sets do without
-
-    for key, given in (("mean", config.data.mean), ("std", config.data.std)):
-        if given is None or len(given) not in (1, 3):
-            raise ValueError(f"config.data.{key} of streamed images has one number or one for each colour, got {given}")
-    images = streams.open_set(
-        config.data.name,
-        config.data_dir,
-        validation=config.data.validation,
-        examples=config.data.examples,
-        classes=config.data.classes,
-    )
-    mean, std = (np.broadcast_to(255 * np.asarray(x, np.float32), (3,)) for x in (config.data.mean, config.data.std))
-    return data.Dataset(images.train, images.validation, images.test, images.num_classes, mean, std)
-
-
-def make_augmentation(config: ConfigDict) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-    """A function of images, the epoch's key and the images' numbers, as ``config.data`` has it."""
-    pad, flip = config.data.pad, config.data.flip
-    if pad < 0:
-        raise ValueError(f"config.data.pad is at least 0, got {pad}")
-    pad_mode = choose(PADDINGS, config.data.pad_mode, "config.data.pad_mode")
-    if not (pad or flip):
-        return lambda images, key, rows: images
-
-    def augmented(images, key, rows):
-        keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
-        return data.augment(images, keys, pad=pad, pad_mode=pad_mode, flip=flip)
-
-    return augmented
-
-
-def masks_of(config: ConfigDict, state: TrainState) -> Any:
-    """The masks, like the params; the scalar True for dense leaves. Of gates: which channels of each group are open."""
-    if is_gated(config):
-        return jaxsparse.open_channels(state.opt_state)
-    if config.dense:
-        return jax.tree.map(lambda _: jnp.ones((), bool), state.params)
-    return jaxsparse.get_masks(state.opt_state, state.params)
-
-
-def batches(
-    key: jax.Array, start: jax.Array, length: int, batch_size: int, num_examples: int, epochs: int
-) -> jax.Array:
-    """The examples of steps start, ..., start + length - 1, which touch ``epochs`` epochs: int32, (length, batch_size).
-
-    The order of an epoch depends on ``key`` and the number of the epoch alone, wherever a chunk starts.
-    """
-    steps_per_epoch = num_examples // batch_size
-    first_epoch = start // steps_per_epoch
-    numbers = first_epoch + jnp.arange(epochs)
-    orders = jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(key, epoch), num_examples))(numbers)
-    rows = orders[:, : steps_per_epoch * batch_size].reshape(-1, batch_size)
-    return jax.lax.dynamic_slice_in_dim(rows, start - first_epoch * steps_per_epoch, length)
-
-
-def in_batches(split: data.Split, batch_size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Images, labels, and which of them are real: the last batch is filled up. Shapes (batches, batch_size, ...)."""
-    missing = -len(split.labels) % batch_size
-    real = jnp.ones(len(split.labels), bool)
-    return tuple(
-        jnp.pad(x, ((0, missing), *[(0, 0)] * (x.ndim - 1))).reshape(-1, batch_size, *x.shape[1:])
-        for x in (split.images, split.labels, real)
-    )

@@ -1,4 +1,4 @@
-"""ImageNet and its like: sets too large for the memory, read, decoded and cropped batch by batch while training runs.
+"""Data sets too large for the memory, such as ImageNet: read, decoded and cropped batch by batch in training.
 
 TensorFlow Datasets gives the files of the images, Grain the order and the worker processes. What a batch holds follows
 from its number alone: not from the workers, nor from what was read before it, so a run goes on where it stopped.
@@ -31,7 +31,7 @@ IMAGENET = (
 
 
 class StreamError(ValueError):
-    """No more images come: of a broken data set, or because a process that reads them has died."""
+    """The end of the images by an error: a broken data set, or a dead process."""
 
 
 class Batch(NamedTuple):
@@ -62,7 +62,7 @@ class Source(Protocol):
         """The image's file and its label."""
 
     def name_of(self, number: int) -> str:
-        """What to call the example in a message."""
+        """A name of the example for messages."""
 
 
 class ImageSet(NamedTuple):
@@ -233,11 +233,11 @@ class Stream:
         return batch
 
     def get_state(self) -> dict[str, int]:
-        """Where it is, for JSON; restored with any number of workers, or shards of the same batch together."""
+        """The position, for JSON; it can be restored with another number of workers or shards of the same batch."""
         return {"batches": self._given} | self._batches.identity()
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Goes where a stream over the same batches was.
+        """Moves to the position of a stream over the same batches.
 
         Raises:
           ValueError: if that one had other examples, another seed, or batches of another size.
@@ -285,12 +285,12 @@ class TfdsSource:
         return record[self.image_key], label if self.labels is None else self.labels[label]
 
     def name_of(self, number: int) -> str:
-        """The file's name where the set tells it."""
+        """The file's name, if the set has it."""
         record = self.records[int(self.chosen[number])]
         return record["file_name"].decode() if "file_name" in record else f"{self.title} {self.chosen[number]}"
 
     def of_its_classes(self) -> "TfdsSource":
-        """Those of the examples whose label is one of ``labels``."""
+        """The examples whose label is one of ``labels``."""
         chosen = []
         with progress_bar(len(self), f"labels of {self.title}", unit="image", delay=1, leave=False) as bar:
             for start in range(0, len(self), 100):  # files of 100 images take little memory

@@ -6,11 +6,12 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import logging
 from ml_collections import ConfigDict
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -18,6 +19,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from experiments.checkpoints import Checkpoints
+from experiments.options import with_seed
 from jaxsparse.inspect import read_history
 
 # Where the data lie and who reads them is not part of what is run.
@@ -63,11 +65,11 @@ class Workdir:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """What is in result.json; None while the run is not finished."""
+        """The contents of result.json; None while the run is not finished."""
         return read_json(self.path / "result.json")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """What is in metrics.jsonl, a line each."""
+        """The contents of metrics.jsonl, one entry per line."""
         return read_metrics(self.path)
 
     def open_metrics(self, step: int) -> None:
@@ -103,7 +105,7 @@ class Workdir:
 
 
 class Follower:
-    """What stands for the folder in all processes but the first, which alone writes to it.
+    """The stand-in for the folder in all processes except the first, the only one that writes to it.
 
     Args:
       path, config: as for :class:`Workdir`.
@@ -114,7 +116,7 @@ class Follower:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """What is in result.json; None while the run is not finished."""
+        """The contents of result.json; None while the run is not finished."""
         return read_json(self.path / "result.json")
 
     def open_metrics(self, step: int) -> None:
@@ -150,6 +152,21 @@ class _EventFile:
         self._writer.flush()
 
 
+def open_runs(stack: ExitStack, config: ConfigDict, workdir: Path, seeds: Sequence[int] | None) -> list[Workdir]:
+    """The folder of the run, or of each seed; closed with the stack."""
+    if jax.process_index() > 0:
+        return [Follower(workdir, config)]
+    if seeds is None:
+        return [stack.enter_context(closing(Workdir(workdir, config)))]
+    runs = []
+    for seed in seeds:
+        mine = with_seed(config, seed)
+        with mine.unlocked():
+            mine.side_by_side = list(seeds)
+        runs.append(stack.enter_context(closing(Workdir(workdir / f"seed_{seed}", mine))))
+    return runs
+
+
 @contextmanager
 def writing(path: Path, checkpoints: Checkpoints | None = None) -> Iterator[None]:
     """Re-raises disk errors as WorkdirError, with the last checkpoint that is intact."""
@@ -176,7 +193,7 @@ def require_space(path: Path, needed: int) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """What is in the metrics.jsonl of a folder; a last line that was cut off is left out."""
+    """The contents of the metrics.jsonl of a folder; a last line that was cut off is left out."""
     return [dict(line) for line in read_history(path).lines] if (path / "metrics.jsonl").exists() else []
 
 

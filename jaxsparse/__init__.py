@@ -2,10 +2,24 @@
 
 import importlib
 
-from jaxsparse import allocation, artifacts, groups, inspect, kernels, masks, parallel, schedules, selection, structures
+from jaxsparse import (
+    allocation,
+    artifacts,
+    groups,
+    inspect,
+    kernels,
+    masks,
+    parallel,
+    saliency,
+    schedules,
+    selection,
+    structures,
+    transforms,
+)
 from jaxsparse._version import __version__
 from jaxsparse.allocation import erdos_renyi
 from jaxsparse.artifacts import ArtifactError, formats, load_sparse, save_sparse
+from jaxsparse.gates import Penalty, dependent_logits, hard_concrete, hard_concrete_mean, prob_open
 from jaxsparse.groups import Group, remaining
 from jaxsparse.inspect import (
     SparsityError,
@@ -19,39 +33,32 @@ from jaxsparse.inspect import (
     summary,
 )
 from jaxsparse.layouts import Layout
-from jaxsparse.links import chain
-from jaxsparse.masks import apply_masks, count, density, magnitude_masks, nonzero_masks, random_masks
-from jaxsparse.methods.asni import amenable_init, asni, asni_counts, centroids
-from jaxsparse.methods.l0 import Penalty, dep_l0, dependent_logits, hard_concrete, hard_concrete_mean, l0, prob_open
+from jaxsparse.masks import apply_masks, count, density, magnitude_masks, nonzero_masks, random_masks, score_masks
+from jaxsparse.methods.amenable import amenable_init, centroids
+from jaxsparse.methods.asni import asni, asni_counts
+from jaxsparse.methods.dep_l0 import dep_l0
+from jaxsparse.methods.l0 import l0
+from jaxsparse.methods.magnitude_pruning import magnitude_pruning
 from jaxsparse.methods.mask_updates import mask_updates
-from jaxsparse.methods.reweighted_l1 import rda, reweighted_l1, velocity
-from jaxsparse.methods.sparse_momentum import momentum_regrowth, sparse_momentum
+from jaxsparse.methods.momentum_regrowth import momentum_regrowth
+from jaxsparse.methods.reweighted_l1 import rda, reweighted_l1
+from jaxsparse.methods.sparse_momentum import sparse_momentum
 from jaxsparse.prunable import Prunable, all_but
-from jaxsparse.schedules import (
-    constant_sparsity,
-    cosine_prune_rate,
-    cubic_sparsity,
-    linear_prune_rate,
-    linear_sparsity,
-    rda_cosine,
-    rda_halving,
-    rda_log_cosine,
-    sigmoid_sparsity,
-    two_phase_sparsity,
-)
+from jaxsparse.schedules import cosine_prune_rate, rda_cosine, rda_halving, rda_log_cosine, sigmoid_sparsity
 from jaxsparse.selection import global_top_k_masks, top_k_mask
 from jaxsparse.structures import block, n_of_m
+from jaxsparse.transforms import chain, velocity
 
 __all__ = [
-    "ArtifactError", "Group", "Layout", "Penalty", "Prunable", "SparsityError", "__version__", "all_but", "allocation",
-    "amenable_init", "apply_masks", "artifacts", "asni", "asni_counts", "block", "centroids", "chain", "check",
-    "closed_channels", "constant_sparsity", "cosine_prune_rate", "count", "cubic_sparsity", "density", "dep_l0",
-    "dependent_logits", "erdos_renyi", "eval_params", "formats", "get_log_alpha", "get_masks", "global_top_k_masks",
-    "groups", "hard_concrete", "hard_concrete_mean", "inspect", "kernels", "l0", "linear_prune_rate",
-    "linear_sparsity", "load_sparse", "magnitude_masks", "mask_updates", "masks", "momentum_regrowth", "n_of_m",
-    "nonzero_masks", "open_channels", "parallel", "prob_open", "random_masks", "rda", "rda_cosine", "rda_halving",
-    "rda_log_cosine", "remaining", "reweighted_l1", "save_sparse", "schedules", "selection", "sigmoid_sparsity",
-    "sparse_momentum", "sparsify", "structures", "summary", "top_k_mask", "two_phase_sparsity", "velocity",
+    "ArtifactError", "Group", "Layout", "Penalty", "Prunable", "SparsityError", "__version__", "all_but",
+    "allocation", "amenable_init", "apply_masks", "artifacts", "asni", "asni_counts", "block", "centroids", "chain",
+    "check", "closed_channels", "cosine_prune_rate", "count", "density", "dep_l0", "dependent_logits",
+    "erdos_renyi", "eval_params", "formats", "get_log_alpha", "get_masks", "global_top_k_masks", "groups",
+    "hard_concrete", "hard_concrete_mean", "inspect", "kernels", "l0", "load_sparse", "magnitude_masks",
+    "magnitude_pruning", "mask_updates", "masks", "momentum_regrowth", "n_of_m", "nonzero_masks", "open_channels",
+    "parallel", "prob_open", "random_masks", "rda", "rda_cosine", "rda_halving", "rda_log_cosine", "remaining",
+    "reweighted_l1", "saliency", "save_sparse", "schedules", "score_masks", "selection", "sigmoid_sparsity",
+    "sparse_momentum", "sparsify", "structures", "summary", "top_k_mask", "transforms", "velocity",
 ]  # fmt: skip
 
 

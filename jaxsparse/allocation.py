@@ -1,4 +1,4 @@
-"""How many weights each layer keeps: budgets that add up exactly.
+"""Layer-wise sparsity distribution: the number of weights that each layer keeps, with exact totals.
 
 The numbers here decide counts, so sums that could depend on the order of their
 terms are formed in integers or in fixed point: every layout of a computation (one
@@ -110,7 +110,7 @@ def layer_counts(
     at_least: ArrayLike = 0,
     partial: bool = False,
 ) -> jax.Array:
-    """How many weights, or units of several weights, each layer keeps.
+    """The number of weights, or units of several weights, that each layer keeps.
 
     The counts add up to the rounded total exactly, and each is within one of its
     layer's share. That holds among the layers whose units are of one size: units
@@ -179,7 +179,7 @@ def layer_counts(
 
 
 def with_floor(counts: jax.Array, floor: ArrayLike) -> jax.Array:
-    """Raises counts to a floor; those above it give up as many, in proportion to what they have above it.
+    """Raises counts to a floor and takes the difference from the counts above it, in proportion to their excess.
 
     Args:
       counts: int32, (layers,).
@@ -204,7 +204,7 @@ def with_floor(counts: jax.Array, floor: ArrayLike) -> jax.Array:
 
 
 def apportion(quotas: ArrayLike, total: ArrayLike, capacity: ArrayLike, *, round_up: bool = False) -> jax.Array:
-    """Shares out ``total`` whole weights near the given quotas, none above its capacity.
+    """Rounds quotas to integers that add up to ``total``, none above its capacity.
 
     What does not fit into a full layer is shared equally by all that have room,
     again and again until everything has a place. Quotas are rounded down, and the last
@@ -257,7 +257,7 @@ def _apportion(quotas: jax.Array, total: jax.Array, capacity: jax.Array, round_u
 
 
 def exact_sum(values: jax.Array, where: jax.Array | None = None, axis: tuple[int, ...] | None = None) -> jax.Array:
-    """Sums magnitudes in fixed point: the same bits in whatever order the terms are added.
+    """Sums magnitudes in fixed point, with the same bits in any order of the terms.
 
     Args:
       values: floats; their absolute values are summed. Those that are not finite count as zero.
@@ -299,14 +299,14 @@ def exact_mean(values: jax.Array, where: jax.Array | None = None, axis: tuple[in
 
 
 def check_allocation(allocation: str, more: Sequence[str] = ()) -> None:
-    """Raises a ValueError for an allocation that is neither known nor among the ``more`` that a caller takes."""
+    """Raises a ValueError for an unknown allocation; ``more`` are further ones that the caller accepts."""
     known = [*get_args(Allocation), *more]
     if allocation not in known:
         raise ValueError(f"allocation must be one of {known}, got {allocation!r}")
 
 
 def check_precision(name: str, value: Any) -> None:
-    """Raises a ValueError for a float of less than 32 bits, in which 0.999 is 1."""
+    """Raises a ValueError for a float of fewer than 32 bits, which would round 0.999 to 1."""
     dtype = getattr(value, "dtype", None)
     if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
         raise ValueError(
@@ -317,7 +317,7 @@ def check_precision(name: str, value: Any) -> None:
 
 
 def check_sparsity(sparsity: Any, path: str | None = None) -> None:
-    """Raises a ValueError if a concrete sparsity is not in [0, 1), or of low precision; traced ones pass."""
+    """Raises a ValueError if a concrete sparsity is outside [0, 1) or of low precision; traced values pass."""
     of_leaf = f" of {path}" if path else ""
     check_precision(f"sparsity{of_leaf}", sparsity)
     if isinstance(sparsity, jax.core.Tracer):
@@ -332,7 +332,7 @@ def check_sparsity(sparsity: Any, path: str | None = None) -> None:
 
 
 def check_sparsities(sparsity: Sparsity) -> None:
-    """Raises a ValueError if a concrete sparsity, or one that patterns are given, is not in [0, 1)."""
+    """Raises a ValueError if a concrete sparsity, or one given by pattern, is outside [0, 1)."""
     if callable(sparsity):
         return
     if isinstance(sparsity, Mapping | list | tuple):
@@ -343,7 +343,7 @@ def check_sparsities(sparsity: Sparsity) -> None:
 
 
 def check_total(sizes: Iterable[int]) -> None:
-    """Raises a ValueError if there are more weights than an int32 counts."""
+    """Raises a ValueError if there are more weights than an int32 can count."""
     if (total := sum(map(int, sizes))) >= 1 << 31:
         raise ValueError(
             f"weights are counted in int32: one link can prune fewer than 2**31 of them, got {total}. Use several "

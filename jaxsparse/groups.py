@@ -1,7 +1,7 @@
-"""Channels that live and die together: slices of several leaves that one gate multiplies, or that go away with it.
+"""Groups of channels: the slices of several leaves that one gate multiplies, or that are removed together.
 
-A network loses a channel of a convolution in several places at once: a filter of its kernel, an entry of its bias and
-of the batch normalisation behind it, an input slice of the layer that reads it. A :class:`Group` says which they are.
+Removing a channel of a convolution affects several leaves at once: a filter of its kernel, an entry of its bias and of
+the batch normalisation that follows, an input slice of the next layer. A :class:`Group` lists them.
 """
 
 import dataclasses
@@ -23,25 +23,25 @@ __all__ = ["Group", "Remaining", "entries", "expected_counts", "group_sizes", "r
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """The channels of one place in a network, each with one gate.
+    """The channels at one point of a network, each with one gate.
 
-    Which slices to *multiply* so that the output of a channel is multiplied:
+    To multiply the output of a channel, *multiply* these slices:
 
-    * behind a batch normalisation: its scale and its bias (the same before a ReLU as behind it);
-    * of a layer without one: the filter, the last axis of the kernel, and its bias;
-    * the inputs of a dense layer: the first axis of its kernel.
+    * with batch normalisation: its scale and its bias (before a ReLU this is the same as after it);
+    * without batch normalisation: the filter, the last axis of the kernel, and its bias;
+    * for the inputs of a dense layer: the first axis of its kernel.
 
-    Never a filter ahead of its batch normalisation, which would take the factor out again.
+    Never multiply a filter that batch normalisation follows, because normalisation would cancel the factor.
 
     Attributes:
-      name: of the group, such as ``"conv1"``; no two groups have the same.
-      multiplies: leaf path -> the axis along which the gates multiply it. All these axes have the length of the group.
-      removes: leaf path -> the axis along which closed channels go away, for counting and for removing them. Its length
-        may be a multiple of the group's, as where images (height, width, channels) were flattened: channels vary
-        fastest there. In any other order, (axis, channels) says of which channel each entry is. Leaves that are
-        multiplied are named here too if they shrink.
-      kernel: the path of the kernel that makes the channels, or, where inputs are gated, that reads them; a penalty
-        counts its weights. None: the kernel that is multiplied, or else the first that loses outputs.
+      name: the name of the group, such as ``"conv1"``, unique among the groups.
+      multiplies: leaf path -> the axis along which the gates multiply it. All these axes have the size of the group.
+      removes: leaf path -> the axis from which closed channels are removed, and along which they are counted. Its
+        length may be a multiple of the group's size, as after flattening images (height, width, channels), where
+        channels vary fastest. For any other order use (axis, channels), with the channel of each entry. List leaves
+        that are multiplied here too if they shrink.
+      kernel: the path of the kernel whose weights a penalty counts: the one that makes the channels, or, if inputs are
+        gated, the one that reads them. None: the kernel that is multiplied, or else the first that loses outputs.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -66,17 +66,17 @@ class Group:
 
 
 def group_sizes(groups: Sequence[Group], params: Any) -> tuple[int, ...]:
-    """The number of channels of each group, after a check that they fit the params.
+    """Check that groups fit the params, and count the channels of each.
 
     Args:
       groups: the groups.
-      params: the params or their shapes. Where parts of them are hidden by ``optax.MaskedNode()``, ``removes`` may name
-        leaves that are not seen; ``multiplies`` may not.
+      params: the params or their shapes. If parts of them are hidden by ``optax.MaskedNode()``, ``removes`` may name
+        hidden leaves, but ``multiplies`` may not.
 
     Raises:
-      ValueError: naming the group and the leaf: for unknown paths, axes that a leaf does not have, sizes that do not
-        agree, a leaf that is multiplied by two groups, two groups of the same name, and a filter that is multiplied
-        although a batch normalisation goes away with it.
+      ValueError: naming the group and the leaf, for unknown paths, axes that a leaf does not have, sizes that do not
+        agree, a leaf that two groups multiply, two groups of the same name, and a filter that is multiplied although
+        batch normalisation follows.
     """
     if isinstance(groups, Group):
         raise ValueError(f"groups must be a sequence of jaxsparse.Group, got a single one, {groups.name!r}: [group]")
@@ -113,13 +113,13 @@ def group_sizes(groups: Sequence[Group], params: Any) -> tuple[int, ...]:
             length = _length(leaves, path, axis, who)
             if channels is not None and (len(channels) != length or min(channels) < 0 or max(channels) >= size):
                 raise ValueError(
-                    f"{who}: axis {axis} of {path} has {length} entries, so their channels must be so many numbers "
+                    f"{who}: axis {axis} of {path} has {length} entries, so it needs {length} channel numbers "
                     f"from 0 to {size - 1}, got {len(channels)} from {min(channels)} to {max(channels)}"
                 )
             if channels is None and length % size:
                 raise ValueError(
-                    f"{who} has {size} channels, but axis {axis} of {path}, from which they are removed, has "
-                    f"{length}, no multiple of it"
+                    f"{who} has {size} channels, but axis {axis} of {path}, from which they are removed, has length "
+                    f"{length}, which is not a multiple of {size}"
                 )
         if group.kernel is not None:
             _length(leaves, group.kernel, -1, who)
@@ -139,15 +139,15 @@ def entries(group: Group, path: str, shape: Sequence[int], size: int) -> tuple[i
 def expected_counts(
     groups: Sequence[Group], shapes: Mapping[str, Sequence[int]], open_channels: Mapping[str, ArrayLike]
 ) -> dict[str, jax.Array]:
-    """How many entries of every leaf stay, expected or counted.
+    """Count the entries of every leaf that stay, or compute their expected number.
 
     Args:
       groups: the groups.
-      shapes: of the leaves, by path; the leaves that are counted.
-      open_channels: for every group, by its name, the probability of each channel to be open, or 0 and 1; (size,).
+      shapes: the shapes of the leaves to count, by path.
+      open_channels: for every group, by its name, the probability that each channel is open, or 0 and 1; (size,).
 
     Returns:
-      path -> (), float32. Channels are taken for independent, so expected numbers are exact unless a group is on
+      path -> (), float32. Channels are assumed to be independent, so expected numbers are exact unless a group is on
       two axes of one leaf.
 
     Examples:
@@ -164,7 +164,7 @@ def expected_counts(
 def _kept(
     groups: Sequence[Group], shapes: Mapping[str, Sequence[int]], open_channels: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """:func:`expected_counts` in the precision of ``open_channels``, arrays of NumPy or JAX."""
+    """As :func:`expected_counts`, but in the precision of ``open_channels``, arrays of NumPy or JAX."""
     along: dict[tuple[str, int], Any] = {}
     for group in groups:
         channels = open_channels[group.name]
@@ -180,45 +180,45 @@ def _kept(
 
 
 class LayerRemaining(NamedTuple):
-    """One line of :class:`Remaining`: a leaf, and of its entries and multiply-adds how many there are and stay."""
+    """One line of :class:`Remaining`: the params and MACs of a leaf, and how many of them are kept."""
 
     path: str
     params: int
     kept_params: float
-    multiply_adds: int
-    kept_multiply_adds: float
+    macs: int
+    kept_macs: float
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Remaining(Tabular):
-    """What is left of a network whose closed channels are removed; printed, it is a table, in a notebook HTML.
+    """The result of :func:`remaining`; prints as a table, and as HTML in a notebook.
 
     Attributes:
-      layers: one :class:`LayerRemaining` a leaf.
+      layers: one :class:`LayerRemaining` per leaf.
     """
 
     layers: tuple[LayerRemaining, ...]
 
     @property
     def params(self) -> float:
-        """Share of the params that stays."""
+        """The share of the params that is kept."""
         return _share(self.layers, "kept_params", "params")
 
     @property
-    def multiply_adds(self) -> float:
-        """Share of the multiply-adds that stays; NaN if none were counted."""
-        return _share(self.layers, "kept_multiply_adds", "multiply_adds")
+    def macs(self) -> float:
+        """The share of the multiply-accumulate operations that is kept; NaN if none were counted."""
+        return _share(self.layers, "kept_macs", "macs")
 
     def table(self) -> Table:
         """The cells of the table."""
         columns = [[getattr(row, name) for row in self.layers] for name in LayerRemaining._fields[1:]]
-        lines = [["layer", "params", "kept", "", "multiply-adds", "kept", ""]]
+        lines = [["layer", "params", "kept", "", "MACs", "kept", ""]]
         total = LayerRemaining("all", *(sum(column) for column in columns))
-        for path, params, kept, adds, kept_adds in [*self.layers, total]:
+        for path, params, kept, macs, kept_macs in [*self.layers, total]:
             numbers = [f"{params:,}", f"{kept:,.0f}", f"{kept / max(params, 1):.1%}"]
-            numbers += [f"{adds:,}", f"{kept_adds:,.0f}", f"{kept_adds / adds:.1%}"] if adds else ["", "", ""]
+            numbers += [f"{macs:,}", f"{kept_macs:,.0f}", f"{kept_macs / macs:.1%}"] if macs else ["", "", ""]
             lines.append([path, *numbers])
-        if not total.multiply_adds:
+        if not total.macs:
             lines = [line[:4] for line in lines]
         header, *rows, last = map(tuple, lines)
         return Table(header, tuple(rows), (last,))
@@ -230,15 +230,14 @@ def remaining(
     open_channels: Mapping[str, ArrayLike],
     positions: Mapping[str, int] | None = None,
 ) -> Remaining:
-    """Counts what is left of a network whose closed channels are removed.
+    """Count the params and MACs that are left when closed channels are removed, as a table.
 
     Args:
       params: the params or their shapes.
       groups: the groups.
-      open_channels: for every group, by its name, which channels are open, 0 or 1, or the probability that they are;
-        (size,).
-      positions: for the kernels, by path, at how many places of an example they are applied: output height x width of a
-        convolution, 1 for a dense layer; see :func:`jaxsparse.models.positions`. None counts params only.
+      open_channels: for every group, by its name, the probability that each channel is open, or 0 and 1; (size,).
+      positions: the number of output positions of an example at which each kernel is applied, by path: output height x
+        width for a convolution, 1 for a dense layer; see :func:`jaxsparse.models.positions`. None counts only params.
 
     Returns:
       A :class:`Remaining`. Print it for a table.
@@ -251,12 +250,12 @@ def remaining(
       >>> params = {"fc1": {"kernel": jnp.ones((5, 4))}, "fc2": {"kernel": jnp.ones((4, 3))}}
       >>> group = Group("hidden", {"fc2/kernel": 0}, {"fc1/kernel": -1, "fc2/kernel": 0})
       >>> print(remaining(params, [group], {"hidden": jnp.array([1, 0, 0, 1])}, {"fc1/kernel": 1, "fc2/kernel": 1}))
-      layer       params  kept         multiply-adds  kept
-      ----------  ------  ----  -----  -------------  ----  -----
-      fc1/kernel      20    10  50.0%             20    10  50.0%
-      fc2/kernel      12     6  50.0%             12     6  50.0%
-      ----------  ------  ----  -----  -------------  ----  -----
-      all             32    16  50.0%             32    16  50.0%
+      layer       params  kept         MACs  kept
+      ----------  ------  ----  -----  ----  ----  -----
+      fc1/kernel      20    10  50.0%    20    10  50.0%
+      fc2/kernel      12     6  50.0%    12     6  50.0%
+      ----------  ------  ----  -----  ----  ----  -----
+      all             32    16  50.0%    32    16  50.0%
     """
     for group, size in zip(groups, group_sizes(groups, params), strict=True):
         found = jnp.shape(open_channels.get(group.name))
@@ -266,12 +265,12 @@ def remaining(
     if unknown := sorted(set(positions or {}) - set(shapes)):
         raise ValueError(f"positions names {', '.join(unknown)}, which the params do not have")
     chances = {group.name: np.asarray(open_channels[group.name], np.float64) for group in groups}
-    counts = _kept(groups, shapes, chances)  # not in float32, which counts to 2**24
+    counts = _kept(groups, shapes, chances)  # float32 counts only to 2**24
     rows = []
     for path in sorted(shapes, key=natural_order):
         size, kept = math.prod(shapes[path]), float(counts[path])
-        places = (positions or {}).get(path, 0)
-        rows.append(LayerRemaining(path, size, kept, places * size, places * kept))
+        applied = (positions or {}).get(path, 0)
+        rows.append(LayerRemaining(path, size, kept, applied * size, applied * kept))
     return Remaining(tuple(rows))
 
 
@@ -295,6 +294,6 @@ def _refuse_filters_before_a_norm(group: Group, leaves: Mapping[str, Any], who: 
     norms = [p for p in [*group.removes, *group.multiplies] if p.rpartition("/")[2] == "scale"]
     if filters and norms:
         raise ValueError(
-            f"{who} multiplies the filters {filters[0]}, but their outputs are normalised ({norms[0]}), which takes "
-            f"the factor out again: multiply {norms[0]} and its bias instead"
+            f"{who} multiplies the filters {filters[0]}, but their outputs are normalised ({norms[0]}), which "
+            f"cancels the factor: multiply {norms[0]} and its bias instead"
         )

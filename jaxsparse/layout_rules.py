@@ -1,4 +1,4 @@
-"""How names and shapes tell what a leaf is: the rules of :func:`jaxsparse.layouts.leaf_layouts`.
+"""The rules by which :func:`jaxsparse.layouts.leaf_layouts` infers layouts from names and shapes.
 
 Each looks at one leaf and at those beside and around it. Where sizes contradict a name, or nothing tells, the answer
 comes with a doubt in words.
@@ -38,7 +38,7 @@ _AXIS_0 = "axis 0 is taken for stacked layers"
 
 
 class Axes(NamedTuple):
-    """The axes of a leaf, from the front, and what is in doubt about them."""
+    """The axes of a leaf, counted from the front, and any doubt about them."""
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -63,12 +63,12 @@ class Leaf:
 
     @property
     def label(self) -> str:
-        """The name that tells most: that of the module if the leaf's own is one that any leaf has."""
+        """The most specific name: the leaf's own, or that of its module where the leaf's is generic."""
         return self.module if self.name in _GENERIC_NAMES and self.modules else self.name
 
     @functools.cached_property
     def called(self) -> str:
-        """The kind of a leaf that by its name does not multiply: "bias" or "norm"; "" for others."""
+        """The kind of a leaf that, by its name, is no matrix: "bias" or "norm"; "" for others."""
         last = self.name.split("_")[-1]
         if self.name in _MATRIX_NAMES or last in _LAYER_WORDS or self.name.startswith("to_"):
             return ""

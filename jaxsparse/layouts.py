@@ -1,4 +1,4 @@
-"""Which axes of a leaf are inputs, outputs, places of a convolution, and stacked layers.
+"""Layouts: the axes of a leaf that are inputs, outputs, spatial axes of a convolution, and stacked layers.
 
 A leaf is a matrix (inputs x outputs), one for each place of a convolution, and all of that once for each layer of a
 stack (``nn.scan``, ``vmap``, ``layer_stack``). A bias or the gain of a normalisation has no inputs: it is no matrix,
@@ -28,7 +28,7 @@ __all__ = ["Layout", "LayoutLike", "leaf_layouts", "warn_of_guesses"]
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The axes of a leaf that are inputs, outputs and stacked layers; what is left are the places of a convolution.
+    """The axes of a leaf that are inputs, outputs and stacked layers; the others are spatial axes of a convolution.
 
     Attributes:
       inputs: an axis, or several that count as one, such as (heads, dim) of attention's output projection. None at all,
@@ -72,11 +72,11 @@ class Layout:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether the leaf has inputs, and so multiplies, where a bias or a gain does not."""
+        """Whether the leaf has inputs, unlike a bias or a gain."""
         return bool(self.inputs)
 
     def is_plain(self, rank: int) -> bool:
-        """Whether a leaf of this rank lies as Flax has dense layers and convolutions: places, inputs, outputs."""
+        """Whether a leaf of this rank has the axes of a Flax layer: spatial axes, inputs, outputs."""
         return not self.stack and (not self.inputs or (self.inputs, self.outputs) == ((rank - 2,), (rank - 1,)))
 
     def of_rank(self, rank: int) -> "Layout":
@@ -91,18 +91,18 @@ class Layout:
         return Layout(*front, guess=self.guess)
 
     def places(self, rank: int) -> tuple[int, ...]:
-        """The axes of a convolution's places, in order."""
+        """The spatial axes of a convolution, in order."""
         named = self.of_rank(rank).axes
         return tuple(axis for axis in range(rank) if axis not in named)
 
     def matrix_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape of a leaf seen as matrices: (stack..., places..., inputs, outputs)."""
+        """The shape of a leaf as matrices: (stack..., places..., inputs, outputs)."""
         order, sizes = self._view(len(shape))
         ends = iter(shape[axis] for axis in order)
         return tuple(math.prod(next(ends) for _ in range(size)) for size in sizes)
 
     def to_matrices(self, x: Any) -> Any:
-        """A leaf seen as matrices, of shape (stack..., places..., inputs, outputs). No copy if that is how it lies."""
+        """Reshapes a leaf to matrices, (stack..., places..., inputs, outputs), without a copy if it has this order."""
         order, sizes = self._view(x.ndim)
         moved = x if order == tuple(range(x.ndim)) else x.transpose(order)
         shape = self.matrix_shape(x.shape)
@@ -141,11 +141,11 @@ class Layout:
         return jnp.transpose(x, [order.index(axis) for axis in range(rank)])
 
     def any_by_output(self, mask: np.ndarray) -> np.ndarray:
-        """Which outputs, of each layer of a stack, have any entry set: (stack..., outputs)."""
+        """The outputs, per layer of a stack, with any entry set: (stack..., outputs)."""
         return self._any(mask, -1)
 
     def any_by_input(self, mask: np.ndarray) -> np.ndarray:
-        """Which inputs, of each layer of a stack, have any entry set: (stack..., inputs)."""
+        """The inputs, per layer of a stack, with any entry set: (stack..., inputs)."""
         return self._any(mask, -2)
 
     def _any(self, mask: np.ndarray, axis: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Mask pytrees: make, check, apply, count, pack to bits and back.
+"""Mask pytrees: make, check, apply, count.
 
 Masks have the tree of the params: a bool array of the leaf's shape for a sparse
 leaf, and the scalar ``True``, which broadcasts, for a dense one. So
@@ -7,6 +7,7 @@ just work. Inside an optimizer state a dense leaf holds ``optax.MaskedNode()``
 instead, which has no array to shard.
 """
 
+import itertools
 import warnings
 from typing import Any, Literal
 
@@ -21,13 +22,13 @@ from jaxsparse.allocation import Allocation
 from jaxsparse.layouts import LayoutLike, leaf_layouts, warn_of_guesses
 from jaxsparse.placement import copied, mask_like, sharding_of
 from jaxsparse.prunable import prunable_leaves
-from jaxsparse.selection import count_true, global_top_k_masks, random_scores, top_k_masks
-from jaxsparse.structures import StructureLike, leaf_structures, n_of_m, unit_scores
+from jaxsparse.selection import count_true, global_top_k_masks, random_scores, top_k_mask, top_k_masks
+from jaxsparse.structures import StructureLike, leaf_structures, unit_scores
 from jaxsparse.trees import align, as_array, is_masked_node, is_partial, leaf_paths, path_name
 
 __all__ = [
-    "apply_masks", "as_key", "count", "density", "magnitude_masks", "nonzero_masks", "pack_masks", "random_masks",
-    "unpack_masks", "validate_masks",
+    "apply_masks", "as_key", "count", "density", "magnitude_masks", "nonzero_masks", "random_masks", "score_masks",
+    "validate_masks",
 ]  # fmt: skip
 
 
@@ -77,9 +78,11 @@ def random_masks(
     """
     draw = as_key(key)
 
-    def score(i, leaf, unit):
+    numbers = itertools.count()  # of the leaves with masks
+
+    def score(_, leaf, unit):
         sharding = sharding_of(leaf) if unit.unit_size(leaf.shape) == 1 else None  # units are few
-        return random_scores(jax.random.fold_in(draw, i), unit.unit_shape(leaf.shape), sharding)
+        return random_scores(jax.random.fold_in(draw, next(numbers)), unit.unit_shape(leaf.shape), sharding)
 
     return _best_masks(params, sparsity, allocation, at_least, prunable, structure, layout, score)
 
@@ -124,8 +127,71 @@ def magnitude_masks(
     return _best_masks(params, sparsity, allocation, at_least, prunable, structure, layout, score, may_be_global=True)
 
 
+def score_masks(
+    params: Any,
+    scores: Any,
+    sparsity: allocation_lib.Sparsity,
+    *,
+    scope: Literal["layer", "global"] = "layer",
+    allocation: Allocation = "uniform",
+    at_least: ArrayLike = 0,
+    prunable: Any = None,
+    structure: StructureLike = "weight",
+    layout: LayoutLike = None,
+    per_output: bool = False,
+) -> Any:
+    """Masks that keep the weights with the largest scores: one-shot pruning by any criterion.
+
+    Args:
+      params: a pytree of arrays.
+      scores: like ``params``: floats of which the largest are kept, such as those of :mod:`jaxsparse.saliency`. They
+        are ranked as they are, sign included; NaN ranks last. Those of dense leaves are not read, and may be None.
+      sparsity: as for :func:`random_masks`.
+      scope: what is ranked together: the weights of a "layer", or of the whole network, "global".
+      allocation: as for :func:`random_masks`; not with the scope "global", where the scores decide.
+      at_least, prunable, layout: as for :func:`random_masks`.
+      structure: as for :func:`random_masks`. A unit of several weights ranks by the mean (or the sum) of their scores.
+      per_output: rank the weights of every output by themselves, so that all outputs of a layer keep equally many
+        (within one of its share, rounded), as Wanda does. For single weights, ranked by layer.
+
+    Returns:
+      A pytree like ``params``: bool arrays, the scalar True for dense leaves.
+
+    Raises:
+      ValueError: for options out of range, and for scores that lack a prunable leaf or have another shape, by name.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> params, scores = {"w": jnp.ones((2, 2))}, {"w": jnp.array([[4.0, 3.0], [-5.0, 2.0]])}
+      >>> score_masks(params, scores, 0.5)["w"].tolist()
+      [[True, True], [False, False]]
+    """
+    if scope not in ("layer", "global"):
+        raise ValueError(f"scope must be one of ['layer', 'global'], got {scope!r}")
+    if scope == "global" and allocation != "uniform":
+        raise ValueError(f"scope='global' ranks all layers together, which allocation={allocation!r} contradicts")
+    if per_output and (scope == "global" or structure != "weight"):
+        raise ValueError(
+            f"per_output ranks single weights within a layer, got scope={scope!r} and structure={structure!r}"
+        )
+    paths = leaf_paths(params)
+    by_path = dict(zip(paths, jax.tree.structure(params).flatten_up_to(scores), strict=True))
+
+    def score(path, leaf, unit):
+        value = by_path[path]
+        if value is None or is_masked_node(value) or jnp.shape(value) != jnp.shape(leaf):
+            got = "none" if value is None or is_masked_node(value) else f"shape {jnp.shape(value)}"
+            raise ValueError(f"scores of {path}: expected shape {jnp.shape(leaf)}, got {got}")
+        return unit_scores(unit, jnp.asarray(value), signed=True)
+
+    return _best_masks(
+        params, sparsity, "global" if scope == "global" else allocation, at_least, prunable, structure, layout, score,
+        may_be_global=True, absolute=False, per_output=per_output,
+    )  # fmt: skip
+
+
 def nonzero_masks(params: Any, *, prunable: Any = None, layout: LayoutLike = None) -> Any:
-    """Masks of the weights that are not zero: to go on from a network that is sparse already.
+    """Masks of the weights that are not zero, to continue from a network that is already sparse.
 
     Args:
       params: a pytree of arrays.
@@ -144,7 +210,7 @@ def nonzero_masks(params: Any, *, prunable: Any = None, layout: LayoutLike = Non
 
 
 def apply_masks(tree: Any, masks: Any) -> Any:
-    """Sets what is masked out to exactly 0, whatever it was (NaN too). Dtypes are kept.
+    """Sets masked-out weights to exactly 0, NaN included; dtypes are kept.
 
     Args:
       tree: a pytree of arrays.
@@ -171,7 +237,7 @@ def apply_masks(tree: Any, masks: Any) -> Any:
 
 
 def count(masks: Any) -> jax.Array:
-    """How many weights the masked leaves keep, an int32 scalar. Dense leaves do not count.
+    """The number of weights that the masked leaves keep, an int32 scalar; dense leaves are not counted.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -182,7 +248,7 @@ def count(masks: Any) -> jax.Array:
 
 
 def density(masks: Any) -> jax.Array:
-    """The share of weights that the masked leaves keep, a float32 scalar; 1 if no leaf is masked.
+    """The fraction of weights that the masked leaves keep, a float32 scalar; 1 if no leaf is masked.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -193,51 +259,8 @@ def density(masks: Any) -> jax.Array:
     return count(masks).astype(jnp.float32) / jnp.float32(size) if size else jnp.float32(1)
 
 
-def pack_masks(masks: Any) -> Any:
-    """Packs bool masks to one bit a weight: uint8 arrays of shape (ceil(size / 8),).
-
-    Scalars (dense leaves) become arrays of one byte. The shapes are not kept:
-    give them to :func:`unpack_masks`.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> pack_masks({"w": jnp.ones((3, 4), bool)})["w"].tolist()
-      [255, 240]
-    """
-    return jax.tree.map(lambda m: jnp.packbits(jnp.asarray(m, bool).ravel()), masks)
-
-
-def unpack_masks(packed: Any, like: Any) -> Any:
-    """Undoes :func:`pack_masks`.
-
-    Args:
-      packed: what :func:`pack_masks` returned.
-      like: a pytree with the shapes of the masks (dense leaves scalar), for instance ``jax.eval_shape`` of them.
-
-    Raises:
-      ValueError: naming the leaf whose number of bytes does not fit its shape.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> masks = {"w": jnp.array([[True, False, True]])}
-      >>> unpack_masks(pack_masks(masks), masks)["w"].tolist()
-      [[True, False, True]]
-    """
-
-    def unpack(path, bits, shape):
-        size = int(np.prod(shape.shape))
-        if bits.shape != ((size + 7) // 8,) or bits.dtype != jnp.uint8:
-            raise ValueError(
-                f"packed mask of {path_name(path)}: expected uint8 of shape ({(size + 7) // 8},) for a mask of "
-                f"shape {shape.shape}, got {bits.dtype} of shape {bits.shape}"
-            )
-        return jnp.unpackbits(bits, count=size).astype(bool).reshape(shape.shape)
-
-    return jax.tree_util.tree_map_with_path(unpack, packed, like)
-
-
 def validate_masks(masks: Any, params: Any, what: str = "masks") -> Any:
-    """Checks masks against params and puts them into the form that optimizer states hold.
+    """Checks masks against params and converts them to the form of optimizer states.
 
     Args:
       masks: a pytree like ``params``: bool arrays of the leaf's shape, the scalar True for dense leaves.
@@ -309,9 +332,10 @@ def as_key(key: ArrayLike) -> jax.Array:
 
 
 def _best_masks(
-    params, sparsity, allocation, at_least, prunable, structure, layout, score, may_be_global=False
+    params, sparsity, allocation, at_least, prunable, structure, layout, score,
+    may_be_global=False, absolute=True, per_output=False,
 ):  # fmt: skip
-    """Masks of the units with the largest ``score(i, leaf, unit)``; the scalar True for leaves that have no masks."""
+    """Masks of the units with the largest ``score(path, leaf, unit)``; the scalar True for leaves without masks."""
     together = allocation == "global" and may_be_global
     if not together:
         allocation_lib.check_allocation(allocation, more=("global",) if may_be_global else ())
@@ -321,17 +345,17 @@ def _best_masks(
     flat = zip(leaf_paths(params), leaves, treedef.flatten_up_to(structures), strict=True)
     sparse = {path: (leaf, unit) for path, leaf, unit in flat if not is_masked_node(unit)}
     scores, kept = {}, {}
-    for i, (path, (leaf, unit)) in enumerate(sparse.items()):
-        value = score(i, leaf, unit)
-        if isinstance(unit, n_of_m):
-            kept[path] = unit.top(value, absolute=True)
+    for path, (leaf, unit) in sparse.items():
+        value = score(path, leaf, unit)
+        if not unit.exchanges:
+            kept[path] = unit.reserved(value, jnp.ones_like(value, bool), absolute=absolute)
         else:
             scores[path] = value
     free = {path: sparse[path][0] for path in scores}
     sizes = [sparse[path][1].unit_size(leaf.shape) for path, leaf in free.items()]
     if together:
         total = jnp.sum(allocation_lib.layer_counts(free, sparsity, partial=is_partial(params)))
-        best = global_top_k_masks(list(scores.values()), total, absolute=True, sizes=sizes, at_least=at_least)
+        best = global_top_k_masks(list(scores.values()), total, absolute=absolute, sizes=sizes, at_least=at_least)
     else:
         layouts = leaf_layouts(params, layout) if allocation != "uniform" else None
         if layouts is not None and not callable(sparsity) and np.ndim(sparsity) == 0:
@@ -339,12 +363,26 @@ def _best_masks(
         counts = allocation_lib.layer_counts(
             free, sparsity, allocation, sizes, layouts=layouts, at_least=at_least, partial=is_partial(params)
         )
-        best = top_k_masks(list(scores.values()), counts, absolute=True)
+        if per_output:
+            layouts = leaf_layouts(params, layout)
+            best = [_best_of_outputs(scores[path], counts[i], layouts[path]) for i, path in enumerate(scores)]
+        else:
+            best = top_k_masks(list(scores.values()), counts, absolute=absolute)
     for (path, leaf), units in zip(free.items(), best, strict=True):
         kept[path] = sparse[path][1].expand(units, leaf)
     kept = {path: mask_like(mask, sparse[path][0]) for path, mask in kept.items()}
     _warn_of_empty(kept)
     return treedef.unflatten([kept.get(path, jnp.ones((), bool)) for path in leaf_paths(params)])
+
+
+def _best_of_outputs(scores: jax.Array, kept: jax.Array, layout: Any) -> jax.Array:
+    """Marks the largest scores of every output, which share what the layer keeps, rounded."""
+    matrices = layout.to_matrices(scores)
+    stack = tuple(range(len(layout.stack)))
+    outputs = int(np.prod([matrices.shape[axis] for axis in (*stack, -1)]))
+    of_output = (kept + outputs // 2) // outputs
+    marked = top_k_mask(matrices, of_output, axis=(*stack, matrices.ndim - 1))
+    return layout.from_matrices(marked, scores)
 
 
 def _warn_of_empty(masks: dict[str, jax.Array]) -> None:

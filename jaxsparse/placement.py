@@ -1,8 +1,8 @@
-"""Where arrays that belong to a leaf lie: on the leaf's devices, in its parts.
+"""Placement of arrays that belong to a leaf: on the leaf's devices, with its sharding.
 
-A method makes its state from the shapes of the params. On one device that is all there is to it. On a mesh, masks and
-copies of weights have to be made as the weights lie: outside of jit so that no device holds them whole; inside, where a
-mesh has explicit axes or in ``jax.shard_map``, so that JAX lets both meet in one operation.
+A method makes its state from the shapes of the params, and on one device nothing more is needed. On a mesh, masks and
+copies of weights have to be made with the sharding of the weights: outside of jit, so that no device holds them whole;
+inside of jit with explicit mesh axes, or in ``jax.shard_map``, because JAX refuses operations on mixed shardings.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,24 +14,24 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 
 def is_abstract(leaf: Any) -> bool:
-    """Whether a leaf is a shape without values, as of ``jax.eval_shape``."""
+    """Whether a leaf is a shape without values, as from ``jax.eval_shape``."""
     return isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 def sharding_of(leaf: Any) -> jax.sharding.Sharding | None:
-    """The sharding to make an array of a leaf's shape with; None where there is nothing to say."""
+    """The sharding for new arrays of a leaf's shape; None if any will do."""
     if isinstance(leaf, jax.core.Tracer):
-        sharding = jax.typeof(leaf).sharding  # only what axes are explicit is known
+        sharding = jax.typeof(leaf).sharding  # under jit, only explicit axes are known
         return sharding if any(sharding.spec) else None
     return getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
 
 
 def zeros(leaf: Any, shape: Sequence[int] | None = None) -> jax.Array:
-    """Zeros of a leaf's dtype that lie as it does.
+    """Zeros with a leaf's dtype and placement.
 
     Args:
       leaf: an array, or a ``jax.ShapeDtypeStruct``.
-      shape: the leaf's, perhaps with axes of length 1, which are then whole on every device; None: the leaf's.
+      shape: the leaf's shape, in which some axes may have length 1, which are not sharded; None: the leaf's shape.
     """
     if shape is None or tuple(shape) == leaf.shape:
         return jnp.zeros_like(leaf)
@@ -44,12 +44,12 @@ def zeros(leaf: Any, shape: Sequence[int] | None = None) -> jax.Array:
 
 
 def copied(leaf: Any) -> Any:
-    """A copy of a leaf; of a shape without values itself, for there is nothing to copy."""
+    """A copy of a leaf; a shape without values is returned as it is."""
     return leaf if is_abstract(leaf) else jnp.array(leaf, copy=True)
 
 
 def mask_like(mask: Any, leaf: Any) -> jax.Array:
-    """A bool array of a leaf's shape, so placed that it can meet the leaf."""
+    """A mask placed like a leaf, so that one operation can take both."""
     if isinstance(leaf, jax.core.Tracer) or isinstance(mask, jax.core.Tracer):
         return mask & jnp.ones_like(leaf, bool)
     sharding = sharding_of(leaf)
@@ -57,16 +57,16 @@ def mask_like(mask: Any, leaf: Any) -> jax.Array:
 
 
 def placed_like(x: jax.Array, like: jax.Array) -> jax.Array:
-    """An array in the parts of another of its shape, where a mesh has explicit axes."""
+    """An array with the sharding of another of the same shape, if a mesh has explicit axes."""
     came, wanted = jax.typeof(x).sharding, jax.typeof(like).sharding
     if not any(came.spec) and not any(wanted.spec):
         return x
-    # An array that was given without a mesh is whole on all devices of the other's.
+    # An array without a mesh is replicated on the devices of the other's.
     return jax.sharding.reshard(x, came.update(spec=wanted.spec) if wanted.mesh.empty else wanted)
 
 
 def varying_like(x: Any, tree: Any) -> Any:
-    """Arrays that vary over the devices of a ``jax.shard_map`` at least as the leaves of a tree do."""
+    """Arrays marked as varying over the axes of a ``jax.shard_map`` over which leaves of a tree vary, and their own."""
     if not _in_shard_map():
         return x
     axes = frozenset().union(*map(_axes, jax.tree.leaves(tree)))
@@ -74,10 +74,9 @@ def varying_like(x: Any, tree: Any) -> Any:
 
 
 def steady(compute: Callable[[Any], Any], old: Any) -> tuple[Callable[[Any], Any], Any]:
-    """A function and its argument, such that it returns what varies over devices as the argument does.
+    """Make a function and its argument vary over the same axes of a ``jax.shard_map``, as a loop in it requires.
 
-    A loop in a ``jax.shard_map`` asks for it, and not every state does: masks made from a key alone are equal on all
-    devices until they follow from params that are not.
+    Not every state does: masks made from a key alone are equal on all devices until they depend on params that are not.
     """
     if not _in_shard_map():
         return compute, old
@@ -95,7 +94,7 @@ def steady(compute: Callable[[Any], Any], old: Any) -> tuple[Callable[[Any], Any
 
 
 def _in_shard_map() -> bool:
-    """Whether this is traced in a shard_map that keeps count of what varies over its devices (``check_vma``)."""
+    """Whether this is traced in a shard_map that tracks which arrays vary over its devices (``check_vma``)."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     return bool(manual) and bool(_axes(jax.lax.pcast(jnp.zeros(()), tuple(manual), to="varying")))
 

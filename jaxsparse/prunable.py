@@ -1,4 +1,4 @@
-"""Which leaves a method may prune: by default the matrices and convolutions, or what ``prunable=`` says."""
+"""The choice of leaves that a method may prune: by default matrices and convolutions, or as ``prunable=`` says."""
 
 import dataclasses
 import logging
@@ -41,7 +41,7 @@ class Prunable:
 
 @dataclasses.dataclass(frozen=True)
 class AllBut:
-    """The default choice of leaves without some, made by :func:`all_but`.
+    """The default choice of leaves except for some, made by :func:`all_but`.
 
     Attributes:
       patterns: of the leaves that are left out.
@@ -51,7 +51,7 @@ class AllBut:
 
 
 def all_but(*patterns: str) -> AllBut:
-    """Chooses what is chosen by default, see :func:`prunable_leaves`, without some leaves, for ``prunable=``.
+    """The default choice of leaves (:func:`prunable_leaves`) except for the given ones, for ``prunable=``.
 
     Args:
       *patterns: paths of leaves, or of what leaves lie in ("conv1" stands for "conv1/kernel" too), or globs such as
@@ -138,7 +138,7 @@ def prunable_leaves(params: Any, prunable: Any = None, *, layout: LayoutLike = N
 
 
 def default_choice(params: Any, layout: LayoutLike = None) -> dict[str, bool]:
-    """What :func:`prunable_leaves` chooses if not told otherwise, by path: floats that are matrices."""
+    """The default choice of :func:`prunable_leaves`, by path: floating-point leaves that are matrices."""
     layouts = leaf_layouts(params, layout)
     return {path: layouts[path].is_matrix and _is_float(leaf) for path, leaf in by_path(params).items()}
 

@@ -1,8 +1,7 @@
-"""Optax schedules, step (from 0) to value: prune rates, sparsities, the step sizes and averagings of dual averaging.
+"""Schedules of the methods that Optax does not have: prune rates, sparsities, step sizes of dual averaging.
 
-The prune rate is the share of a layer's weights that one mask update replaces. The sparsity is the fraction of zeros
-that pruning is to reach; its schedules count stages (or steps, as their user will have it), and compute in double
-precision where that is enabled, as it is in :func:`jaxsparse.asni`.
+Each is a function from the step, counted from 0 in int32, to a value. The prune rate (also called drop fraction) is the
+share of a layer's weights that one mask update replaces; the sparsity is the fraction of zeros to reach.
 """
 
 import math
@@ -13,10 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-__all__ = [
-    "RDASchedules", "constant_sparsity", "cosine_prune_rate", "cubic_sparsity", "linear_prune_rate", "linear_sparsity",
-    "rda_cosine", "rda_halving", "rda_log_cosine", "sigmoid_sparsity", "two_phase_sparsity",
-]  # fmt: skip
+__all__ = ["RDASchedules", "cosine_prune_rate", "rda_cosine", "rda_halving", "rda_log_cosine", "sigmoid_sparsity"]
 
 
 def cosine_prune_rate(init_value: float, steps: int, end_value: float = 0.005) -> optax.Schedule:
@@ -49,194 +45,69 @@ def cosine_prune_rate(init_value: float, steps: int, end_value: float = 0.005) -
     return lambda step: end_value + (init_value - end_value) * decay(step)
 
 
-def linear_prune_rate(init_value: float, steps: int, end_value: float = 0.0) -> optax.Schedule:
-    r"""Linear decay of the prune rate, :math:`p_t = p_0 + (p_T - p_0) t / T`.
-
-    Args:
-      init_value: :math:`p_0`, in [0, 1].
-      steps: :math:`T`, the number of training steps, at least 1.
-      end_value: :math:`p_T`, in [0, 1].
-
-    Raises:
-      ValueError: for values out of range.
-
-    Examples:
-      >>> schedule = linear_prune_rate(0.5, 100)
-      >>> [round(float(schedule(t)), 4) for t in (0, 50, 100)]
-      [0.5, 0.25, 0.0]
-    """
-    _check(init_value, steps, end_value)
-    return optax.linear_schedule(init_value, end_value, steps)
-
-
 def sigmoid_sparsity(
-    magnitude: float, stages: int, scale: float, translation: float = 0.5, *, normalised: bool = False
+    magnitude: float, steps: int, scale: float, translation: float = 0.5, *, begin: int = 0, normalised: bool = False
 ) -> optax.Schedule:
-    r"""The sparsity of ASNI, a sigmoid: slow, fast, slow.
+    r"""The sparsity schedule of ASNI, a sigmoid: slow, fast, slow.
 
-    .. math:: s_t = m \, \sigma\!\left(\frac{t - \tau N}{c}\right), \qquad t = 0, \dots, N - 1
+    .. math:: s_t = m \, \sigma(x_t), \qquad x_t = \frac{t - t_0 - \tau T}{c}
 
-    It starts above 0 and ends below m, as published. With ``normalised``, it is shifted and stretched to reach m
-    exactly, from exactly 0 one stage before the first, at N - 2: nothing is pruned after the last stage, so N stages of
-    training with :func:`jaxsparse.asni` end there.
+    It starts above 0 and ends below m, as published. The author counts epochs from 0 and prunes at the end of each: in
+    steps, with epochs of n, :math:`t_0` is n, the step of the first pruning. With ``normalised`` it is shifted and
+    stretched to be exactly 0 at t = 0 and exactly m from t = T on:
 
-    .. math:: s_t = m \, \frac{\sigma(x_t) - \sigma(x_{-1})}{\sigma(x_{N-2}) - \sigma(x_{-1})}, \qquad
-       x_t = \frac{t - \tau (N - 1)}{c}
+    .. math:: s_t = m \, \frac{\sigma(x_t) - \sigma(x_0)}{\sigma(x_T) - \sigma(x_0)}
+
+    (E epochs of :func:`jaxsparse.asni` prune for the last time at (E - 1) n: to end there, T is (E - 1) n.)
 
     Args:
       magnitude: m, in [0, 1].
-      stages: N, at least 1.
-      scale: c > 0, in stages: the smaller, the steeper.
-      translation: :math:`\tau`: where in the N stages the sigmoid has its middle.
+      steps: T, at least 1.
+      scale: c > 0, in steps: the smaller, the steeper.
+      translation: :math:`\tau`: where in the T steps the sigmoid has its middle.
+      begin: :math:`t_0`, a step of at least 0.
       normalised: whether it ends at ``magnitude`` exactly.
+
+    Returns:
+      Step -> sparsity, in double precision where that is enabled, as it is in :func:`jaxsparse.asni`.
 
     Raises:
       ValueError: for values out of range.
 
     Examples:
-      >>> schedule = sigmoid_sparsity(0.99, stages=160, scale=16)
-      >>> [round(float(schedule(t)), 4) for t in (0, 80, 159)]
+      >>> schedule = sigmoid_sparsity(0.99, steps=16_000, scale=1_600, begin=100)
+      >>> [round(float(schedule(t)), 4) for t in (100, 8_100, 16_000)]
       [0.0066, 0.495, 0.9829]
-      >>> round(float(sigmoid_sparsity(0.99, stages=160, scale=16, normalised=True)(158)), 4)
+      >>> round(float(sigmoid_sparsity(0.99, steps=16_000, scale=1_600, normalised=True)(16_000)), 4)
       0.99
 
     References:
       Damadi, Nouri and Pirsiavash, Amenable Sparse Network Investigator, 2022;
       https://github.com/sdamadi/image-classification (utils/pruning.py).
     """
-    _check_sparsities(stages, magnitude=magnitude)
+    if not 0 <= magnitude <= 1:
+        raise ValueError(f"magnitude is a sparsity, a fraction of zeros, and must be in [0, 1], got {magnitude}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
     if not scale > 0:
-        raise ValueError(f"scale is a number of stages and must be above 0, got {scale}")
-
-    length = _prunings(stages) if normalised else stages
+        raise ValueError(f"scale is a number of steps and must be above 0, got {scale}")
+    if begin < 0:
+        raise ValueError(f"begin is a step and must be at least 0, got {begin}")
 
     def value(t):
-        return jax.nn.sigmoid((t - translation * length) / scale)
+        return jax.nn.sigmoid((t - begin - translation * steps) / scale)
 
-    if not normalised:
-        return lambda stage: magnitude * value(_as_float(stage))
-
-    def normal(stage):
-        t = _as_float(stage)
-        # The ends in the same precision and by the same operations, so that the last stage is exact.
-        first, last = (value(jnp.full_like(t, end)) for end in (-1, length - 1))
+    def normal(step):
+        t = _as_float(step)
+        # The ends in the same precision and by the same operations, so that the last step is exact.
+        first, last = (value(jnp.full_like(t, end)) for end in (0, steps))
         return magnitude * jnp.clip((value(t) - first) / (last - first), 0, 1)
 
-    return normal
-
-
-def two_phase_sparsity(first: optax.Schedule, second: optax.Schedule, boundary: int) -> optax.Schedule:
-    r"""One sparsity schedule on top of another, ASNI's general form (its final runs have one phase).
-
-    .. math:: s_t = a_t \text{ for } t < K, \qquad s_t = a_{K-1} + b_{t-K} \text{ for } t \ge K
-
-    Args:
-      first: a, for instance ``sigmoid_sparsity(0.8, stages=K, scale=5)``.
-      second: b, what is added later.
-      boundary: K, at least 1.
-
-    Raises:
-      ValueError: for a boundary below 1.
-
-    Examples:
-      >>> schedule = two_phase_sparsity(linear_sparsity(0.5, 5), linear_sparsity(0.4, 2), boundary=5)
-      >>> [round(float(schedule(t)), 2) for t in range(7)]
-      [0.12, 0.25, 0.38, 0.5, 0.5, 0.9, 0.9]
-
-    References:
-      As :func:`sigmoid_sparsity`.
-    """
-    if boundary < 1:
-        raise ValueError(f"boundary is a stage and must be at least 1, got {boundary}")
-
-    def value(stage):
-        t = jnp.asarray(stage)
-        return jnp.where(t < boundary, first(t), first(jnp.full_like(t, boundary - 1)) + second(t - boundary))
-
-    return value
-
-
-def cubic_sparsity(final_value: float, stages: int, *, init_value: float = 0.0, start: int = 0) -> optax.Schedule:
-    r"""The sparsity of gradual magnitude pruning: fast at first, ever slower.
-
-    .. math:: s_t = s_f + (s_i - s_f) \left(1 - \frac{t - t_0}{n}\right)^3
-
-    from :math:`s_i` at :math:`t_0` to :math:`s_f` at :math:`t_0 + n`, and constant before and after. (N stages of
-    training with :func:`jaxsparse.asni` end at :math:`s_{N-2}`: that is :math:`s_f` for n up to :math:`N - 2 - t_0`.)
-
-    Args:
-      final_value: :math:`s_f`, in [0, 1].
-      stages: n, at least 1.
-      init_value: :math:`s_i`, in [0, 1].
-      start: :math:`t_0`.
-
-    Raises:
-      ValueError: for values out of range.
-
-    Examples:
-      >>> schedule = cubic_sparsity(0.8, 10)
-      >>> [round(float(schedule(t)), 4) for t in (0, 5, 10, 20)]
-      [0.0, 0.7, 0.8, 0.8]
-
-    References:
-      Zhu and Gupta, To prune, or not to prune, 2017 (arXiv:1710.01878), eq. (1).
-    """
-    _check_sparsities(stages, final_value=final_value, init_value=init_value)
-
-    def value(stage):
-        left = 1 - jnp.clip((_as_float(stage) - start) / stages, 0, 1)
-        return final_value + (init_value - final_value) * left**3
-
-    return value
-
-
-def linear_sparsity(final_value: float, stages: int, *, init_value: float = 0.0) -> optax.Schedule:
-    r"""The same share more in each stage: :math:`s_t = s_i + (s_f - s_i) (t + 1) / (N - 1)`, constant from N - 2 on.
-
-    Nothing is pruned after the last stage, so N stages of training with :func:`jaxsparse.asni` end at :math:`s_f`.
-
-    Args:
-      final_value: :math:`s_f`, in [0, 1].
-      stages: N, at least 1, those of training.
-      init_value: :math:`s_i`, in [0, 1]: before the first stage.
-
-    Raises:
-      ValueError: for values out of range.
-
-    Examples:
-      >>> schedule = linear_sparsity(0.8, 5)
-      >>> [round(float(schedule(t)), 2) for t in range(5)]
-      [0.2, 0.4, 0.6, 0.8, 0.8]
-    """
-    _check_sparsities(stages, final_value=final_value, init_value=init_value)
-    steps = _prunings(stages)
-
-    def value(stage):
-        way = jnp.maximum((_as_float(stage) + 1) / steps, 0)
-        return jnp.where(way >= 1, final_value, init_value + (final_value - init_value) * way)  # exact at the end
-
-    return value
-
-
-def constant_sparsity(value: float) -> optax.Schedule:
-    """The same sparsity always: all pruning at once.
-
-    Args:
-      value: in [0, 1].
-
-    Raises:
-      ValueError: for a value out of range.
-
-    Examples:
-      >>> constant_sparsity(0.9)(7)
-      0.9
-    """
-    _check_sparsities(1, value=value)
-    return optax.constant_schedule(value)
+    return normal if normalised else lambda step: magnitude * value(_as_float(step))
 
 
 class RDASchedules(NamedTuple):
-    """Two schedules that belong together, for :func:`jaxsparse.rda`.
+    """A step size and its averaging, a pair of schedules for :func:`jaxsparse.rda`.
 
     Attributes:
       step_size: s of every step.
@@ -248,7 +119,7 @@ class RDASchedules(NamedTuple):
 
 
 def rda_cosine(init_value: float, steps: int) -> RDASchedules:
-    r"""The cosine pair of training with compressed sensing: the step size goes to 0, the averaging to 1.
+    r"""The cosine pair of :func:`jaxsparse.rda`: the step size goes to 0, the averaging to 1.
 
     .. math:: s_t = s_0 \frac{1 + \cos(\pi t / T)}{2}, \qquad a_t = \frac{1 - \cos(\pi t / T)}{2} = 1 - s_t / s_0
 
@@ -285,7 +156,7 @@ def rda_cosine(init_value: float, steps: int) -> RDASchedules:
 
 
 def rda_halving(init_value: float, boundaries: Sequence[int]) -> RDASchedules:
-    """The halving pair of training with compressed sensing: at each boundary s and 1 - a are halved.
+    """The halving pair of :func:`jaxsparse.rda`: at each boundary s and 1 - a are halved.
 
     The authors do so after epochs 60, 100, 140, ..., 420 of 500. Before the first boundary a is 0.
 
@@ -355,11 +226,6 @@ def _as_float(stage):
     return jnp.asarray(stage, float)
 
 
-def _prunings(stages: int) -> int:
-    """How often a training of so many stages prunes: not after the last (but a single stage has a schedule too)."""
-    return max(stages - 1, 1)
-
-
 def _counted_from_1(step):
     return jnp.asarray(step, jnp.float32) + 1
 
@@ -369,14 +235,6 @@ def _check_rda(init_value: float, steps: int) -> None:
         raise ValueError(f"init_value is a step size and must be at least 0, got {init_value}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-
-
-def _check_sparsities(stages: int, **values: float) -> None:
-    for name, value in values.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} is a sparsity, a fraction of zeros, and must be in [0, 1], got {value}")
-    if stages < 1:
-        raise ValueError(f"stages must be at least 1, got {stages}")
 
 
 def _check(init_value: float, steps: int, end_value: float) -> None:

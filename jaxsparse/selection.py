@@ -117,6 +117,7 @@ def global_top_k_masks(
     absolute: bool = False,
     sizes: Any | None = None,
     at_least: ArrayLike = 0,
+    stacks: Sequence[Sequence[int]] = (),
 ) -> Any:
     """Marks the ``k`` largest entries of a whole tree, all leaves ranked together.
 
@@ -131,6 +132,8 @@ def global_top_k_masks(
         the same measure, up to the sum of size times entries.
       at_least: mark this many, the largest, of every leaf in any case (all, of a leaf that has fewer), and give only
         the rest of ``k`` to the largest of the whole tree. A ``k`` too small for that is exceeded. Possibly traced.
+      stacks: numbers of leaves (in the order of ``jax.tree.leaves``) of one shape and size, to be stacked. That copies
+        them, compiles once for all of a stack, and changes no result.
 
     Returns:
       A pytree like ``scores`` of bool arrays with exactly ``k`` entries True in
@@ -167,16 +170,16 @@ def global_top_k_masks(
     if isinstance(at_least, jax.core.Tracer) or at_least:
         fewest = jnp.asarray(at_least, jnp.int32)
         first = _select([[each] for each in group], [jnp.minimum(fewest, x.size) for x, _ in group], absolute)
-        first = [marked[0] for marked in first]
+        first = [marked[0] for marked in first]  # (not stacked: it is seldom asked for)
         k = jnp.maximum(k - sum(size * count_true(marked) for size, marked in zip(counted, first, strict=True)), 0)
         group = [(x, ~marked if w is None else w & ~marked) for (x, w), marked in zip(group, first, strict=True)]
-        rest = _select([group], [k], absolute, sizes=counted)[0]
+        rest = _select_stacked(group, k, absolute, counted, stacks)
         return treedef.unflatten([a | b for a, b in zip(first, rest, strict=True)])
-    return treedef.unflatten(_select([group], [k], absolute, sizes=counted)[0])
+    return treedef.unflatten(_select_stacked(group, k, absolute, counted, stacks))
 
 
 def random_scores(key: jax.Array, shape: Sequence[int], sharding: jax.sharding.Sharding | None = None) -> jax.Array:
-    """Scores whose ``k`` largest are a uniformly random choice of ``k`` entries.
+    """Random scores, of which the ``k`` largest are a uniformly random choice of ``k`` entries.
 
     Args:
       key: a PRNG key.
@@ -256,14 +259,40 @@ def _keys(scores: jax.Array, where: jax.Array | None, absolute: bool) -> jax.Arr
     return jnp.where(where.astype(jnp.uint8) != 0, keys, jnp.asarray(lowest, integer))
 
 
+def _select_stacked(
+    group: list[tuple], k: jax.Array, absolute: bool, sizes: tuple[int, ...], stacks: Sequence[Sequence[int]]
+) -> list[jax.Array]:
+    """:func:`_select` of one group, some of whose arrays are stacked meanwhile."""
+    starts = np.cumsum([0, *(x.size for x, _ in group)])
+    stacked = {i for stack in stacks for i in stack}
+    members = [*stacks, *([i] for i in range(len(group)) if i not in stacked)]
+    arrays: list[Any] = []
+    begins: list[Any] = []
+    for stack in members:
+        if len(stack) == 1:
+            arrays.append(group[stack[0]])
+            begins.append(int(starts[stack[0]]))
+        else:
+            arrays.append(jax.tree.map(lambda *leaves: jnp.stack(leaves), *(group[i] for i in stack)))
+            begins.append(tuple(int(starts[i]) for i in stack))
+    counted = tuple(sizes[stack[0]] for stack in members)
+    found = _select([arrays], [k], absolute, sizes=counted, starts=tuple(begins))[0]
+    masks: list[Any] = [None] * len(group)
+    for stack, mask in zip(members, found, strict=True):
+        for i, part in zip(stack, [mask] if len(stack) == 1 else list(mask), strict=True):
+            masks[i] = part
+    return masks
+
+
 # Jitted: an eager call compiles once for a shape.
-@functools.partial(jax.jit, static_argnames=("absolute", "axes", "sizes"))
+@functools.partial(jax.jit, static_argnames=("absolute", "axes", "sizes", "starts"))
 def _select(
     groups: list[list[tuple]],
     ks: list[jax.Array],
     absolute: bool,
     axes: tuple[int, ...] | None = None,
     sizes: tuple[int, ...] | None = None,
+    starts: tuple[int | tuple[int, ...], ...] | None = None,
 ):
     """Masks of the ``ks[g]`` largest of each group of (scores, where); a group's arrays are ranked together.
 
@@ -272,14 +301,17 @@ def _select(
 
     With ``axes`` the arrays are reduced over those axes only, and ``ks[g]`` has
     the reduced shape (axes kept): one selection for each remaining index.
+
+    ``starts``, for each array of a single group, is the index of its first entry; of a stack, of each array's in it.
     """
     if not groups:
         return []
     extents = [[_extent(scores.shape, axes) for scores, _ in group] for group in groups]
     groups = [
-        [(scores, where, sum(extent[:i])) for i, (scores, where) in enumerate(group)]
+        [(scores, where, sum(extent[:i]) if starts is None else np.asarray(starts[i], np.int32))
+         for i, (scores, where) in enumerate(group)]
         for group, extent in zip(groups, extents, strict=True)
-    ]
+    ]  # fmt: skip
 
     def count(group, hit, at):
         """How many entries satisfy ``hit(key, index, at)``.
@@ -374,8 +406,11 @@ def _extent(shape: tuple[int, ...], axes: tuple[int, ...] | None) -> int:
 
 def _index(shape: tuple[int, ...], axes: tuple[int, ...] | None, start: int | jax.Array) -> jax.Array:
     """Row-major index within the group, built from iotas: nothing moves between devices."""
+    axes = tuple(range(len(shape))) if axes is None else axes
+    if jnp.ndim(start):  # one for each array of a stack
+        start, axes = jnp.expand_dims(start, range(1, len(shape))), axes[1:]
     index, stride = jnp.full(shape, start, jnp.int32), 1
-    for d in reversed(range(len(shape)) if axes is None else axes):
+    for d in reversed(axes):
         index = index + stride * jax.lax.broadcasted_iota(jnp.int32, shape, d)
         stride *= shape[d]
     return index

@@ -63,7 +63,7 @@ class Table(NamedTuple):
 
 
 class Tabular(abc.ABC):
-    """What has a table: printed it is text, with ``rich.print`` in colour, in a notebook HTML."""
+    """Base class of results with a table: text when printed, coloured by ``rich.print``, HTML in a notebook."""
 
     @abc.abstractmethod
     def table(self) -> Table:

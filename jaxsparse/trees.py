@@ -38,12 +38,12 @@ WRAPPED = {jax.tree_util.GetAttrKey("value"), jax.tree_util.GetAttrKey("raw_valu
 
 
 def is_masked_node(node: Any) -> bool:
-    """Whether a node is the :class:`optax.MaskedNode` that stands for what a transformation does not see."""
+    """Whether a node is an :class:`optax.MaskedNode`, the placeholder of a leaf hidden from a transformation."""
     return isinstance(node, optax.MaskedNode)
 
 
 def is_partial(params: Any) -> bool:
-    """Whether params are all, or in part, hidden from a transformation (``optax.masked``, ``optax.partition``)."""
+    """Whether some or all params are hidden from a transformation (``optax.masked``, ``optax.partition``)."""
     nodes = jax.tree.leaves(params, is_leaf=is_masked_node)
     return not nodes or any(map(is_masked_node, nodes))
 
@@ -72,7 +72,7 @@ def path_name(path: tuple) -> str:
 
 
 def as_array(path: str, leaf: Any) -> Any:
-    """A leaf that has a shape and a dtype: Python numbers are made arrays of no dimensions, as by JAX.
+    """Converts a Python number to an array without dimensions, as JAX does; returns other leaves as they are.
 
     Args:
       path: the name of the leaf, for the error.
@@ -164,7 +164,7 @@ def matching(pattern: str, paths: Iterable[str]) -> list[str]:
 def by_pattern(
     given: Mapping[str, Any] | Sequence[tuple[str, Any]], paths: Sequence[str], what: str, *, partial: bool = False
 ) -> dict[str, Any]:
-    """Resolves what is given by patterns: each path gets the value of the first pattern that matches it.
+    """Resolves values given by pattern: each path gets the value of the first pattern that matches it.
 
     Args:
       given: pattern -> value, see :func:`matching`, in order; a mapping or pairs.
@@ -204,7 +204,7 @@ def by_pattern(
 
 
 def listed(names: Sequence[str], at_most: int = 8) -> str:
-    """Names in one line, the first few of many.
+    """Names in one line; of a long list only the first few.
 
     Examples:
       >>> listed(["a", "b", "c"], at_most=2)

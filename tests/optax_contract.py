@@ -77,7 +77,7 @@ def sparse_momentum_adam(
 
 
 def asni_adam(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    link = jaxsparse.asni(jaxsparse.constant_sparsity(0.0), update_every=10, prunable=ALL)
+    link = jaxsparse.asni(0.0, update_every=10, prunable=ALL)
     return jaxsparse.chain(optax.adam(learning_rate), link)
 
 

@@ -68,8 +68,13 @@ def sparse_momentum(**options):
 
 def asni(params, own_momentum=False, prunable=None, key=0):
     del params, own_momentum, key
-    schedule = jaxsparse.sigmoid_sparsity(0.9, stages=4, scale=1.0)
+    schedule = jaxsparse.sigmoid_sparsity(0.9, 4 * UPDATE_EVERY, UPDATE_EVERY, begin=UPDATE_EVERY)
     return jaxsparse.asni(schedule, UPDATE_EVERY, prunable=prunable)
+
+
+def magnitude_pruning(params, own_momentum=False, prunable=None, key=0):
+    del params, own_momentum, key
+    return jaxsparse.magnitude_pruning(0.75, end=6, every=UPDATE_EVERY, prunable=prunable)
 
 
 def reweighted_l1(**options):
@@ -97,6 +102,7 @@ METHODS = {
     "mask_updates": Method(fixed, changes=False, random=True),
     "sparse_momentum": Method(sparse_momentum(), changes=True, random=True),
     "asni": Method(asni, changes=True, random=False, adaptive=True),
+    "magnitude_pruning": Method(magnitude_pruning, changes=True, random=False, adaptive=True),
     "reweighted_l1": Method(reweighted_l1(), changes=True, random=False, adaptive=True, low_precision=False),
     # Every gate starts open, whatever the key.
     "l0": Method(gates(jaxsparse.l0), changes=True, random=False, adaptive=True, wraps=True),
@@ -376,7 +382,8 @@ def test_donation_consumes_the_old_buffers_and_nothing_of_the_caller(name):
     assert int(jaxsparse.count(jaxsparse.get_masks(again))) == method.budget()
 
 
-@pytest.mark.parametrize("name", slow_except(["mask_updates"], ALL))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALL)
 def test_vmap_over_seeds_with_different_masks(name):
     method, params = ALL[name], make_params()
 
@@ -504,7 +511,8 @@ def test_sharded_masks_are_bit_equal(name):
 # --- Other libraries' params ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", slow_except(["mask_updates"], METHODS))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
 def test_linen(name):
     model = nn.Sequential([nn.Dense(16), nn.LayerNorm(), nn.relu, nn.Dense(8)])
     params = model.init(jax.random.key(0), jnp.ones((1, 12)))["params"]

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 import jaxsparse
 from jaxsparse import masks as module
@@ -151,20 +150,57 @@ def test_count_and_density():
     assert float(jaxsparse.density({"b": jnp.array(True)})) == 1.0
 
 
-@settings(max_examples=20)
-@given(mask=hnp.arrays(bool, hnp.array_shapes(min_dims=0, max_dims=3, max_side=9)))
-def test_packing_and_back(mask):
-    packed = module.pack_masks({"w": mask})
-    assert packed["w"].nbytes == -(-mask.size // 8)
-    np.testing.assert_array_equal(module.unpack_masks(packed, {"w": mask})["w"], mask)
+@pytest.mark.parametrize("scope", ["layer", pytest.param("global", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("structure", ["weight", {"conv/kernel": "channel", "dense/kernel": jaxsparse.n_of_m(1, 4)}])
+def test_masks_of_magnitude_scores_are_magnitude_masks(structure, scope):
+    params = make_params()
+    scores = jaxsparse.saliency.magnitude(params)
+    expected = jaxsparse.magnitude_masks(
+        params, 0.7, allocation="global" if scope == "global" else "uniform", structure=structure
+    )
+    masks = jaxsparse.score_masks(params, scores, 0.7, scope=scope, structure=structure)
+    jax.tree.map(np.testing.assert_array_equal, masks, expected)
 
 
-def test_unpacking_into_the_wrong_shape_is_named():
-    packed = module.pack_masks({"w": jnp.ones((3, 4), bool)})
-    with pytest.raises(
-        ValueError, match=r"packed mask of w: expected uint8 of shape \(4,\).* got uint8 of shape \(2,\)"
-    ):
-        module.unpack_masks(packed, {"w": jnp.ones((5, 6), bool)})
+def test_scores_rank_with_their_sign_and_units_by_their_mean():
+    params = {"w": jnp.ones((4, 2)), "b": jnp.ones(2)}
+    scores = {"w": jnp.array([[-9.0, 5.0], [2.0, 1.0], [3.0, -1.0], [4.0, 0.0]]), "b": None}
+    masks = jaxsparse.score_masks(params, scores, 0.5)
+    assert masks["w"].tolist() == [[False, True], [True, False], [True, False], [True, False]]
+    assert masks["b"].shape == ()
+    blocks = jaxsparse.score_masks(params, scores, 0.5, structure=jaxsparse.block(2, 1))
+    assert blocks["w"].tolist() == [[False, True], [False, True], [True, False], [True, False]]
+
+
+@pytest.mark.parametrize("shape", [(12, 5), (3, 2, 2, 5)])
+def test_per_output_every_output_keeps_equally_many(shape):
+    scores = jax.random.normal(jax.random.key(0), shape)
+    mask = jaxsparse.score_masks({"kernel": scores}, {"kernel": scores}, 0.75, per_output=True)["kernel"]
+    best = np.sort(np.asarray(scores).reshape(12, 5), axis=0)[-3]
+    np.testing.assert_array_equal(mask.reshape(12, 5), np.asarray(scores).reshape(12, 5) >= best)
+
+
+def test_per_output_of_heads_and_stacks():
+    scores = jax.random.normal(jax.random.key(0), (3, 8, 2, 4))  # stacked layers, inputs, heads, outputs of a head
+    params, layout = {"w": scores}, {"w": jaxsparse.Layout(inputs=(1,), outputs=(2, 3), stack=(0,))}
+    mask = jaxsparse.score_masks(params, params, 0.5, per_output=True, layout=layout)["w"]
+    assert (mask.sum(1) == 4).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scope": "network"}, r"scope must be one of \['layer', 'global'\], got 'network'"),
+        ({"scope": "global", "allocation": "erdos_renyi"}, "which allocation='erdos_renyi' contradicts"),
+        ({"scope": "global", "per_output": True}, "per_output ranks single weights within a layer"),
+        ({"scores": {"fc": {"w": None}}}, r"scores of fc/w: expected shape \(4, 6\), got none"),
+        ({"scores": {"fc": {"w": jnp.ones((6, 4))}}}, r"scores of fc/w: expected shape \(4, 6\), got shape \(6, 4\)"),
+    ],
+)
+def test_bad_scores(options, message):
+    params = {"fc": {"w": jnp.ones((4, 6))}}
+    with pytest.raises(ValueError, match=message):
+        jaxsparse.score_masks(params, **{"scores": params, "sparsity": 0.5, **options})
 
 
 def test_unknown_allocation():

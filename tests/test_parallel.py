@@ -14,7 +14,16 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import jaxsparse
-from jaxsparse.parallel import LAYOUTS, ElsewhereError, Layout, any_process, of_processes, together
+from jaxsparse.parallel import (
+    LAYOUTS,
+    ElsewhereError,
+    FullySharded,
+    OneDevice,
+    any_process,
+    device_layout,
+    of_processes,
+    together,
+)
 from jaxsparse.trees import by_path
 from tests.problems import slow_except
 from tests.test_contract import METHODS, sparse_momentum
@@ -82,7 +91,7 @@ def sgd():
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("name", slow_except(["pmap", "fsdp"], LAYOUTS))
 def test_a_step_is_that_of_the_whole_batch(name, accumulate):
-    layout, state = Layout(name, min_size=64), make_state()
+    layout, state = device_layout(name, min_size=64), make_state()
     (loss, (_, model_state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
         state.params, state.model_state, make_batch(), 2.0
     )
@@ -102,7 +111,7 @@ def test_a_step_is_that_of_the_whole_batch(name, accumulate):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_sums_and_shares(name):
-    layout = Layout(name)
+    layout = device_layout(name)
 
     def evaluate(state, batch):
         mean = layout.synchronised(state.model_state)
@@ -127,7 +136,7 @@ def test_sums_and_shares(name):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_step_gives_up_the_state_that_comes_in_and_nothing_of_the_caller(name):
-    layout, tx = Layout(name, min_size=64), sgd()
+    layout, tx = device_layout(name, min_size=64), sgd()
     state = make_state()
     placed = layout.place(state)
     after, _ = make_step(layout, tx)(placed, layout.place_batch(make_batch()), 1.0)
@@ -137,7 +146,7 @@ def test_a_step_gives_up_the_state_that_comes_in_and_nothing_of_the_caller(name)
 
 @pytest.mark.parametrize("name", slow_except(["fsdp"], LAYOUTS))
 def test_collected_and_restored_it_goes_on_with_the_same_bits(name):
-    layout = Layout(name, min_size=64)
+    layout = device_layout(name, min_size=64)
     tx = jaxsparse.chain(sgd(), jaxsparse.sparse_momentum(0.75, update_every=2))
     step = make_step(layout, tx)
     state, _ = step(layout.place(make_state(tx)), layout.place_batch(make_batch()), 1.0)
@@ -155,7 +164,7 @@ def test_collected_and_restored_it_goes_on_with_the_same_bits(name):
 
 @pytest.mark.parametrize("name", MANY)
 def test_a_state_of_another_number_of_devices_is_restored_with_the_mean_of_the_model_state(name):
-    four, eight = Layout(name, jax.devices()[:4], min_size=64), Layout(name, min_size=64)
+    four, eight = device_layout(name, jax.devices()[:4], min_size=64), device_layout(name, min_size=64)
     state, _ = make_step(four, sgd())(four.place(make_state()), four.place_batch(make_batch()), 1.0)
     mean = four.one_copy(state)
     on_disk = jax.device_get(four.collect(state)._replace(key=0))
@@ -173,7 +182,7 @@ def test_a_state_of_another_number_of_devices_is_restored_with_the_mean_of_the_m
 
 def test_fsdp_splits_large_leaves_alone_and_masks_as_their_weights():
     tx = jaxsparse.chain(sgd(), jaxsparse.sparse_momentum(0.75, update_every=2))
-    layout = Layout("fsdp", min_size=1000)
+    layout = FullySharded(min_size=1000)
     state = layout.place(make_state(tx))
     specs = {path: leaf.sharding.spec for path, leaf in by_path(state.params).items()}
     assert specs["first/kernel"] == PartitionSpec(None, "devices")
@@ -220,7 +229,7 @@ NAMES = [*METHODS, "blocks"]
     slow_except([("sparse_momentum", "pmap")], [("sparse_momentum", "pmap"), *((name, "data") for name in NAMES)]),
 )
 def test_with_whole_weights_a_step_sends_what_a_dense_one_does(name, layout):
-    layout = Layout(layout)
+    layout = device_layout(layout)
     dense, sparse = dense_collectives(layout), collectives(layout, around(name))
     assert sum(dense["all-reduce"].values()) > 0
     assert sparse == dense
@@ -228,7 +237,7 @@ def test_with_whole_weights_a_step_sends_what_a_dense_one_does(name, layout):
 
 @pytest.mark.parametrize("name", slow_except(["sparse_momentum"], NAMES))
 def test_with_sharded_weights_nothing_large_is_sent_for_masks(name):
-    layout = Layout("fsdp", min_size=64)
+    layout = FullySharded(min_size=64)
     dense, sparse = dense_collectives(layout), collectives(layout, around(name))
     assert dense["all-gather"]
     assert dense["reduce-scatter"]
@@ -243,15 +252,15 @@ def test_with_sharded_weights_nothing_large_is_sent_for_masks(name):
 
 def test_errors():
     with pytest.raises(ValueError, match="a layout is one of 'one_device', 'pmap', 'data', 'fsdp', got 'mesh'"):
-        Layout("mesh")
+        device_layout("mesh")
     with pytest.raises(ValueError, match="'one_device' is for one device and process, got 8 and 1"):
-        Layout("one_device", jax.devices())
+        OneDevice(jax.devices())
     with pytest.raises(ValueError, match="accumulate must be at least 1, got 0"):
-        Layout().gradients(loss_fn, 0)
+        OneDevice().gradients(loss_fn, 0)
     for name in MANY:
         with pytest.raises(ValueError, match="30 examples cannot be split into 8 equal parts"):
-            Layout(name).place_batch((np.zeros((30, 2)),))
-    layout = Layout()
+            device_layout(name).place_batch((np.zeros((30, 2)),))
+    layout = OneDevice()
     with pytest.raises(ValueError, match="32 examples cannot be split into 3 equal parts"):
         make_step(layout, sgd(), 3)(layout.place(make_state()), layout.place_batch(make_batch()), 1.0)
 

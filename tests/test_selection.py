@@ -204,3 +204,13 @@ def test_sharded_selection_gathers_nothing(spec):
     assert reduced
     assert all(re.fullmatch(r"(\()?\w+\[\](,.*)?", kind) for kind in reduced), reduced
     np.testing.assert_array_equal(select(sharded, 1000), top_k_mask(scores, 1000))
+
+
+def test_stacks_of_leaves_change_no_result_ties_included():
+    leaves = [jnp.round(2 * jax.random.normal(jax.random.key(i), (6, 5))) for i in range(5)] + [jnp.ones((4, 4))]
+    where = [leaf < 2 for leaf in leaves]
+    for k in (0, 1, 17, 60, 166):
+        for options in ({}, {"where": where}, {"sizes": [3, 3, 3, 3, 3, 1]}, {"at_least": 2}):
+            plain = global_top_k_masks(leaves, k, absolute=True, **options)
+            stacked = global_top_k_masks(leaves, k, absolute=True, stacks=[[0, 2, 4], [1, 3]], **options)
+            jax.tree.map(np.testing.assert_array_equal, stacked, plain)

@@ -24,14 +24,16 @@ MODULES = (
     "jaxsparse.groups",
     "jaxsparse.inspect",
     "jaxsparse.kernels",
-    "jaxsparse.links",
     "jaxsparse.masks",
     "jaxsparse.models",
     "jaxsparse.nn",
     "jaxsparse.parallel",
+    "jaxsparse.saliency",
     "jaxsparse.schedules",
     "jaxsparse.selection",
     "jaxsparse.structures",
+    "jaxsparse.transforms",
+    "jaxsparse.transforms.regrow",
 )
 
 

@@ -1,4 +1,4 @@
-"""``python -m jaxsparse.artifacts FILE ...`` says what files hold."""
+"""List the contents of sparse model files: ``python -m jaxsparse.artifacts FILE ...``."""
 
 import argparse
 import sys
@@ -8,9 +8,9 @@ from jaxsparse.artifacts import ArtifactError, describe
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m jaxsparse.artifacts", description="Say what files of jaxsparse.artifacts.save_sparse hold."
+        prog="python -m jaxsparse.artifacts", description="List the contents of files written by jaxsparse.save_sparse."
     )
     parser.add_argument("files", nargs="+", metavar="FILE")
     try:

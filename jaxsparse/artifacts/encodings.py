@@ -1,7 +1,7 @@
-"""The weights of a leaf as bits and numbers, in as few bytes as they need, and back.
+"""Compact encodings of a sparse leaf's weights.
 
-What :mod:`jaxsparse.artifacts` stores, and describes: the positions of the survivors as a bit mask or as a Golomb-Rice
-code of the gaps between them, their values in a smaller dtype, as one or two numbers, or as int8.
+Positions of the survivors are stored as a bit mask or as a Golomb-Rice code of the gaps between them; values as they
+are or in a smaller dtype, as one or two numbers, or as int8. :mod:`jaxsparse.artifacts` documents the encodings.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,17 +14,17 @@ __all__ = [
 ]  # fmt: skip
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-SMALLER = ("float32", "bfloat16", "float16", "int8")  # what values can be stored as
+SMALLER = ("float32", "bfloat16", "float16", "int8")  # the dtypes that values can be converted to
 
 
 def encode_positions(mask: np.ndarray) -> tuple[str, int, np.ndarray]:
-    """Where a flat mask is True, in the smaller of two encodings.
+    """Encode the True entries of a flat mask, in the smaller of two encodings.
 
     Args:
       mask: (size,), bool.
 
     Returns:
-      "mask" or "gaps", the number of low bits of the gaps (0 for "mask"), and the bytes.
+      The encoding, "mask" or "gaps"; the number of low bits of the gaps (0 for "mask"); and the bytes.
 
     Examples:
       >>> mask = np.zeros(1000, bool)
@@ -53,14 +53,14 @@ def encode_positions(mask: np.ndarray) -> tuple[str, int, np.ndarray]:
 
 
 def decode_positions(packed: np.ndarray, encoding: str, size: int, kept: int, low_bits: int) -> np.ndarray:
-    """Undoes :func:`encode_positions`.
+    """Decode the result of :func:`encode_positions`.
 
     Args:
       packed: the bytes, uint8.
       encoding: "mask" or "gaps".
-      size: of the mask.
-      kept: how many of its entries are True, at most ``size``.
-      low_bits: of the gaps, at most what :func:`most_low_bits` gives, so that no sum overflows.
+      size: the size of the mask.
+      kept: the number of entries that are True, at most ``size``.
+      low_bits: the number of low bits of the gaps, at most ``most_low_bits(size, kept)``, so that no sum overflows.
 
     Returns:
       The mask, (size,), bool.
@@ -89,23 +89,24 @@ def decode_positions(packed: np.ndarray, encoding: str, size: int, kept: int, lo
 
 
 def most_low_bits(size: int, kept: int) -> int:
-    """The most low bits that can pay for ``kept`` gaps in a mask of that size: 2**r gaps are at most twice its size."""
+    """The largest useful number of low bits for ``kept`` gaps in a mask: 2**r * kept is at most twice its size."""
     return (2 * size // kept).bit_length() - 1 if kept else 0
 
 
 def encode_values(values: np.ndarray, dtype: str | None, sparse: bool = True) -> tuple[str, dict[str, np.ndarray]]:
-    """The values of a leaf's survivors in the smallest encoding that keeps them, or their rounded values.
+    """Encode the values of a leaf's survivors, after rounding, in the smallest encoding that keeps all of them.
 
     Args:
       values: (kept,).
-      dtype: None, or one of :data:`SMALLER` for floats that are larger.
-      sparse: whether the leaf has a mask: the values of others do not become int8.
+      dtype: the dtype to round larger floats to, one of :data:`SMALLER`; None keeps theirs.
+      sparse: whether the leaf has a mask; only then can its values become int8.
 
     Returns:
-      "each", "constant", "two" or "scaled", and the arrays "values", for "two" also "signs", for "scaled" also "scale".
+      The encoding, "each", "constant", "two" or "scaled", and the arrays: "values", for "two" also "signs", for
+      "scaled" also "scale".
 
     Raises:
-      ValueError: if values are too large for ``dtype``, or not finite and to be int8.
+      ValueError: if values are too large for ``dtype``, or not finite although they should become int8.
 
     Examples:
       >>> encode_values(np.float32([0.5] * 100), None)
@@ -132,7 +133,7 @@ def encode_values(values: np.ndarray, dtype: str | None, sparse: bool = True) ->
         return "each", {"values": stored}
     peak = np.abs(values).max().astype(np.float64)
     if not np.isfinite(peak):
-        raise ValueError("int8 needs finite weights, got NaN or infinity; take another dtype")
+        raise ValueError("int8 needs finite weights, got NaN or infinity; use another dtype")
     # Not below the smallest normal number, so that the quotients stay within 127.
     scale = _cast(peak, lambda: np.array([max(peak / 127, np.finfo(np.float32).tiny)], np.float32))
     levels = np.rint(values / scale.astype(np.float64)).astype(np.int8)
@@ -142,16 +143,16 @@ def encode_values(values: np.ndarray, dtype: str | None, sparse: bool = True) ->
 
 
 def decode_values(arrays: Mapping[str, np.ndarray], encoding: str, kept: int, dtype: str) -> np.ndarray:
-    """Undoes :func:`encode_values`, up to the rounding.
+    """Decode the result of :func:`encode_values`; rounding is not undone.
 
     Args:
-      arrays: as :func:`encode_values` gives them.
-      encoding: likewise.
-      kept: how many values there are.
-      dtype: that they had.
+      arrays: the arrays that :func:`encode_values` returned.
+      encoding: the encoding that it returned.
+      kept: the number of values.
+      dtype: the original dtype.
 
     Returns:
-      The values, (kept,), or (1,) where all of them are the same.
+      The values, (kept,), or (1,) if all of them are the same.
 
     Raises:
       ValueError: if the arrays are not those of the encoding.
@@ -176,24 +177,24 @@ def bit_view(array: np.ndarray) -> np.ndarray:
 
 
 def in_bytes(bits: int) -> int:
-    """How many bytes so many bits fill."""
+    """The number of bytes that hold a number of bits."""
     return -(-bits // 8)
 
 
 def require(condition: object, otherwise: str) -> None:
-    """Raises ``ValueError(otherwise)`` unless ``condition`` holds."""
+    """Raise ``ValueError(otherwise)`` unless ``condition`` holds."""
     if not condition:
         raise ValueError(otherwise)
 
 
 def _unpacked(packed: np.ndarray, count: int) -> np.ndarray:
     bits = np.unpackbits(packed)
-    require(not bits[count:].any(), "bits that fill up a byte are not 0")
+    require(not bits[count:].any(), "the bits that pad its last byte are not 0")
     return bits[:count]
 
 
 def _cast(values: np.ndarray, cast: Callable[[], np.ndarray]) -> np.ndarray:
-    """What ``cast()`` makes of values, unless that is infinite where they are finite."""
+    """The result of ``cast()``; a ValueError if it is infinite where ``values`` are finite."""
     with np.errstate(all="ignore"):
         stored = cast()
         lost = np.count_nonzero(np.isfinite(values) & ~np.isfinite(stored))

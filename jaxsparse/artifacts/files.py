@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, what is wrong with them, and the trees that go into them."""
+"""Atomic file writes, errors that name the file, and conversion of pytrees to plain ones."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ __all__ = [
     "safetensors_package",
 ]
 
-# As safetensors calls them: as NumPy does.
+# Names of safetensors: names of NumPy.
 DTYPES = {
     "BOOL": "bool", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64", "U8": "uint8", "U16": "uint16",
     "U32": "uint32", "U64": "uint64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
@@ -34,18 +34,18 @@ DTYPES = {
 
 
 class ArtifactError(ValueError):
-    """A file that is damaged, not of the format that it is read as, or of a newer version of it."""
+    """A file is damaged, has another format, or has a newer version of it."""
 
 
 def plain_tree(params: Any, what: str = "params") -> Any:
-    """The same tree of dicts, lists, tuples and None, with NumPy arrays as leaves.
+    """Convert a pytree to dicts, lists, tuples and None, with NumPy arrays as leaves.
 
-    Other nodes become dicts by the names of their parts: flax.nnx.State, FrozenDict, NamedTuples, dataclasses, Equinox
-    modules. A variable of flax.nnx is its value.
+    Other nodes (flax.nnx.State, FrozenDict, NamedTuples, dataclasses, Equinox modules) become dicts with the names of
+    their parts as keys. A variable of flax.nnx becomes its value.
 
     Raises:
-      ValueError: for keys that are neither all strings nor all ints, and for leaves that are no arrays of these dtypes,
-        naming them.
+      ValueError: for keys that are neither all strings nor all ints, and for leaves that are not arrays of the dtypes
+        of :data:`DTYPES`, naming them.
     """
 
     def plain(node, path):
@@ -57,13 +57,13 @@ def plain_tree(params: Any, what: str = "params") -> Any:
         if isinstance(node, np.ndarray | np.generic | jax.Array):
             if getattr(node.dtype, "name", "") not in DTYPES.values():
                 raise ValueError(f"{where}: expected an array of {', '.join(DTYPES.values())}, got {node.dtype}")
-            return np.asarray(node).astype(node.dtype.name, copy=False)  # in the byte order of this machine
+            return np.asarray(node).astype(node.dtype.name, copy=False)  # in this machine's byte order
         parts = node if type(node) is dict else _parts(node)
         if not parts and not isinstance(node, Mapping):
             kind = f"{type(node).__module__}.{type(node).__qualname__}"
             raise ValueError(
-                f"{where}: expected a dict, list, tuple, None or array, got {kind}. Of "
-                "flax.nnx take nnx.state(model), of Equinox eqx.filter(model, eqx.is_array)"
+                f"{where}: expected a dict, list, tuple, None or array, got {kind}. "
+                "For flax.nnx pass nnx.state(model), for Equinox eqx.filter(model, eqx.is_array)"
             )
         if _is_variable(node, parts):
             (value,) = parts.values()
@@ -78,14 +78,14 @@ def plain_tree(params: Any, what: str = "params") -> Any:
 
 
 def plain_nodes(tree: Any, what: str = "params") -> Any:
-    """The tree with the nodes that :func:`plain_tree` gives it, around leaves of any kind."""
+    """Convert the nodes of a pytree as :func:`plain_tree` does, but keep its leaves, of any kind."""
     leaves, treedef = jax.tree.flatten(tree, is_leaf=is_masked_node)
     numbers = plain_tree(treedef.unflatten(map(np.array, range(len(leaves)))), what)
     return jax.tree.map(lambda number: leaves[number], numbers)
 
 
 def in_tree_of(like: Any, tree: Any, check: bool = True) -> Any:
-    """The arrays of a plain tree in the tree of ``like``, matched by path.
+    """Put the arrays of a plain tree into the tree of ``like``, matched by path.
 
     Args:
       like: a pytree of arrays, or of their shapes.
@@ -93,7 +93,7 @@ def in_tree_of(like: Any, tree: Any, check: bool = True) -> Any:
       check: whether the arrays must have the shapes of ``like``.
 
     Raises:
-      ValueError: for leaves that only one of them has, or of other shapes, naming them.
+      ValueError: for leaves that only one of the two has, or whose shapes differ, naming them.
     """
     leaves, treedef = jax.tree.flatten(like)
     numbered = treedef.unflatten(map(np.array, range(len(leaves))))
@@ -111,7 +111,7 @@ def in_tree_of(like: Any, tree: Any, check: bool = True) -> Any:
 
 
 def _parts(node: Any) -> dict[Any, Any]:
-    """The children of a node of any registered type, by key; none of a leaf, nor of nodes whose parts have no names."""
+    """The children of a node of any registered type, by key; empty for leaves and for nodes with unnamed parts."""
     children, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda child: child is not node)
     parts = {}
     for path, child in children:
@@ -129,7 +129,7 @@ def _is_variable(node: Any, parts: Mapping[Any, Any]) -> bool:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file to write to that takes its name when all is on the disk; if anything fails, what was there stays.
+    """Open a file for writing that replaces ``path`` once it is complete on disk; an error leaves ``path`` unchanged.
 
     Examples:
       >>> import os, tempfile
@@ -140,7 +140,7 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
       ['file']
     """
     path = Path(path)
-    part = path.with_name(f".{secrets.token_hex(8)}.part")  # a name of its own for every writer
+    part = path.with_name(f".{secrets.token_hex(8)}.part")  # a different name for every writer
     try:
         with open(part, "xb") as file:
             yield file
@@ -153,7 +153,7 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and error.filename == os.fspath(part):
             raise type(error)(error.errno, error.strerror, os.fspath(path)) from error
         raise
-    if os.name == "posix":  # else folders cannot be opened
+    if os.name == "posix":  # elsewhere folders cannot be opened
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -162,7 +162,7 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def safetensors_package() -> Any:
-    """The module ``safetensors.numpy``, which the extra "artifacts" installs."""
+    """Import the module ``safetensors.numpy``, which the extra "artifacts" installs."""
     try:
         import safetensors.numpy
     except ImportError as error:
@@ -171,10 +171,10 @@ def safetensors_package() -> Any:
 
 
 def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]:
-    """The tensors of a file, each with "dtype", "shape" and "data", its metadata, and its size in bytes.
+    """Read a safetensors file: its tensors, each with "dtype", "shape" and "data", its metadata, and its size in bytes.
 
     Raises:
-      ValueError: if it is damaged, or not a safetensors file.
+      ValueError: if the file is damaged, or not a safetensors file.
     """
     safetensors_package()
     import safetensors
@@ -190,7 +190,7 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, dict[str, Any]]
 
 @contextlib.contextmanager
 def naming(what: str | os.PathLike, kind: type[ValueError]) -> Iterator[None]:
-    """Re-raises a ValueError from inside as a one-line ``kind`` that names ``what``.
+    """Re-raise any ValueError inside the block as a one-line ``kind`` that names ``what``.
 
     Examples:
       >>> with naming("model.npz", ArtifactError):
@@ -205,7 +205,7 @@ def naming(what: str | os.PathLike, kind: type[ValueError]) -> Iterator[None]:
 
 
 def printable(name: str) -> str:
-    """A name as it is, or, if it has characters that would disturb a terminal, with these escaped.
+    """A name in which characters that would disturb a terminal are escaped.
 
     Examples:
       >>> printable("fc1/kernel"), printable("fc1\\n")

@@ -1,8 +1,8 @@
-"""Sparse models in the formats of others: BCOO and BCSR of JAX, CSR of SciPy, ordinary safetensors and NumPy files.
+"""Conversions of sparse models: JAX's BCOO and BCSR, SciPy's CSR, ordinary safetensors and NumPy files.
 
-In memory sparse leaves become sparse matrices and dense ones stay as they are; :func:`from_sparse` takes all of them
-back, with the zeros that a mask keeps. On disk the arrays are dense; small files are those of
-:mod:`jaxsparse.artifacts`.
+In memory, sparse leaves become sparse matrices and dense ones stay as they are; :func:`from_sparse` converts all of
+them back, including the zeros that a mask keeps. The files have dense arrays; :mod:`jaxsparse.artifacts` writes small
+ones.
 """
 
 import math
@@ -35,14 +35,14 @@ __all__ = [
 
 
 def to_bcoo(params: Any, masks: Any) -> Any:
-    """Sparse leaves as :class:`jax.experimental.sparse.BCOO` of the same shape.
+    """Convert sparse leaves to :class:`jax.experimental.sparse.BCOO` of the same shape.
 
     Args:
       params: a pytree of arrays.
       masks: a pytree like ``params``: bool arrays, the scalar True for dense leaves.
 
     Returns:
-      A pytree like ``params``. What a mask keeps is stored, zeros too; dense leaves are unchanged.
+      A pytree like ``params``. All weights that a mask keeps are stored, including zeros; dense leaves are unchanged.
 
     Raises:
       ValueError: for masks that do not fit, naming the leaf.
@@ -54,7 +54,7 @@ def to_bcoo(params: Any, masks: Any) -> Any:
       >>> sparse.nse, (sparse @ jnp.ones(2)).tolist()
       (2, [2.0, 0.0])
     """
-    from jax.experimental import sparse  # takes a while
+    from jax.experimental import sparse  # slow to import
 
     def convert(leaf, mask):
         indices = np.argwhere(mask).astype(np.int32)
@@ -65,16 +65,16 @@ def to_bcoo(params: Any, masks: Any) -> Any:
 
 
 def to_bcsr(params: Any, masks: Any) -> Any:
-    """Sparse leaves as matrices, :class:`jax.experimental.sparse.BCSR`.
+    """Convert sparse leaves to matrices, :class:`jax.experimental.sparse.BCSR`.
 
-    A leaf of another number of axes is taken as (product of all sizes but the last, last size).
+    A leaf that does not have two axes is reshaped to (product of all sizes but the last, last size).
 
     Args:
       params: a pytree of arrays.
       masks: a pytree like ``params``: bool arrays, the scalar True for dense leaves.
 
     Returns:
-      A pytree like ``params``. What a mask keeps is stored, zeros too; dense leaves are unchanged.
+      A pytree like ``params``. All weights that a mask keeps are stored, including zeros; dense leaves are unchanged.
 
     Raises:
       ValueError: for masks that do not fit, naming the leaf.
@@ -97,15 +97,15 @@ def to_bcsr(params: Any, masks: Any) -> Any:
 
 
 def to_scipy(params: Any, masks: Any) -> Any:
-    """Sparse leaves as matrices, :class:`scipy.sparse.csr_array`, with the rows and columns of :func:`to_bcsr`.
+    """Convert sparse leaves to matrices, :class:`scipy.sparse.csr_array`, with the rows and columns of :func:`to_bcsr`.
 
     Args:
       params: a pytree of arrays.
       masks: a pytree like ``params``: bool arrays, the scalar True for dense leaves.
 
     Returns:
-      A pytree like ``params``. What a mask keeps is stored, zeros too; dense leaves are unchanged. bfloat16 and
-      float16, which SciPy does not compute with, become float32.
+      A pytree like ``params``. All weights that a mask keeps are stored, including zeros; dense leaves are unchanged.
+      bfloat16 and float16, with which SciPy does not compute, become float32.
 
     Raises:
       ValueError: for masks that do not fit, naming the leaf.
@@ -127,14 +127,14 @@ def to_scipy(params: Any, masks: Any) -> Any:
 
 
 def from_sparse(tree: Any, like: Any) -> tuple[Any, Any]:
-    """Undoes :func:`to_bcoo`, :func:`to_bcsr` and :func:`to_scipy`.
+    """Convert the result of :func:`to_bcoo`, :func:`to_bcsr` or :func:`to_scipy` back to params and masks.
 
     Args:
-      tree: a pytree like ``like`` in which leaves may be BCOO, BCSR or sparse arrays of SciPy.
+      tree: a pytree like ``like`` whose leaves may be BCOO, BCSR or sparse arrays of SciPy.
       like: the params, or their shapes and dtypes (``jax.eval_shape``).
 
     Returns:
-      The params and the masks, as NumPy arrays of the dtypes of ``like``. Masks are True where an entry is stored, zero
+      The params and the masks, as NumPy arrays with the dtypes of ``like``. Masks are True for all stored entries, zero
       or not, and the scalar True for dense leaves.
 
     Raises:
@@ -160,7 +160,9 @@ def from_sparse(tree: Any, like: Any) -> tuple[Any, Any]:
             pairs.append((np.array(value, dtype), np.array(True)))
             continue
         data, indices = stored
-        inside = np.all([index < n for index, n in zip(indices, value.shape, strict=True)], axis=0)  # JAX pads outside
+        inside = np.all(
+            [index < n for index, n in zip(indices, value.shape, strict=True)], axis=0
+        )  # JAX pads with indices outside
         where = np.ravel_multi_index([index[inside] for index in indices], value.shape)
         array, mask = np.zeros(math.prod(shape), dtype), np.zeros(math.prod(shape), bool)
         array[where], mask[where] = np.asarray(data)[inside], True
@@ -171,12 +173,12 @@ def from_sparse(tree: Any, like: Any) -> tuple[Any, Any]:
 
 
 def save_dense(path: str | os.PathLike, params: Any) -> None:
-    """Writes an ordinary safetensors file: every leaf under its path, such as "fc1/kernel".
+    """Write an ordinary safetensors file, with every leaf under its path, such as "fc1/kernel".
 
     Args:
-      path: the file. One that is there is replaced; the new one appears whole or not at all.
-      params: as for :func:`jaxsparse.artifacts.save_sparse`, a tree in which no path leads to two leaves, nor to a leaf
-        and to what lies below it.
+      path: the file; an existing one is replaced, once the new one is complete.
+      params: as for :func:`jaxsparse.artifacts.save_sparse`. No two leaves may have the same path, and no leaf may have
+        a path that leads to other leaves.
 
     Raises:
       ValueError: for params that cannot be stored, naming the leaf.
@@ -192,23 +194,23 @@ def save_dense(path: str | os.PathLike, params: Any) -> None:
     """
     package, named = safetensors_package(), _named(params)
     if "__metadata__" in named:
-        raise ValueError("the params have '__metadata__', which safetensors keeps for other things: rename the key")
+        raise ValueError("the params have '__metadata__', which safetensors keeps for its own use: rename the key")
     data = package.save({name: np.ascontiguousarray(leaf).reshape(leaf.shape) for name, leaf in named.items()})
     with replacing(path) as file:
         file.write(data)
 
 
 def load_dense(path: str | os.PathLike, *, like: Any = None) -> Any:
-    """Reads an ordinary safetensors file as NumPy arrays.
+    """Read an ordinary safetensors file as NumPy arrays.
 
     Args:
       path: the file.
-      like: a pytree of the model's params, or of their shapes: the arrays come in its nodes, matched by path. None: in
-        nested dicts, one for each part of a path between "/", and keys are strings. So keys of Haiku such as
-        "mlp/~/linear_0" become several dicts, lists and tuples dicts by the numbers of their entries.
+      like: a pytree of the model's params, or of their shapes: the arrays are returned in its nodes, matched by path.
+        With None they are in nested dicts, one for each part of a path between "/", with strings as keys. Then a key of
+        Haiku such as "mlp/~/linear_0" becomes several dicts, and lists and tuples become dicts keyed by index.
 
     Raises:
-      ArtifactError: if the file is damaged, is none of safetensors, or one of ``save_sparse``.
+      ArtifactError: if the file is damaged, not a safetensors file, or one written by ``save_sparse``.
       ValueError: if its leaves are not those of ``like``, or have other shapes, naming them.
       OSError: if it cannot be read.
       ImportError: without the package safetensors.
@@ -218,7 +220,7 @@ def load_dense(path: str | os.PathLike, *, like: Any = None) -> Any:
         if metadata.get("format") == "jaxsparse":
             raise ValueError("a sparse model: read it with jaxsparse.artifacts.load_sparse")
         if unknown := sorted({tensor["dtype"] for tensor in found.values()} - set(DTYPES)):
-            raise ValueError(f"it has tensors of {', '.join(unknown)}, which NumPy has not")
+            raise ValueError(f"it has tensors of {', '.join(unknown)}, which NumPy lacks")
         tree = _nested({
             name: np.frombuffer(tensor["data"], DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
             for name, tensor in sorted(found.items())
@@ -230,13 +232,13 @@ def load_dense(path: str | os.PathLike, *, like: Any = None) -> Any:
 
 
 def save_npz(path: str | os.PathLike, params: Any, masks: Any = None) -> None:
-    """Writes a file for ``numpy.load``: every leaf under its path, its mask, one bit a weight, under "masks/" and that.
+    """Write a file for ``numpy.load``: every leaf under its path, and its mask, one bit per weight, under "masks/PATH".
 
     Args:
-      path: the file. One that is there is replaced; the new one appears whole or not at all.
-      params: as for :func:`save_dense`, without a key "masks" at the top. bfloat16, which these files do not have,
-        becomes float32.
-      masks: like ``params``: bool arrays, the scalar True for dense leaves. None stores none.
+      path: the file; an existing one is replaced, once the new one is complete.
+      params: as for :func:`save_dense`, without a key "masks" at the top. bfloat16 becomes float32, because these files
+        do not have it.
+      masks: like ``params``: bool arrays, the scalar True for dense leaves. None stores no masks.
 
     Raises:
       ValueError: for params or masks that cannot be stored, naming the leaf.
@@ -253,11 +255,11 @@ def save_npz(path: str | os.PathLike, params: Any, masks: Any = None) -> None:
     """
     named = _named(params)
     if suffixed := [name for name in named if name.endswith(".npy")]:
-        raise ValueError(f"the params have {suffixed[0]!r}, but NumPy takes a suffix .npy for its own: rename the key")
+        raise ValueError(f"the params have {suffixed[0]!r}, but NumPy uses the suffix .npy itself: rename the key")
     if taken := [name for name in named if name.split("/")[0] == "masks"]:
-        raise ValueError(f"the params have {taken[0]!r}, which is where the masks go: rename the key")
+        raise ValueError(f"the params have {taken[0]!r}, but masks are stored under this name: rename the key")
     if cut := [name for name in named if zipfile.ZipInfo(name).filename != name]:
-        raise ValueError(f"the params have {cut[0]!r}, which cannot name a file in an archive: rename the key")
+        raise ValueError(f"the params have {cut[0]!r}, which is not a valid file name in an archive: rename the key")
     arrays = {name: leaf.astype(np.float32) if leaf.dtype.name == "bfloat16" else leaf for name, leaf in named.items()}
     if masks is not None:
         plain = plain_nodes(masks, "masks")
@@ -267,7 +269,7 @@ def save_npz(path: str | os.PathLike, params: Any, masks: Any = None) -> None:
             for name, mask in zip(named, checked, strict=True)
             if not is_masked_node(mask)
         }
-    # As numpy.savez does, which cannot store a leaf called "file", and has the time in every file.
+    # Instead of numpy.savez, which cannot store a leaf called "file" and writes the time into every file.
     with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
         for name, array in arrays.items():
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as entry:
@@ -275,15 +277,15 @@ def save_npz(path: str | os.PathLike, params: Any, masks: Any = None) -> None:
 
 
 def load_npz(path: str | os.PathLike, *, like: Any = None) -> tuple[Any, Any]:
-    """Reads what :func:`save_npz` wrote, without pickle.
+    """Read params and masks that :func:`save_npz` has written, without pickle.
 
     Args:
       path: the file.
       like: as for :func:`load_dense`.
 
     Returns:
-      The params as NumPy arrays, as :func:`load_dense` gives them, and masks like them: bool arrays, the scalar True
-      for leaves that have none.
+      The params as NumPy arrays, as from :func:`load_dense`, and masks like them: bool arrays, and the scalar True for
+      leaves that have none.
 
     Raises:
       ArtifactError: if the file is damaged, or masks do not fit.
@@ -295,11 +297,11 @@ def load_npz(path: str | os.PathLike, *, like: Any = None) -> tuple[Any, Any]:
             with np.load(file, allow_pickle=False) as archive:
                 arrays = dict(archive)
         except (zipfile.BadZipFile, EOFError, NotImplementedError, TypeError) as error:
-            raise ValueError(f"damaged, or not a file of NumPy's savez: {error}") from error
+            raise ValueError(f"damaged, or not a file of numpy.savez: {error}") from error
     with naming(path, ArtifactError):
         for name, array in arrays.items():
             if not isinstance(array, np.ndarray) or array.dtype.name not in DTYPES.values():
-                raise ValueError(f"{name!r} is no array of bools or numbers")
+                raise ValueError(f"{name!r} is not an array of bools or numbers")
         packed = {name.removeprefix("masks/"): arrays.pop(name) for name in list(arrays) if name.startswith("masks/")}
         masks = {name: np.array(True) for name in arrays}
         for name, bits in packed.items():
@@ -328,14 +330,14 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _rows(leaf: np.ndarray, mask: np.ndarray) -> tuple[tuple[int, int], np.ndarray, np.ndarray, np.ndarray]:
-    """Shape, survivors, their columns and where each row starts, of a leaf as a matrix."""
+    """A leaf as a matrix: its shape, its survivors, their columns, and where each row starts."""
     mask = mask.reshape(matrix := _matrix(leaf.shape))
     starts = np.concatenate([[0], np.cumsum(mask.sum(1))]).astype(np.int32)
     return matrix, leaf.reshape(matrix)[mask], np.nonzero(mask)[1].astype(np.int32), starts
 
 
 def _stored(value: Any) -> tuple[Any, list[np.ndarray]] | None:
-    """The stored entries of a sparse array and their indices, axis by axis; None if it is dense."""
+    """The stored entries of a sparse array and their indices along each axis; None if it is dense."""
     if hasattr(value, "tocoo"):
         coo = value.tocoo()
         return coo.data, [coo.row, coo.col]
@@ -349,7 +351,7 @@ def _stored(value: Any) -> tuple[Any, list[np.ndarray]] | None:
 
 
 def _named(params: Any) -> dict[str, np.ndarray]:
-    """The leaves by their paths, which have to say where they are."""
+    """The leaves by their paths, which have to identify them."""
     tree = plain_tree(params)
     names, named = leaf_paths(tree), {}
     above = {name[:i]: name for name in names for i, character in enumerate(name) if character == "/"}
@@ -374,6 +376,6 @@ def _nested(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
             if not isinstance(node, dict):
                 raise ValueError(f"{name!r} is below another array")
         if last in node:
-            raise ValueError(f"{name!r} is there twice, or above other arrays")
+            raise ValueError(f"{name!r} appears twice, or is above other arrays")
         node[last] = array
     return tree

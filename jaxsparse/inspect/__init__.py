@@ -1,11 +1,12 @@
-"""Look inside: accessors of optimizer states, tables, and pictures.
+"""Inspection of sparse networks: accessors of optimizer states, tables, and pictures.
 
-Everything takes plain pytrees. Tables print as text, in colour with ``rich.print``, and as HTML in a notebook. Pictures
-need matplotlib, which ``pip install "jaxsparse[inspect]"`` brings along, as it does rich and treescope.
+All functions take plain pytrees. Tables print as text, in colour with ``rich.print``, and as HTML in a notebook.
+Pictures need matplotlib; ``pip install "jaxsparse[inspect]"`` installs it, rich and treescope.
 """
 
 from jaxsparse.inspect.features import class_activity, class_specialization
 from jaxsparse.inspect.history import History, read_history
+from jaxsparse.inspect.measure import Measured, current_masks, measure
 from jaxsparse.inspect.plots import (
     plot_accuracy_against_kept,
     plot_class_specialization,
@@ -39,9 +40,10 @@ from jaxsparse.inspect.tables import (
 )
 
 __all__ = [
-    "History", "LayerComparison", "LayerSummary", "MaskComparison", "SparsityError", "Summary", "check",
-    "class_activity", "class_specialization", "closed_channels", "compare_masks", "eval_params", "get_log_alpha",
-    "get_masks", "open_channels", "plot_accuracy_against_kept", "plot_class_specialization", "plot_densities",
-    "plot_filters", "plot_history", "plot_layer_densities", "plot_masks", "plot_receptive_fields", "plot_schedules",
-    "plot_weights", "read_history", "show", "sparsify", "summary",
+    "History", "LayerComparison", "LayerSummary", "MaskComparison", "Measured", "SparsityError", "Summary", "check",
+    "class_activity", "class_specialization", "closed_channels", "compare_masks", "current_masks", "eval_params",
+    "get_log_alpha", "get_masks", "measure", "open_channels", "plot_accuracy_against_kept",
+    "plot_class_specialization", "plot_densities", "plot_filters", "plot_history", "plot_layer_densities",
+    "plot_masks", "plot_receptive_fields", "plot_schedules", "plot_weights", "read_history", "show", "sparsify",
+    "summary",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the features of a network respond to: how much of a channel's activity is due to a single class."""
+"""Specialisation of a network's channels: the share of their activity that is due to a single class."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,21 +13,21 @@ __all__ = ["class_activity", "class_specialization"]
 
 
 def class_activity(features: Any, labels: jax.Array, num_classes: int) -> dict[str, jax.Array]:
-    """How active each channel is on the examples of each class.
+    """Measure how active each channel is on the examples of each class.
 
-    For channel c and class k, the sum of ``|activation|`` over all examples of the class and all places. Sums of
-    several batches add up: ``jax.tree.map(jnp.add, activity, of_next_batch)``. Can be jitted.
+    For channel c and class k this is the sum of ``|activation|`` over all examples of the class and all positions. Add
+    the results of several batches with ``jax.tree.map(jnp.add, activity, of_next_batch)``. Can be jitted.
 
     Args:
       features: a pytree of activations, each (examples, ..., channels), of layers behind their ReLU.
       labels: (examples,), integers below ``num_classes``.
-      num_classes: how many classes there are.
+      num_classes: the number of classes.
 
     Returns:
       path of the layer -> (channels, num_classes), float32.
 
     Raises:
-      ValueError: if activations and labels are not of equally many examples.
+      ValueError: if activations and labels differ in their number of examples.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -35,16 +35,17 @@ def class_activity(features: Any, labels: jax.Array, num_classes: int) -> dict[s
       >>> class_activity(activations, jnp.array([0, 1, 1]), num_classes=2)["conv"].tolist()
       [[1.0, 3.0], [0.0, 4.0]]
 
-      Those of a Flax model: ``model.apply(variables, images, capture_intermediates=True, mutable=["intermediates"])``
-      returns what its layers give out, ahead of a ReLU that is a plain function: ``jax.tree.map(jax.nn.relu, ...)``.
+      For a Flax model, ``model.apply(variables, images, capture_intermediates=True, mutable=["intermediates"])``
+      returns the outputs of its layers. They do not include a ReLU that is a plain function: apply it with
+      ``jax.tree.map(jax.nn.relu, ...)``.
     """
     of_class = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
     found = {}
     for path, leaf in sorted(by_path(features).items(), key=lambda item: natural_order(item[0])):
         if leaf.ndim < 2 or leaf.shape[0] != of_class.shape[0]:
             raise ValueError(
-                f"activations of {path}: expected (examples, ..., channels) of {of_class.shape[0]} examples, as there "
-                f"are labels, got shape {leaf.shape}"
+                f"activations of {path}: expected (examples, ..., channels) with {of_class.shape[0]} examples, as many "
+                f"as there are labels, got shape {leaf.shape}"
             )
         real = jnp.abs(leaf) if jnp.iscomplexobj(leaf) else leaf
         sizes = jnp.abs(real.astype(jnp.float32)).sum(axis=tuple(range(1, leaf.ndim - 1)))
@@ -53,18 +54,18 @@ def class_activity(features: Any, labels: jax.Array, num_classes: int) -> dict[s
 
 
 def class_specialization(activity: Mapping[str, Any], *, drop: float = 0.05) -> dict[str, np.ndarray]:
-    """How specialised the channels of each layer are: the share of a channel's activity that is due to its top class.
+    """Measure how specialised channels are: the share of a channel's activity that is due to its top class.
 
-    1 / classes is a channel that responds to all classes alike, 1 one that responds to a single class. The paper finds
-    that channels of sparse networks are less specialised than those of dense ones.
+    A channel that responds equally to all classes has 1 / classes, and one that responds to a single class has 1. The
+    paper finds that channels of sparse networks are less specialised than those of dense ones.
 
     Args:
-      activity: of :func:`class_activity`.
-      drop: the least active channels, which together make less than this share of a layer's activity, are left out, in
+      activity: the result of :func:`class_activity`.
+      drop: leave out the least active channels that together have less than this share of a layer's activity, in
         [0, 1).
 
     Returns:
-      path of the layer -> (channels that were not left out,), float64, in the order of the channels.
+      path of the layer -> (channels that were not left out,), float64, in channel order.
 
     Raises:
       ValueError: if an activity is not (channels, classes), or negative or not finite.
@@ -75,7 +76,7 @@ def class_specialization(activity: Mapping[str, Any], *, drop: float = 0.05) -> 
 
     References:
       Dettmers and Zettlemoyer, *Sparse Networks from Scratch*, 2019, `arXiv:1907.04840
-      <https://arxiv.org/abs/1907.04840>`_, section 5.2 and Figure 3; which channels are left out is the authors' code's
+      <https://arxiv.org/abs/1907.04840>`_, section 5.2 and Figure 3; channels are left out as in the authors' code
       (``sparselearning/utils.py``, ``plot_class_feature_histograms``).
     """
     if not 0 <= drop < 1:

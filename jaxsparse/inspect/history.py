@@ -1,4 +1,4 @@
-"""What a run logged: the numbers of its metrics.jsonl over the epochs."""
+"""The log of a run: the numbers of its metrics.jsonl over the epochs."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from jaxsparse.trees import natural_order
 __all__ = ["History", "read_history"]
 
 _MOST_ROWS = 12
-# The columns of the table, those of them that were logged: a name, its heading and how it is written.
+# Columns of the table, shown if they were logged: name, heading, format.
 _COLUMNS = (
     ("train_loss", "train loss", "{:.4f}"),
     ("train_accuracy", "train accuracy", "{:.2%}"),
@@ -27,11 +27,11 @@ _COLUMNS = (
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class History(Tabular):
-    """What :func:`read_history` returns. Printed, it is a table of at most twelve of its lines.
+    """The log of a run, from :func:`read_history`; prints as a table of at most twelve of its lines.
 
     Attributes:
-      lines: one mapping for each logged point, with "step" and, where there are epochs, "epoch"; values are numbers,
-        or, by layer, mappings from path to number. Without epochs the steps stand for them.
+      lines: one mapping for each logged point, with "step" and, if there are epochs, "epoch". Values are numbers, or
+        mappings from layer path to number. Without epochs, steps are used in their place.
     """
 
     lines: tuple[Mapping[str, Any], ...]
@@ -42,13 +42,13 @@ class History(Tabular):
         return tuple(dict.fromkeys(name for line in self.lines for name in line))
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """One number over the epochs.
+        """The values of one quantity over the epochs.
 
         Args:
-          name: such as "test_accuracy", or of something that was logged by layer, "layer_density/fc1/kernel".
+          name: such as "test_accuracy", or, for quantities logged by layer, "layer_density/fc1/kernel".
 
         Returns:
-          The epochs at which it was logged and its values, float64, both (points,).
+          The epochs at which it was logged, and its values; both float64, (points,).
 
         Raises:
           KeyError: if it was never logged.
@@ -59,18 +59,18 @@ class History(Tabular):
             lines = [line for line in lines if path in line[kind]]
             if not lines:
                 paths = dict.fromkeys(path for line in self._having(kind) for path in line[kind])
-                raise KeyError(f"{name} was not logged; of {kind} there are {', '.join(paths) or 'none'}")
+                raise KeyError(f"{name} was not logged; {kind} has {', '.join(paths) or 'no layers'}")
         values = [line[kind][path] if path else line[kind] for line in lines]
         return np.array([_epoch(line) for line in lines], float), np.array(values, float)
 
     def layers(self, name: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Numbers of every layer over the epochs.
+        """The values of one quantity in every layer over the epochs.
 
         Args:
-          name: of what was logged by layer, such as "layer_density" or "flips".
+          name: a quantity that was logged by layer, such as "layer_density" or "flips".
 
         Returns:
-          The epochs at which it was logged, (points,), and for the path of each layer its values, (points,).
+          The epochs at which it was logged, (points,), and its values by path of the layer, (points,).
 
         Raises:
           KeyError: if it was never logged.
@@ -95,7 +95,7 @@ class History(Tabular):
     def _having(self, name: str) -> list[Mapping[str, Any]]:
         lines = [line for line in self.lines if name in line]
         if not lines:
-            raise KeyError(f"{name} was not logged; there are {', '.join(self.names) or 'no lines'}")
+            raise KeyError(f"{name} was not logged; the log has {', '.join(self.names) or 'no lines'}")
         return lines
 
 
@@ -104,17 +104,17 @@ def _epoch(line: Mapping[str, Any]) -> float:
 
 
 def read_history(path: str | Path) -> History:
-    """Reads what a run of the trainer has logged so far; also while it runs.
+    """Read the log that a run of the trainer has written so far; it may still be running.
 
     Args:
-      path: the folder of a run, or its metrics.jsonl: a JSON object a line, with a "step".
+      path: the folder of a run, or its metrics.jsonl, with one JSON object per line that has a "step".
 
     Returns:
-      A :class:`History`. A last line that was cut off, as by a kill, is left out.
+      A :class:`History`. An incomplete last line, as of a run that was killed, is ignored.
 
     Raises:
       FileNotFoundError: if there is no metrics.jsonl.
-      ValueError: if a line is not what it should be.
+      ValueError: if a line is not such an object, naming it.
 
     Examples:
       >>> import os, tempfile

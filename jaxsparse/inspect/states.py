@@ -1,6 +1,7 @@
-"""Accessors: they walk any optimizer state, however deep, and merge what several sparse links hold.
+"""Accessors of optimizer states: masks, gates, weights to evaluate, and checks.
 
-The optimizer state comes first, then the params.
+They search any optimizer state, however deeply nested, and merge the masks and gates of several sparse links (sparsity
+transforms). The optimizer state is the first argument, the params the second.
 """
 
 import functools
@@ -12,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse.layouts import LayoutLike, leaf_layouts
-from jaxsparse.links import hint_of_parts, link_states
 from jaxsparse.masks import apply_masks, validate_masks
 from jaxsparse.prunable import prunable_leaves
+from jaxsparse.transforms.checks import hint_of_parts
+from jaxsparse.transforms.protocols import HasGates, HasLatents, HasNotes, link_states
 from jaxsparse.trees import by_path, is_masked_node, path_name
 
 __all__ = [
@@ -34,19 +36,19 @@ class SparsityError(ValueError):
 
 
 def get_masks(opt_state: Any, params: Any = None) -> Any:
-    """The masks that an optimizer state holds.
+    """Get the masks that an optimizer state holds.
 
     Args:
-      opt_state: any optimizer state with one or more sparse links in it. Of a vmapped or replicated one, look
-        at one replica.
-      params: the params, to get exactly their tree. Without them, a subtree that no link sees (inside
+      opt_state: any optimizer state with one or more sparse links in it. Of a vmapped or replicated state, pass one
+        replica.
+      params: the params, to get exactly their tree. Without them, a subtree that is hidden from the links (inside
         ``optax.masked``, or ``optax.partition`` with a coarse label tree) is one scalar True, and the masks of a
-        ``flax.nnx.Optimizer`` come wrapped in its own variables.
+        ``flax.nnx.Optimizer`` are wrapped in its variables.
 
     Returns:
-      A pytree like the params: bool arrays of the leaves' shapes, the scalar True for dense leaves. Of gates
-      (:func:`jaxsparse.l0`) they say which are open in the last step, at random while they are sampled: count those
-      to evaluate with by :func:`open_channels` and :func:`jaxsparse.remaining`.
+      A pytree like the params: bool arrays with the leaves' shapes, the scalar True for dense leaves. With gates
+      (:func:`jaxsparse.l0`) they show which gates were open in the last step, which is random while gates are sampled:
+      to count the gates that are open in evaluation, use :func:`open_channels` and :func:`jaxsparse.remaining`.
 
     Raises:
       ValueError: if there is no sparse link in the state, two of them mask the same leaf, or masks do not fit the
@@ -67,7 +69,7 @@ def get_masks(opt_state: Any, params: Any = None) -> Any:
 
 
 def sparsify(opt_state: Any, params: Any) -> Any:
-    """Puts params on the masks of an optimizer state: call it once, before the first step.
+    """Apply the masks of an optimizer state to params: call it once, before the first step.
 
     Args:
       opt_state: the optimizer state that ``tx.init(params)`` returned.
@@ -83,21 +85,21 @@ def sparsify(opt_state: Any, params: Any) -> Any:
 
 
 def eval_params(opt_state: Any, params: Any) -> Any:
-    """The params to evaluate and ship.
+    """The params to evaluate and to ship.
 
-    Of methods that only hold masks these are the params on their masks; of gates (:func:`jaxsparse.l0`) the weights
-    behind them times their test-time values.
+    For methods that only hold masks these are the masked params; for gates (:func:`jaxsparse.l0`), the weights times
+    the gates' values in evaluation.
 
     Args:
       opt_state: the optimizer state.
-      params: the params that training handed out.
+      params: the params after a training step.
 
     Raises:
       ValueError: if there is no sparse link in the state.
     """
     better: dict[str, Any] = {}
     for link in _links(opt_state, params):
-        if hasattr(link, "eval_weights"):
+        if isinstance(link, HasLatents):
             better |= by_path(link.eval_weights())
     params = sparsify(opt_state, params)
     leaves = [better.get(path, leaf) for path, leaf in by_path(params).items()]
@@ -105,9 +107,10 @@ def eval_params(opt_state: Any, params: Any) -> Any:
 
 
 def get_log_alpha(opt_state: Any) -> dict[str, jax.Array]:
-    """The locations of the gates in an optimizer state, by the name of their group.
+    """Get the locations log alpha of the gates in an optimizer state, by the name of their group.
 
-    ``hard_concrete_mean`` of them are the gates to evaluate with, ``prob_open`` the probabilities that they are open.
+    ``hard_concrete_mean`` turns them into the gates to evaluate with, ``prob_open`` into the probabilities that gates
+    are open.
 
     Args:
       opt_state: the optimizer state.
@@ -122,9 +125,9 @@ def get_log_alpha(opt_state: Any) -> dict[str, jax.Array]:
 
 
 def open_channels(opt_state: Any) -> dict[str, jax.Array]:
-    """Which channels the gates in an optimizer state leave open in evaluation, by the name of their group.
+    """Get the channels whose gates are open in evaluation, by the name of their group.
 
-    What :func:`jaxsparse.remaining` takes, to count what is left of a network without its closed channels.
+    :func:`jaxsparse.remaining` takes them, to count the params and MACs without the closed channels.
 
     Args:
       opt_state: the optimizer state.
@@ -139,17 +142,18 @@ def open_channels(opt_state: Any) -> dict[str, jax.Array]:
 
 
 def check(opt_state: Any, params: Any = None) -> None:
-    """Raises if an invariant is broken. For the training loop, outside of jit, once in a while.
+    """Raise an error if an invariant is broken; call it outside of jit, occasionally during training.
 
-    Looked at are: masks that are off their budget, NaN among the scores that masks were chosen by and,
-    given ``params``, pruned weights that are not zero (as when an outer wrapper moves the params).
+    Invariants are that masks keep as many weights as their budget says, that no score from which masks were chosen is
+    NaN, and, if ``params`` are given, that pruned weights are zero (an outer wrapper that moves the params can break
+    this).
 
-    What is legal but seldom meant is a warning: layers (or groups of channels) of which nothing is left, and layers
-    that take no part in mask updates since they are frozen.
+    States that are legal but seldom intended cause a warning: layers (or groups of channels) of which nothing is left,
+    and layers that take no part in mask updates because they are frozen.
 
     Args:
       opt_state: the optimizer state. Replicated and vmapped ones are checked in every replica.
-      params: the params, for the zeros.
+      params: the params, to check that pruned weights are zero.
 
     Raises:
       SparsityError: naming every broken invariant.
@@ -160,23 +164,23 @@ def check(opt_state: Any, params: Any = None) -> None:
     if problems := [problem for link in links for problem in link.problems(params)]:
         raise SparsityError("; ".join(problems))
     for link in links:
-        notes = link.notes() if hasattr(link, "notes") else []
+        notes = link.notes() if isinstance(link, HasNotes) else []
         for note in notes + _emptied(link):
             warnings.warn(note, stacklevel=2)
 
 
 def closed_channels(params: Any, *, prunable: Any = None, layout: LayoutLike = None) -> dict[str, np.ndarray]:
-    """Which channels of each layer have died: the outputs to which only weights of zero lead.
+    """Find the dead output channels of each layer, those whose weights are all zero.
 
     Args:
       params: the params.
-      prunable: which leaves are looked at, see :func:`jaxsparse.prunable.prunable_leaves`; default: kernels.
-      layout: which axes of leaves are inputs, outputs and stacked layers, where names and shapes do not tell
+      prunable: the leaves to search, see :func:`jaxsparse.prunable.prunable_leaves`; default: kernels.
+      layout: which axes of leaves are inputs, outputs and stacked layers, where names and shapes leave it open
         (:func:`jaxsparse.layouts.leaf_layouts`): pattern -> :class:`jaxsparse.Layout`.
 
     Returns:
-      For the path of every such leaf the closed outputs in increasing order, int, (closed,); empty for none. Of a stack
-      of layers the pairs of layer and output, (closed, 2).
+      path of the leaf -> its closed outputs in increasing order, int, (closed,). For a stack of layers, pairs of layer
+      and output, (closed, 2).
 
     Raises:
       ValueError: as :func:`jaxsparse.prunable.prunable_leaves`.
@@ -199,7 +203,7 @@ def _links(opt_state: Any, params: Any = None) -> list[Any]:
     links = link_states(opt_state)
     if not links and link_states(params):
         raise ValueError(
-            "the params and the optimizer state have changed places: there are sparse links in the params. The "
+            "the params and the optimizer state are swapped: there are sparse links in the params. The "
             "optimizer state comes first, as in jaxsparse.sparsify(opt_state, params)"
         )
     if not links:
@@ -211,8 +215,8 @@ def _links(opt_state: Any, params: Any = None) -> list[Any]:
 
 
 def _emptied(link: Any) -> list[str]:
-    """Says which layers, or groups of channels, have nothing left, in any replica."""
-    if hasattr(link, "open_channels"):  # which gates are open in a step is random
+    """Warnings that name the layers, or groups of channels, of which nothing is left in any replica."""
+    if isinstance(link, HasGates):  # masks of gates are random while training
         kept, of = link.open_channels(), "open channels of group "
     else:
         kept, of = by_path(link.sparse_masks()), "weights of "
@@ -224,31 +228,31 @@ def _emptied(link: Any) -> list[str]:
         if jnp.size(mask) and not left.all():
             found.append(
                 f"0 of {jnp.size(mask) // left.size} {of}{name} are left, so nothing passes through. Methods with a "
-                "budget keep some by at_least=1; else leave it out by prunable=, or prune less"
+                "budget keep some with at_least=1; otherwise exclude the layer with prunable=, or prune less"
             )
     return found
 
 
 def _refuse_traced(tree: Any, who: str) -> None:
-    """Raises a ValueError if any leaf is traced."""
+    """Raise a ValueError if any leaf is traced."""
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
         raise ValueError(
-            f"{who} looks at values, and there are none inside jit, vmap, grad or scan: call it outside, with what the "
-            "transformed function returns"
+            f"{who} needs concrete values, which do not exist inside jit, vmap, grad or scan: call it outside, on the "
+            "results of the transformed function"
         )
 
 
 def _gated_links(opt_state: Any) -> list[Any]:
-    links = [link for link in link_states(opt_state) if hasattr(link, "log_alpha")]
+    links = [link for link in link_states(opt_state) if isinstance(link, HasGates)]
     if not links:
         raise ValueError("there are no gates in this optimizer state: wrap the optimizer in jaxsparse.l0 or dep_l0")
     return links
 
 
 def _masks_of_leaves(opt_state: Any, params: Any) -> list[jax.Array]:
-    """For every leaf of the params its mask, the scalar True for dense leaves, matched by path."""
+    """The mask of every leaf of the params, matched by path; the scalar True for dense leaves."""
     found: dict[str, Any] = {}
-    known: set[str] = set()  # paths of leaves, and of what stands for a dense leaf or a subtree
+    known: set[str] = set()  # paths of leaves, and of placeholders for a dense leaf or a subtree
     for link in _links(opt_state, params):
         paths, _ = jax.tree_util.tree_flatten_with_path(link.sparse_masks(), is_leaf=is_masked_node)
         masks = {path_name(path): mask for path, mask in paths if not is_masked_node(mask)}
@@ -262,14 +266,14 @@ def _masks_of_leaves(opt_state: Any, params: Any) -> list[jax.Array]:
         raise ValueError(f"the optimizer state has masks of leaves that the params lack: {', '.join(unknown)}{hint}")
     if new := sorted(path for path in leaves if not known & set(_prefixes(path))):
         raise ValueError(
-            f"the optimizer state knows nothing of these leaves of the params: {', '.join(new)}. It is that of another "
-            "model: make one with tx.init(params)"
+            f"the optimizer state lacks these leaves of the params: {', '.join(new)}. It belongs to another model: "
+            "make one with tx.init(params)"
         )
     for name, mask in found.items():
         if np.shape(mask) != np.shape(leaves[name]):
             raise ValueError(
                 f"the mask of {name} in the optimizer state has shape {np.shape(mask)}, but the params have "
-                f"{np.shape(leaves[name])}; of a vmapped or replicated state take one replica"
+                f"{np.shape(leaves[name])}; pass one replica of a vmapped or replicated state"
             )
     return [found.get(name, jnp.ones((), bool)) for name in leaves]
 
@@ -280,14 +284,14 @@ def _prefixes(path: str) -> list[str]:
 
 
 def masks_for(opt_state_or_masks: Any, params: Any) -> Any:
-    """Masks that fit the params: those given, or those that the optimizer state given holds."""
+    """Masks that fit the params, from masks or an optimizer state."""
     _refuse_traced((opt_state_or_masks, params), "a table or picture")
     if _all_bool(params) and not _all_bool(opt_state_or_masks):
-        raise ValueError("the params and the masks have changed places: masks come first")
+        raise ValueError("the params and the masks are swapped: masks come first")
     dtypes = [getattr(leaf, "dtype", None) for leaf in jax.tree.leaves(opt_state_or_masks)]
     other_tree = jax.tree.structure(opt_state_or_masks) != jax.tree.structure(params)
     if link_states(opt_state_or_masks) or link_states(params) or (other_tree and set(dtypes) - {np.dtype(bool), None}):
-        return get_masks(opt_state_or_masks, params)  # or an error, if there is no sparse link in the state
+        return get_masks(opt_state_or_masks, params)  # or an error, if the state has no sparse link
     validate_masks(opt_state_or_masks, params)
     return opt_state_or_masks
 
@@ -298,7 +302,7 @@ def _all_bool(tree: Any) -> bool:
 
 
 def _merge(a: Any, b: Any) -> Any:
-    """The union of two trees in which MaskedNode stands for a part, a leaf or a subtree, that the other may have."""
+    """The union of two trees, in which MaskedNode is a placeholder for a leaf or subtree that the other may have."""
     if is_masked_node(a) or is_masked_node(b):
         return b if is_masked_node(a) else a
     parts, treedef = jax.tree.flatten(a, is_leaf=lambda node: node is not a)

@@ -1,4 +1,4 @@
-"""Tables of masks: what each layer keeps, and what two masks have in common."""
+"""Tables of masks: the weights that each layer keeps, and the overlap of two masks."""
 
 import dataclasses
 import math
@@ -21,16 +21,17 @@ class LayerSummary(NamedTuple):
     """One line of a summary.
 
     Attributes:
-      path: of the leaf.
-      shape: of the leaf.
-      weights: how many it has.
-      kept: how many of them are kept, all of a dense leaf.
+      path: the path of the leaf.
+      shape: the shape of the leaf.
+      weights: the number of its weights.
+      kept: the number of weights kept; all of them for a dense leaf.
       sparse: whether it has a mask.
-      mean_abs: mean absolute value of the kept weights; None if only shapes were given, or nothing is kept, or for PRNG
-        keys.
-      dead_inputs: how many inputs keep no weight, see :mod:`jaxsparse.layouts`; None for dense leaves and vectors.
-      dead_outputs: how many outputs keep no weight; None for dense leaves.
-      positions: at how many places of an example the leaf is applied; None where that is not known.
+      mean_abs: mean absolute value of the kept weights; None if only shapes were given, if nothing is kept, and for
+        PRNG keys.
+      dead_inputs: the number of inputs that keep no weight, see :mod:`jaxsparse.layouts`; None for dense leaves and
+        vectors.
+      dead_outputs: the number of outputs that keep no weight; None for dense leaves.
+      positions: the number of output positions of an example at which the leaf is applied; None if unknown.
     """
 
     path: str
@@ -44,24 +45,24 @@ class LayerSummary(NamedTuple):
     positions: int | None = None
 
     @property
-    def multiply_adds(self) -> int | None:
-        """Those of the kept weights, for one example; None where they are not known."""
+    def macs(self) -> int | None:
+        """The multiply-accumulate operations of the kept weights for one example; None if unknown."""
         return None if self.positions is None else self.kept * self.positions
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Summary(Tabular):
-    """What :func:`summary` returns. Printed, it is a table; with ``rich.print`` in colour, in a notebook HTML.
+    """The result of :func:`summary`; prints as a table, in colour with ``rich.print``, as HTML in a notebook.
 
     Attributes:
-      layers: one :class:`LayerSummary` a leaf, dense ones too.
+      layers: one :class:`LayerSummary` per leaf, including dense ones.
     """
 
     layers: tuple[LayerSummary, ...]
 
     def table(self) -> Table:
         """The cells of the table."""
-        header = ("layer", "shape", "weights", "kept", "density", "mean |w|", "dead in", "dead out", "multiply-adds")
+        header = ("layer", "shape", "weights", "kept", "density", "mean |w|", "dead in", "dead out", "MACs")
         sparse = [row for row in self.layers if row.sparse]
         rows = [
             (
@@ -73,38 +74,39 @@ class Summary(Tabular):
                 "" if row.mean_abs is None else f"{row.mean_abs:.3g}",
                 "" if row.dead_inputs is None else f"{row.dead_inputs:,}",
                 "" if row.dead_outputs is None else f"{row.dead_outputs:,}",
-                "" if row.multiply_adds is None else f"{row.multiply_adds:,}",
+                "" if row.macs is None else f"{row.macs:,}",
             )
             for row in self.layers
         ]
         totals = []
         for name, layers in (("sparse layers", sparse), ("all", self.layers)):
             weights, kept = sum(row.weights for row in layers), sum(row.kept for row in layers)
-            of_kept = sum(row.multiply_adds or 0 for row in layers)
+            of_kept = sum(row.macs or 0 for row in layers)
             of_all = sum(row.weights * (row.positions or 0) for row in layers)
-            products = f"{of_kept:,} ({of_kept / of_all:.1%})" if of_all else ""
+            macs = f"{of_kept:,} ({of_kept / of_all:.1%})" if of_all else ""
             density = _density(kept, weights, bool(sparse))
-            totals.append((name, "", f"{weights:,}", f"{kept:,}", density, "", "", "", products))
+            totals.append((name, "", f"{weights:,}", f"{kept:,}", density, "", "", "", macs))
         return Table(header, tuple(rows), tuple(totals), left=(0, 1)).without_empty_columns(keep=5)
 
 
 def summary(
     opt_state_or_masks: Any, params: Any, *, positions: Mapping[str, int] | None = None, layout: LayoutLike = None
 ) -> Summary:
-    """Counts what every layer keeps. Print it for a table.
+    """Count the weights that every layer keeps, as a table.
 
-    Beside the counts it has the mean absolute value of the weights that are kept, how many inputs and outputs are dead,
-    that is, have no weight left, and the multiply-adds.
+    The table also has the mean absolute value of the kept weights, the number of dead inputs and outputs, which have no
+    weight left, and the multiply-accumulate operations (MACs).
 
     Args:
       opt_state_or_masks: an optimizer state, or masks like the params.
       params: the params, or their shapes (``jax.eval_shape``), which have no mean.
-      positions: for the path of a kernel, at how many places of an example it is applied: 1 for a dense layer, the
-        height times the width of a convolution's output. Weights times places are multiply-adds, one more column.
-        ``jaxsparse.models.positions(model, (28, 28, 1))`` makes them for a Flax model and the shape of its inputs.
-      layout: which axes of leaves are inputs, outputs and stacked layers, where names and shapes do not tell
-        (:func:`jaxsparse.layouts.leaf_layouts`): pattern -> :class:`jaxsparse.Layout`. Of a stack, the dead inputs and
-        outputs of all layers are counted.
+      positions: the number of output positions of an example at which each kernel is applied, by path: 1 for a dense
+        layer, height times width of its output for a convolution. Adds a column with MACs, which are weights times
+        positions. ``jaxsparse.models.positions(model, (28, 28, 1))`` computes them for a Flax model and the shape of
+        its inputs.
+      layout: which axes of leaves are inputs, outputs and stacked layers, where names and shapes leave it open
+        (:func:`jaxsparse.layouts.leaf_layouts`): pattern -> :class:`jaxsparse.Layout`. For a stack, the dead inputs and
+        outputs of all its layers are counted.
 
     Returns:
       A :class:`Summary`.
@@ -117,28 +119,28 @@ def summary(
       >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
       >>> masks = {"kernel": jnp.eye(2, 3, dtype=bool), "bias": jnp.array(True)}
       >>> print(summary(masks, params, positions={"kernel": 1}))
-      layer          shape  weights  kept  density  mean |w|  dead in  dead out  multiply-adds
-      -------------  -----  -------  ----  -------  --------  -------  --------  -------------
+      layer          shape  weights  kept  density  mean |w|  dead in  dead out       MACs
+      -------------  -----  -------  ----  -------  --------  -------  --------  ---------
       bias           3            3     3    dense         0
-      kernel         2x3          6     2   33.33%         1        0         1              2
-      -------------  -----  -------  ----  -------  --------  -------  --------  -------------
-      sparse layers               6     2   33.33%                                   2 (33.3%)
-      all                         9     5   55.56%                                   2 (33.3%)
+      kernel         2x3          6     2   33.33%         1        0         1          2
+      -------------  -----  -------  ----  -------  --------  -------  --------  ---------
+      sparse layers               6     2   33.33%                               2 (33.3%)
+      all                         9     5   55.56%                               2 (33.3%)
     """
     masks = masks_for(opt_state_or_masks, params)
     leaves = by_path(params)
-    places = {path: int(number) for path, number in (positions or {}).items()}
-    if unknown := sorted(set(places) - set(leaves)):
+    positions = {path: int(number) for path, number in (positions or {}).items()}
+    if unknown := sorted(set(positions) - set(leaves)):
         raise ValueError(
             f"positions name leaves that the params lack: {', '.join(unknown)}; there are {', '.join(leaves)}"
         )
     layouts, rows = leaf_layouts(params, layout), []
     for (path, leaf), mask in zip(leaves.items(), align(masks, params, "masks"), strict=True):
-        rows.append(_layer(path, leaf, np.asarray(mask), places.get(path), layouts[path]))
+        rows.append(_layer(path, leaf, np.asarray(mask), positions.get(path), layouts[path]))
     return Summary(tuple(sorted(rows, key=lambda row: natural_order(row.path))))
 
 
-def _layer(path: str, leaf: Any, mask: np.ndarray, places: int | None, layout: Layout) -> LayerSummary:
+def _layer(path: str, leaf: Any, mask: np.ndarray, positions: int | None, layout: Layout) -> LayerSummary:
     weights, sparse = math.prod(leaf.shape), mask.ndim > 0
     kept = int(np.count_nonzero(mask)) if sparse else weights
     mean_abs = None
@@ -150,11 +152,11 @@ def _layer(path: str, leaf: Any, mask: np.ndarray, places: int | None, layout: L
         dead_outputs = int(np.count_nonzero(~layout.any_by_output(mask)))
         if layout.is_matrix:
             dead_inputs = int(np.count_nonzero(~layout.any_by_input(mask)))
-    return LayerSummary(path, tuple(leaf.shape), weights, kept, sparse, mean_abs, dead_inputs, dead_outputs, places)
+    return LayerSummary(path, tuple(leaf.shape), weights, kept, sparse, mean_abs, dead_inputs, dead_outputs, positions)
 
 
 def _is_numeric(leaf: Any) -> bool:
-    """Whether a leaf has magnitudes: PRNG keys have none."""
+    """Whether a leaf has magnitudes; PRNG keys do not."""
     return not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
 
 
@@ -166,11 +168,11 @@ class LayerComparison(NamedTuple):
     """One line of a comparison of two masks.
 
     Attributes:
-      path: of the leaf.
-      weights: how many it has.
-      first: how many the first mask keeps.
-      second: how many the second keeps.
-      both: how many both keep.
+      path: the path of the leaf.
+      weights: the number of its weights.
+      first: the number that the first mask keeps.
+      second: the number that the second mask keeps.
+      both: the number that both keep.
     """
 
     path: str
@@ -181,23 +183,23 @@ class LayerComparison(NamedTuple):
 
     @property
     def flips(self) -> int:
-        """How many entries differ."""
+        """The number of entries that differ."""
         return self.first + self.second - 2 * self.both
 
     @property
     def jaccard(self) -> float:
-        """What both keep as a share of what either keeps; 1 if neither keeps anything."""
+        """The Jaccard index, weights kept by both over weights kept by either; 1 if neither keeps any."""
         either = self.first + self.second - self.both
         return self.both / either if either else 1.0
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class MaskComparison(Tabular):
-    """What :func:`compare_masks` returns. Printed, it is a table; with ``rich.print`` in colour, in a notebook HTML.
+    """The result of :func:`compare_masks`; prints as a table, in colour with ``rich.print``, as HTML in a notebook.
 
     Attributes:
       layers: one :class:`LayerComparison` for each leaf that is sparse in either.
-      names: of the two.
+      names: the names of the two masks.
     """
 
     layers: tuple[LayerComparison, ...]
@@ -224,18 +226,18 @@ class MaskComparison(Tabular):
 
 
 def compare_masks(first: Any, second: Any, *, names: tuple[str, str] = ("first", "second")) -> MaskComparison:
-    """Counts what two masks of one network have in common, layer by layer.
+    """Compare two masks of one network, layer by layer.
 
     Args:
       first: masks: bool arrays, the scalar True for dense leaves.
-      second: masks of the same network. A leaf that is dense in one of them counts as kept wholly there.
-      names: what the two are called in the table.
+      second: masks of the same network. A leaf that is dense in one of the two counts as fully kept there.
+      names: the names of the two in the table.
 
     Returns:
       A :class:`MaskComparison`.
 
     Raises:
-      ValueError: if the trees or shapes of the two differ, or they are not masks.
+      ValueError: if their trees or shapes differ, or they are not masks.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -267,14 +269,14 @@ def compare_masks(first: Any, second: Any, *, names: tuple[str, str] = ("first",
 
 
 def show(opt_state_or_masks: Any, params: Any = None) -> Any:
-    """The tree of the params with every array as a picture, pruned weights greyed out: treescope's, for notebooks.
+    """Show a tree of params in a notebook by treescope, with each array as a picture and pruned weights greyed out.
 
     Args:
       opt_state_or_masks: an optimizer state, or masks like the params.
-      params: the params; None shows the first tree, whatever it is, as it stands.
+      params: the params. With None, the first tree is shown as it is, whatever it contains.
 
     Returns:
-      What a notebook shows if it is the last expression of a cell. Its ``_repr_html_()`` is the HTML.
+      An object that a notebook shows if it is the last expression of a cell. Its ``_repr_html_()`` is the HTML.
 
     Raises:
       ImportError: if treescope is not installed.
@@ -292,7 +294,7 @@ def show(opt_state_or_masks: Any, params: Any = None) -> Any:
 
 
 class _Shown:
-    """A tree that treescope draws, whether or not it is the default renderer of the notebook."""
+    """A tree that treescope draws, even if it is not the notebook's default renderer."""
 
     def __init__(self, tree: Any, masks: Mapping[int, np.ndarray]):
         self.tree, self.masks = tree, masks

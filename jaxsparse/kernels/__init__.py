@@ -1,4 +1,4 @@
-"""Products with sparse weights: one folder an operation, with a file for each backend."""
+"""Matrix products with sparse weights: one folder per operation, with one file per backend."""
 
 from jaxsparse.kernels.masked_matmul import block_sparse_matmul, masked_matmul
 

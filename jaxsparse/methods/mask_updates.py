@@ -1,39 +1,24 @@
 """Fixed masks: train a network whose zeros stay where they are."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import optax
 
-from jaxsparse.links import check_zeros, land_on_masks, refuse_replicated, require_bool, require_params
-from jaxsparse.masks import copied_masks, validate_masks
+from jaxsparse.transforms.mask_link import MaskState, given_masks, mask_link
 
 __all__ = ["MaskUpdatesState", "mask_updates"]
 
 
-class MaskUpdatesState(NamedTuple):
-    """State of :func:`mask_updates`.
+class MaskUpdatesState(MaskState):
+    """State of :func:`mask_updates`."""
 
-    Attributes:
-      masks: like the params: bool arrays, ``optax.MaskedNode()`` for dense leaves.
-    """
-
-    masks: Any
-
-    def sparse_masks(self) -> Any:
-        """The masks in the form of a state."""
-        return self.masks
-
-    def wants_momentum(self) -> bool:
-        """Fixed masks need no momentum."""
-        return False
-
-    def problems(self, params: Any | None) -> list[str]:
-        """Pruned weights that are not zero."""
-        return [] if params is None else check_zeros(self.masks, params, "mask_updates")
+    method = "mask_updates"
 
 
 def mask_updates(masks: Any) -> optax.GradientTransformationExtraArgs:
-    r"""Keeps the params on fixed masks. A link: last in the chain.
+    r"""Keep given masks fixed while training or fine-tuning.
+
+    A link: last in the chain.
 
     .. math:: \Delta_i = u_i \text{ if } m_i \text{ else } -w_i
 
@@ -57,15 +42,4 @@ def mask_updates(masks: Any) -> optax.GradientTransformationExtraArgs:
       >>> optax.apply_updates(params, updates)["w"].tolist()
       [0.5, 0.0]
     """
-
-    def init_fn(params):
-        refuse_replicated(params, "mask_updates")
-        return MaskUpdatesState(copied_masks(validate_masks(masks, params), params))
-
-    def update_fn(updates, state, params=None, **extra_args):
-        del extra_args
-        require_params(params, "mask_updates")
-        require_bool(state.masks, "mask_updates")
-        return land_on_masks(updates, params, state.masks), state
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return mask_link(MaskUpdatesState, given_masks(masks))

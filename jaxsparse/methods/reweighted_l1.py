@@ -1,4 +1,4 @@
-"""Training with compressed sensing: adaptively reweighted l1 by generalised regularised dual averaging.
+"""Reweighted l1: training with compressed sensing, by generalised regularised dual averaging.
 
 Siegel, Chen, Zhang and Xu, *Training Sparse Neural Networks using Compressed Sensing*, 2020
 (https://arxiv.org/abs/2008.09661). Where the paper leaves something open, the authors' code is followed (class xRDA and
@@ -12,18 +12,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from jaxsparse.layouts import Layout, LayoutLike
-from jaxsparse.links import chain, check_range, check_zeros, refuse_replicated, require_params
+from jaxsparse.layouts import LayoutLike
 from jaxsparse.placement import copied, zeros
 from jaxsparse.prunable import prunable_leaves
-from jaxsparse.structures import Structure, StructureLike, channel, check_structure, leaf_structures, weight
-from jaxsparse.trees import by_path, is_masked_node, leaf_paths
+from jaxsparse.structures import Structure, StructureLike, check_structure, leaf_structures
+from jaxsparse.transforms.chain import chain
+from jaxsparse.transforms.checks import check_range, check_zeros, refuse_replicated, require_params
+from jaxsparse.transforms.velocity import at_step, check_schedule, check_time, velocity
+from jaxsparse.trees import by_path, is_masked_node
 
-__all__ = ["ReweightedL1State", "VelocityState", "rda", "reweighted_l1", "velocity"]
+__all__ = ["ReweightedL1State", "rda", "reweighted_l1"]
 
 
 class ReweightedL1State(NamedTuple):
@@ -33,7 +34,7 @@ class ReweightedL1State(NamedTuple):
       count: (), int32: the updates so far.
       pre_prox: y, the weights before they are shrunk, in the shapes and dtypes of the params.
       threshold: l1 * b, by how much they are shrunk; of the leaf's shape, with 1 for the axes of a group.
-      magnitude: r, the running average of the weights' absolute values; likewise.
+      magnitude: r, the running average of the weights' absolute values, in the shapes of ``threshold``.
     """
 
     count: jax.Array  # type: ignore[assignment]  # the name that Optax gives it
@@ -42,11 +43,11 @@ class ReweightedL1State(NamedTuple):
     magnitude: Any
 
     def sparse_masks(self) -> Any:
-        """``|y| > l1 * b``: the masks are no part of the state, they follow from it."""
+        """The masks ``|y| > l1 * b``, computed from the state rather than stored in it."""
         return jax.tree.map(lambda y, t: jnp.abs(y) > t, self.pre_prox, self.threshold)
 
     def wants_momentum(self) -> bool:
-        """The weights' own sizes decide, not their momentum."""
+        """False: the magnitudes of the weights decide, not their momentum."""
         return False
 
     def problems(self, params: Any | None) -> list[str]:
@@ -61,18 +62,6 @@ class ReweightedL1State(NamedTuple):
         return found + ([] if params is None else check_zeros(self.sparse_masks(), params, who))
 
 
-class VelocityState(NamedTuple):
-    """State of :func:`velocity`.
-
-    Attributes:
-      count: (), int32: the updates so far.
-      ema: v, the exponential average of the gradients, like the params.
-    """
-
-    count: jax.Array  # type: ignore[assignment]  # the name that Optax gives it
-    ema: Any
-
-
 def reweighted_l1(
     step_size: ArrayLike | optax.Schedule,
     *,
@@ -84,9 +73,11 @@ def reweighted_l1(
     prunable: Any = None,
     layout: LayoutLike = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""The proximal step of training with compressed sensing (Siegel et al., 2020). A link: last in the chain.
+    r"""Find how few weights are needed, by a reweighted l1 penalty behind any optimizer (Siegel et al., 2020).
 
-    It takes whatever update u the optimizer proposes, already scaled by the step size s, and lands on the
+    A link: last in the chain. It is the proximal step of training with compressed sensing.
+
+    It takes any update u that the optimizer proposes, already scaled by the step size s, and lands on the
     soft-thresholded weights. For each leaf, from the params x that come in:
 
     .. math::
@@ -101,28 +92,28 @@ def reweighted_l1(
 
     .. math:: \lambda \frac{m M}{M - 1} \sum_j \log\left(1 + (M - 1) |x_j| / m\right), \quad m = \max r
 
-    which is what makes small weights vanish and leaves large ones nearly alone. Gradients are taken at the sparse x.
-    If 1 - a = s / s_0, as in the schedules of the authors (:func:`jaxsparse.rda_cosine`), the threshold stays at
-    :math:`\lambda s_0 w` while the step size s goes to zero; it is this that keeps the zeros.
+    so small weights vanish and large ones hardly change. Gradients are taken at the sparse x. If 1 - a = s / s_0, as in
+    the schedules of the authors (:func:`jaxsparse.rda_cosine`), the threshold stays at :math:`\lambda s_0 w` while the
+    step size s goes to zero, which keeps the zeros.
 
     The special cases:
 
-    * proximal SGD: ``averaging=0``, then b = s w and y is nothing but the step;
-    * regularised dual averaging (Xiao, 2010): ``averaging=1``, then y and b accumulate for ever;
+    * proximal SGD: ``averaging=0``, then b = s w and y is the result of the step alone;
+    * regularised dual averaging (Xiao, 2010): ``averaging=1``, then y and b accumulate forever;
     * plain l1: ``max_factor=1``, then w = 1;
     * Adam or any other optimizer: ``optax.chain(optax.adam(1e-3), reweighted_l1(1e-3, l1=1e-2))``.
 
     Args:
       step_size: s, the learning rate of the optimizer before it: a float >= 0 or a schedule of the step.
-      l1: strength of the penalty, :math:`\lambda` >= 0, possibly traced, or a schedule of the step. How much is left
-        follows from l1 times the sum of the step sizes: start with ``l1 = 0.03 / (step_size * steps)``.
+      l1: strength of the penalty, :math:`\lambda` >= 0, possibly traced, or a schedule of the step. The final sparsity
+        depends on l1 times the sum of the step sizes: start with ``l1 = 0.03 / (step_size * steps)``.
       averaging: a, in [0, 1], or a schedule of the step.
-      weight_time: :math:`\tau` > 0, over which time (the sum of the step sizes) the absolute values are averaged.
+      weight_time: :math:`\tau` > 0, the time (sum of the step sizes) over which the absolute values are averaged.
       max_factor: M >= 1: how much more the smallest weights are shrunk than the largest.
-      structure: what goes to zero as one: "weight"; "kernel" or "channel", for which the mean absolute value of the
+      structure: the granularity of pruning: "weight"; "kernel" or "channel", for which the mean absolute value of the
         group takes the place of abs(x), and w is multiplied by the square root of its size, in leaves of four
-        dimensions (matrices go by single weights); or a mapping from path to these. The same made by
-        :func:`jaxsparse.structures.kernel` and ``channel``; see :func:`jaxsparse.structures.leaf_structures`.
+        dimensions (matrices are pruned by single weights); a structure made by :func:`jaxsparse.structures.kernel` or
+        ``channel``; or a mapping from path to these, see :func:`jaxsparse.structures.leaf_structures`.
       prunable: which leaves are shrunk, see :func:`jaxsparse.prunable.prunable_leaves`; default: matrices and
         convolutions, the first and last layer included.
       layout: which axes of leaves are inputs, outputs and stacked layers, where names and shapes do not tell
@@ -130,12 +121,12 @@ def reweighted_l1(
 
     Returns:
       A gradient transformation with the state :class:`ReweightedL1State`: three copies of the leaves that are shrunk,
-      or little more than one if they are so in groups. Its ``update`` needs the params. Leaves that are not
-      shrunk take the proposed update. A layer whose average is all zero is not shrunk, so it may come back.
+      or little more than one if they are shrunk in groups. Its ``update`` needs the params. Leaves that are not shrunk
+      take the proposed update. A layer whose average is all zero is not shrunk, so it may come back.
 
     Raises:
-      ValueError: for numbers out of range, schedules that start so, an unknown structure or one that does not fit a
-        leaf, leaves of less than float32 precision, params with a replica axis, missing params.
+      ValueError: for numbers out of range, schedules whose first value is, an unknown structure or one that does not
+        fit a leaf, leaves of less than float32 precision, params with a replica axis, missing params.
 
     Examples:
       >>> import jax.numpy as jnp, optax, jaxsparse
@@ -156,10 +147,10 @@ def reweighted_l1(
       The link must stand last. Params are float32: the thresholds are thousandths of the weights. Compute in bfloat16
       if you like.
     """
-    _check_schedule("step_size", step_size, 0)
-    _check_schedule("l1", l1, 0)
-    _check_schedule("averaging", averaging, 0, 1)
-    _check_time("weight_time", weight_time)
+    check_schedule("step_size", step_size, 0)
+    check_schedule("l1", l1, 0)
+    check_schedule("averaging", averaging, 0, 1)
+    check_time("weight_time", weight_time)
     check_range("max_factor", max_factor, 1)
     check_structure(structure, known=("weight", "kernel", "channel"))
 
@@ -167,18 +158,16 @@ def reweighted_l1(
         refuse_replicated(params, "reweighted_l1")
         structures = leaf_structures(structure, params, prunable_leaves(params, prunable, layout=layout), layout=layout)
 
-        names, (leaves, treedef) = leaf_paths(params), jax.tree.flatten(params)
-        groups = treedef.flatten_up_to(structures)
-        for name, p, group in zip(names, leaves, groups, strict=True):
-            if not is_masked_node(group) and jnp.finfo(p.dtype).bits < 32:
+        leaves, shrunk = by_path(params), by_path(structures)
+        for name, p in leaves.items():
+            if name in shrunk and jnp.finfo(p.dtype).bits < 32:
                 raise ValueError(
                     f"reweighted_l1 needs float32 params, but {name} is {p.dtype}: keep the weights in float32 and "
                     "compute in less (dtype=jnp.bfloat16 of the Flax layers)"
                 )
 
         def for_each(make):
-            made = [g if is_masked_node(g) else make(p, g) for p, g in zip(leaves, groups, strict=True)]
-            return treedef.unflatten(made)
+            return jax.tree.map(lambda p, unit: unit if is_masked_node(unit) else make(p, unit), params, structures)
 
         return ReweightedL1State(
             count=jnp.zeros([], jnp.int32),
@@ -191,7 +180,7 @@ def reweighted_l1(
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         require_params(params, "reweighted_l1")
-        s, a, strength = (_at(value, state.count) for value in (step_size, averaging, l1))
+        s, a, strength = (at_step(value, state.count) for value in (step_size, averaging, l1))
         fading = s / weight_time
         scalars = jnp.exp(-fading), jnp.expm1(-fading), a, 1 - a, strength * s
 
@@ -225,58 +214,6 @@ def reweighted_l1(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def velocity(
-    step_size: ArrayLike | optax.Schedule, momentum_time: ArrayLike = 9.5
-) -> optax.GradientTransformationExtraArgs:
-    r"""SGD with momentum whose memory is measured in time, the sum of the step sizes.
-
-    .. math:: v \leftarrow e^{-s/\tau} v + (1 - e^{-s/\tau}) g, \qquad \Delta = -s v
-
-    With s = 1 and :math:`\tau` = 9.5 that is SGD with momentum 0.9 and a learning rate of 0.1; as s goes to zero, the
-    average reaches over more and more steps.
-
-    Args:
-      step_size: s >= 0, a float or a schedule of the step.
-      momentum_time: :math:`\tau` > 0.
-
-    Returns:
-      A gradient transformation with the state :class:`VelocityState`; :func:`jaxsparse.chain` finds its momentum.
-
-    Raises:
-      ValueError: for numbers out of range.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> tx = velocity(1.0, momentum_time=9.5)
-      >>> updates, _ = tx.update({"w": jnp.ones(1)}, tx.init({"w": jnp.zeros(1)}))
-      >>> print(f"{float(updates['w'][0]):.4f}")
-      -0.0999
-    """
-    _check_schedule("step_size", step_size, 0)
-    _check_time("momentum_time", momentum_time)
-
-    def init_fn(params):
-        return VelocityState(jnp.zeros([], jnp.int32), jax.tree.map(jnp.zeros_like, params))
-
-    def update_fn(updates, state, params=None, **extra_args):
-        del params, extra_args
-        s = _at(step_size, state.count)
-        fading = s / momentum_time
-
-        def times(scalar, x):  # in float32, or what is wider
-            dtype = np.promote_types(scalar.dtype, x.dtype)
-            return scalar.astype(dtype) * x.astype(dtype)
-
-        def average(v, g):
-            return (times(jnp.exp(-fading), v) - times(jnp.expm1(-fading), g)).astype(v.dtype)
-
-        v = jax.tree.map(average, state.ema, updates)
-        updates = jax.tree.map(lambda v: times(-s, v).astype(v.dtype), v)
-        return updates, VelocityState(optax.safe_increment(state.count), v)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
 def rda(
     step_size: ArrayLike | optax.Schedule,
     *,
@@ -290,17 +227,18 @@ def rda(
     prunable: Any = None,
     layout: LayoutLike = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Generalised regularised dual averaging with reweighted l1: the whole optimizer of Siegel et al. (2020).
+    """Find how few weights are needed, by dual averaging with reweighted l1 (Siegel et al., 2020).
 
-    Weight decay on all params, :func:`velocity` and :func:`reweighted_l1`, in one chain.
+    Weight decay on all params, :func:`jaxsparse.velocity` and :func:`reweighted_l1`, in one chain.
 
     Args:
       step_size: as for :func:`reweighted_l1`; the authors start at 1.
-      l1: likewise; the authors take about 1e-6 for convolutional networks with a step size of 1.
-      averaging: likewise; with the step size from :func:`jaxsparse.rda_cosine` or :func:`jaxsparse.rda_halving`.
-      momentum_time: as for :func:`velocity`.
+      l1: as for :func:`reweighted_l1`; the authors take about 1e-6 for convolutional networks with a step size of 1.
+      averaging: as for :func:`reweighted_l1`; with the step size from :func:`jaxsparse.rda_cosine` or
+        :func:`jaxsparse.rda_halving`.
+      momentum_time: as for :func:`jaxsparse.velocity`.
       weight_time: as for :func:`reweighted_l1`; None takes ``momentum_time``, as the authors do.
-      weight_decay: this times the params is added to the gradients, those of biases and scales too.
+      weight_decay: >= 0; this times the params is added to the gradients, including those of biases and scales.
       max_factor, structure, prunable, layout: as for :func:`reweighted_l1`.
 
     Returns:
@@ -323,7 +261,9 @@ def rda(
       <https://arxiv.org/abs/2008.09661>`_, 2020.
     """
     if isinstance(step_size, tuple):
-        raise ValueError("step_size got a pair of schedules: step_size, averaging = jaxsparse.rda_cosine(...), for one")
+        raise ValueError(
+            "step_size must be one schedule, got a pair: unpack it, step_size, averaging = jaxsparse.rda_cosine(...)"
+        )
     check_range("weight_decay", weight_decay, 0)
     no_decay = not isinstance(weight_decay, jax.core.Tracer) and weight_decay == 0
     return chain(
@@ -343,12 +283,8 @@ def rda(
 
 
 def _group_shape(unit: Structure, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a leaf with 1 for the axes over which a unit goes: the places, and of channels the inputs."""
-    if isinstance(unit, weight):
-        return shape
-    rank = len(shape)
-    at = Layout(inputs=-2, outputs=-1).of_rank(rank) if unit.layout is None else unit.layout.of_rank(rank)
-    group = (*at.places(rank), *(at.inputs if isinstance(unit, channel) else ()))  # type: ignore[misc]
+    """The shape of a leaf with 1 for the axes that a unit covers: the places, and for channels the inputs."""
+    group = unit.axes(len(shape))
     return tuple(1 if axis in group else size for axis, size in enumerate(shape))
 
 
@@ -359,20 +295,3 @@ def _mean(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     # A slice for each place of a convolution's kernel: on a CPU, XLA's sum over leading axes takes five times as long.
     slices = [x[i : i + 1, j : j + 1] for i in range(x.shape[0]) for j in range(x.shape[1])]
     return functools.reduce(jnp.add, slices) / len(slices)
-
-
-def _at(value: ArrayLike | optax.Schedule, count: jax.Array) -> jax.Array:
-    return jnp.asarray(value(count) if callable(value) else value, jnp.float32)
-
-
-def _check_schedule(name: str, value: Any, low: float, high: float | None = None) -> None:
-    """Raises a ValueError for a value out of range, of a schedule its first."""
-    if callable(value):
-        check_range(f"{name}(0)", value(np.int32(0)), low, high)
-    else:
-        check_range(name, value, low, high)
-
-
-def _check_time(name: str, value: Any) -> None:
-    if not isinstance(value, jax.core.Tracer) and not value > 0:
-        raise ValueError(f"{name} must be above 0, got {value}")

@@ -1,4 +1,4 @@
-"""Flax models as the papers of the field have them."""
+"""Flax models from the papers on sparse training and pruning."""
 
 from jaxsparse.models.accounting import positions
 from jaxsparse.models.alexnet import AlexNet

@@ -1,4 +1,4 @@
-"""At how many places of an example each kernel of a model is applied, which makes multiply-adds of weights."""
+"""The number of positions at which each kernel of a model is applied, from which MACs are counted."""
 
 import math
 import warnings
@@ -18,19 +18,21 @@ _LAYERS = (layers.Conv, nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, Sp
 
 
 def positions(model: nn.Module, shape: tuple[int, ...], **kwargs: Any) -> dict[str, int]:
-    """At how many places of an example each kernel is applied: its weights times this are its multiply-adds.
+    """Count the output positions of an example at which each kernel is applied.
+
+    The weights of a kernel times its positions are its multiply-accumulate operations (MACs).
 
     Args:
-      model: a Flax model, of which Flax's dense layers (those of attention too) and convolutions and the library's own
-        are counted.
-      shape: of one example, such as (32, 32, 3).
-      **kwargs: what else the model is called with, such as ``train=False``.
+      model: a Flax model. Counted are dense layers (including those of attention) and convolutions, of Flax and of this
+        library.
+      shape: the shape of one example, such as (32, 32, 3).
+      **kwargs: further arguments of the model's call, such as ``train=False``.
 
     Returns:
-      path of the kernel -> output height x width of a convolution (ahead of its max-pool; of a transposed one those of
-      the input), 1 for a dense layer on a vector, the length for one on a sequence; the sum over its calls for a layer
-      that is called several times. A warning names the weights of layers of other types, which are not there, and
-      recurrent layers, of which one time step is counted.
+      path of the kernel -> its number of positions: output height x width for a convolution (before its max-pool;
+      input height x width if it is transposed), 1 for a dense layer on a vector, the length for one on a sequence. For
+      a layer that is called several times it is the sum over the calls. A warning names the weights of layers of other
+      types, which are left out, and recurrent layers, for which one time step is counted.
 
     Examples:
       >>> from jaxsparse import models
@@ -44,15 +46,15 @@ def positions(model: nn.Module, shape: tuple[int, ...], **kwargs: Any) -> dict[s
         y, module = call(*args, **kwargs), context.module
         if context.method_name == "__call__" and isinstance(module, _LAYERS):
             x = args[0] if args else next(iter(kwargs.values()))
-            places = x.shape[1:-1] if isinstance(module, nn.ConvTranspose) else y.shape[1:-1]
+            sizes = x.shape[1:-1] if isinstance(module, nn.ConvTranspose) else y.shape[1:-1]
             if isinstance(module, nn.DenseGeneral):
                 axes = module.axis if isinstance(module.axis, tuple) else (module.axis,)
                 summed = {axis % x.ndim for axis in axes}
-                places = [size for axis, size in enumerate(x.shape) if axis and axis not in summed]
+                sizes = [size for axis, size in enumerate(x.shape) if axis and axis not in summed]
             if isinstance(module, layers.Conv) and module.max_pool is not None:
-                places = layers.output_size(x.shape[1:3], module.kernel_size, module.strides, module.padding)
+                sizes = layers.output_size(x.shape[1:3], module.kernel_size, module.strides, module.padding)
             path = "/".join((*module.path, "kernel"))
-            found[path] = found.get(path, 0) + math.prod(places)
+            found[path] = found.get(path, 0) + math.prod(sizes)
         elif isinstance(module, nn.Embed):
             looked_up.add("/".join((*module.path, "embedding")))
         elif isinstance(module, nn.RNN):
@@ -64,7 +66,7 @@ def positions(model: nn.Module, shape: tuple[int, ...], **kwargs: Any) -> dict[s
         variables = jax.eval_shape(lambda key, x: model.init(key, x, **kwargs), key, example)
     weights = {path for path, chosen in default_choice(variables.get("params", {})).items() if chosen}
     if others := sorted(weights - set(found) - looked_up):
-        warnings.warn(f"positions does not know the layers of {', '.join(others)}: they are left out", stacklevel=2)
+        warnings.warn(f"positions does not support the layers of {', '.join(others)}: they are left out", stacklevel=2)
     if recurrent:
         warnings.warn(f"positions counts one time step of {', '.join(sorted(recurrent))}", stacklevel=2)
     return found

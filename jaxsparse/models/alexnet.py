@@ -1,4 +1,4 @@
-"""AlexNet for CIFAR images, as the papers on pruning at initialisation and on sparse training have it."""
+"""AlexNet for CIFAR images, as used in papers on pruning at initialisation and on sparse training."""
 
 from functools import partial
 from typing import Any
@@ -21,8 +21,8 @@ class AlexNet(nn.Module):
     Every hidden layer has a bias, batch normalisation and ReLU. 5,066,784 weights in the small variant and 8,484,896 in
     the big one. Kernels and biases start from U(-1/sqrt(fan_in), 1/sqrt(fan_in)). The model returns logits.
 
-    Training and evaluation: where the collection ``"batch_stats"`` is mutable, batch normalisation uses the statistics
-    of the batch and updates the running ones; elsewhere it uses the running ones.
+    Training and evaluation: if the collection ``"batch_stats"`` is mutable, batch normalisation uses the statistics of
+    the batch and updates the running ones; otherwise it uses the running ones.
 
     Attributes:
       variant: "s" (1024 units in each hidden dense layer) or "b" (2048).
@@ -30,11 +30,12 @@ class AlexNet(nn.Module):
       width: factor of all hidden channel numbers, which are rounded and at least 1.
       dtype: dtype of the computation and of the logits; None promotes input and parameters. Parameters and batch
         statistics are float32.
-      implementation: form of the convolutions, as in :func:`jaxsparse.models.layers.conv`; None takes the fastest.
-      axis_name: named axis of devices over which batch normalisation takes its statistics; None: each device its own.
+      implementation: form of the convolutions, as in :func:`jaxsparse.models.layers.conv`; None chooses the fastest.
+      axis_name: named axis of devices over which batch statistics are averaged; with None each device uses its own.
 
     Raises:
-      ValueError: on an unknown variant, and if the input is not (batch, height, width, channels) or smaller than 7 x 7.
+      ValueError: for an unknown variant, and if the input is not (batch, height, width, channels) or smaller than 7 x
+        7.
 
     Examples:
       >>> import jax

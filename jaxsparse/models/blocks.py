@@ -1,4 +1,4 @@
-"""What the models share: batch normalisation, layers with PyTorch's initial values, a check."""
+"""Parts that the models share: batch normalisation, layers with PyTorch's initial values, checks."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ __all__ = ["BatchNorm", "check_features", "check_images", "conv_bn_relu", "dense
 
 
 class BatchNorm(nn.BatchNorm):
-    """``nn.BatchNorm`` with PyTorch's constants, which sees from ``apply`` whether it trains.
+    """``nn.BatchNorm`` with PyTorch's constants, which trains if ``apply`` makes batch statistics mutable.
 
-    Where the collection ``"batch_stats"`` is mutable, it normalises with mean and variance of the batch and updates the
-    running ones (but not in ``init``); elsewhere it normalises with the running ones. Statistics are float32 in every
-    ``dtype``. The running variance averages the batches' biased variances, those that the batches are divided by;
-    PyTorch averages the unbiased ones, n / (n - 1) times as large for n values per channel.
+    If the collection ``"batch_stats"`` is mutable, it normalises with mean and variance of the batch and updates the
+    running ones (but not in ``init``); otherwise it normalises with the running ones. Statistics are float32 for every
+    ``dtype``. The running variance is the average of the batches' biased variances, by which the batches are divided;
+    PyTorch averages the unbiased ones, which are n / (n - 1) times as large for n values per channel.
 
     Attributes:
       momentum: share of the running statistics that an update keeps (1 minus PyTorch's ``momentum``).
@@ -41,14 +41,14 @@ class BatchNorm(nn.BatchNorm):
     momentum: float = 0.9
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """``x`` (..., channels) with mean and variance of every channel taken out."""
+        """Normalise every channel of ``x`` (..., channels)."""
         return super().__call__(x, use_running_average=not self.is_mutable_collection("batch_stats"))
 
 
 def he_normal(mode: str) -> nn.initializers.Initializer:
     """N(0, sqrt(2 / fan)), not truncated, with the "fan_in" (inputs of a unit) or "fan_out" of a kernel.
 
-    The fan of a convolution counts the places of the kernel: k k in, or k k out.
+    The fan of a convolution includes its k x k positions: k * k * inputs, or k * k * outputs.
     """
     return nn.initializers.variance_scaling(2.0, mode, "normal")
 
@@ -109,7 +109,7 @@ def scaled(channels: int, width: float) -> int:
 
 
 def check_images(images: jax.Array, smallest: int, model: str) -> None:
-    """Raises a ValueError unless ``images`` are (batch, height, width, channels) and at least ``smallest`` wide."""
+    """Raise a ValueError unless ``images`` are (batch, height, width, channels), at least ``smallest`` pixels wide."""
     if images.ndim != 4 or min(images.shape[1:3]) < smallest:
         raise ValueError(
             f"{model} needs images of shape (batch, height, width, channels), at least {smallest} x {smallest}, got "
@@ -118,7 +118,7 @@ def check_images(images: jax.Array, smallest: int, model: str) -> None:
 
 
 def check_features(model: nn.Module, number: int) -> None:
-    """Raises a ValueError unless the attribute ``features`` of a model holds so many ints >= 1."""
+    """Raise a ValueError unless the attribute ``features`` of a model holds this number of ints >= 1."""
     if len(model.features) != number or min(model.features) < 1:
         raise ValueError(
             f"{type(model).__name__} needs features >= 1 for each of its {number} hidden layers, got "

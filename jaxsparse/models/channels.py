@@ -1,4 +1,4 @@
-"""The channels of the library's models: their groups, and the model without those that are closed."""
+"""Channel groups of the library's models, and smaller models without the closed channels."""
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -17,28 +17,28 @@ from jaxsparse.models.vgg import VGG, convolutions_and_hidden
 
 __all__ = ["channel_groups", "reestimate_batch_stats", "slim"]
 
-EPSILON = 1e-5  # of nn.BatchNorm
+EPSILON = 1e-5  # as in nn.BatchNorm
 
 
 def channel_groups(model: nn.Module) -> tuple[Group, ...]:
-    """The groups of channels of a model of the library, in network order.
+    """The channel groups of a model of this library, in network order.
 
     * :class:`LeNet300100`: the inputs of the three dense layers, "inputs" (the pixels), "fc1", "fc2".
     * :class:`LeNet5Caffe`: the filters "conv1", "conv2", then the inputs of the two dense layers, "inputs" and "fc1".
-      Both as Louizos et al. (2018).
-    * :class:`VGG`: the convolutions and hidden dense layers, by their batch normalisation.
-    * :class:`ResNetCIFAR`, :class:`ResNet50`: "conv1", whose gates close channels for its reader but remove nothing
-      (later blocks add to them), and the inner channels of the blocks, by their batch normalisation. As Li and Ji
-      (2021).
+      Both as in Louizos et al. (2018).
+    * :class:`VGG`: the convolutions and hidden dense layers, gated at their batch normalisation.
+    * :class:`ResNetCIFAR`, :class:`ResNet50`: "conv1", whose gates close channels for the next layer but remove nothing
+      (later blocks add to them), and the inner channels of the blocks, gated at their batch normalisation. As in Li and
+      Ji (2021).
 
     Args:
-      model: the model; also one that :func:`slim` has made.
+      model: the model; :func:`slim` may have made it.
 
     Returns:
       The groups, for :func:`jaxsparse.l0`, :func:`jaxsparse.dep_l0` and :func:`jaxsparse.remaining`.
 
     Raises:
-      ValueError: for another model.
+      ValueError: for a model of another class.
 
     Examples:
       >>> from jaxsparse import models
@@ -83,35 +83,35 @@ def channel_groups(model: nn.Module) -> tuple[Group, ...]:
         )
     raise ValueError(
         f"there are groups for LeNet300100, LeNet5Caffe, VGG, ResNetCIFAR and ResNet50, got {type(model).__name__}: "
-        "write them down with jaxsparse.Group. (jaxsparse.remaining then counts what is left; slim makes these models "
-        "smaller and no others.)"
+        "define groups of other models with jaxsparse.Group. (jaxsparse.remaining then counts what is left; slim "
+        "supports only these models.)"
     )
 
 
 def slim(model: nn.Module, params: Any, batch_stats: Any = None) -> tuple[nn.Module, Any, Any]:
-    """The smaller model that computes the same, without the channels that do not matter, and its variables.
+    """Remove all channels that have no effect, and return the smaller model with its variables.
 
-    A channel goes if nothing reads it, or if it is the same for every input: its filter is zero, or the scale of its
-    batch normalisation, as where a gate is closed. What a constant other than zero adds to the next layer goes into
-    the bias there, or, if that is a convolution (whose padding is no constant), into one channel that stays for all of
-    them. This repeats until nothing changes, because removing a channel can make others removable in the layers before
-    and after it. Each layer keeps one channel at least.
+    The smaller model computes the same. A channel is removed if it is unused, or if it is constant, because its filter
+    or the scale of its batch normalisation is zero, as with a closed gate. The contribution of nonzero constants to the
+    next layer is added to the bias there, or, if that layer is a convolution (whose padding is not constant), to one
+    channel that stays for all of them. This repeats until nothing changes, because removing a channel can make others
+    removable in the layers before and after it. Each layer keeps at least one channel.
 
-    So it does not matter what has closed the channels: gates (hand in :func:`jaxsparse.eval_params`, which folds the
-    gates that are between 0 and 1 into the weights), dual averaging with ``structure="channel"``, or so many weights
-    pruned one by one that a unit has none left.
+    Channels may have been closed by any method: by gates (pass :func:`jaxsparse.eval_params`, which multiplies gates
+    between 0 and 1 into the weights), by dual averaging with ``structure="channel"``, or because all weights of a unit
+    were pruned one by one.
 
     Args:
-      model: a model that :func:`channel_groups` knows.
+      model: a model that :func:`channel_groups` supports.
       params: its params.
       batch_stats: its batch statistics, None if it has none.
 
     Returns:
-      The smaller model, its params and batch statistics. In evaluation its outputs differ by rounding alone; in
-      training constant channels make no difference either, but see :func:`reestimate_batch_stats`.
+      The smaller model, its params and batch statistics. In evaluation, outputs differ only by rounding. Constant
+      channels make no difference in training either, but see :func:`reestimate_batch_stats`.
 
     Raises:
-      ValueError: for a model that :func:`channel_groups` does not know.
+      ValueError: for a model that :func:`channel_groups` does not support.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -149,31 +149,31 @@ def reestimate_batch_stats(
     momentum: float = 0.9,
     **kwargs: Any,
 ) -> Any:
-    """The running means and variances made anew, as the plain mean over batches.
+    """Recompute running means and variances of batch normalisation, as the plain mean over batches.
 
-    For a network whose channels, gates or masks have changed since its statistics were gathered: gates were random
-    then, and are not when the network is evaluated.
+    Use this for a network whose channels, gates or masks have changed since its statistics were gathered: gates are
+    random in training, but not in evaluation.
 
     Args:
       model: the model.
       params: its params, those to evaluate with.
-      batch_stats: its batch statistics, of which the structure is taken.
+      batch_stats: its batch statistics, for their structure.
       batches: inputs of the model, a few hundred examples each, such as twenty batches of the train images.
-      momentum: of the model's batch normalisation.
-      **kwargs: what else the model is called with to gather statistics, such as ``train=True``.
+      momentum: the momentum of the model's batch normalisation.
+      **kwargs: further arguments of the model's call that make it gather statistics, such as ``train=True``.
 
     Returns:
       Batch statistics like ``batch_stats``.
 
     Raises:
-      ValueError: if there are no batches, or the model gathers no statistics when it is called so.
+      ValueError: if there are no batches, or the model gathers no statistics when called like this.
     """
     # The batches are whole: no axis of devices is bound here.
     local = model.clone(axis_name=None) if getattr(model, "axis_name", None) else model
 
     @jax.jit
     def of_batch(images):
-        start = jax.tree.map(jnp.zeros_like, batch_stats)  # of which (1 - momentum) times the batch's remains
+        start = jax.tree.map(jnp.zeros_like, batch_stats)  # the update leaves (1 - momentum) times the batch's
         _, new = local.apply({"params": params, "batch_stats": start}, images, mutable=["batch_stats"], **kwargs)
         return jax.tree.map(lambda x: x / (1 - momentum), new["batch_stats"])
 
@@ -183,11 +183,11 @@ def reestimate_batch_stats(
         total = found if total is None else jax.tree.map(jnp.add, total, found)
         number += 1
     if total is None:
-        raise ValueError("reestimate_batch_stats needs one batch at least")
+        raise ValueError("reestimate_batch_stats needs at least one batch")
     if not any(jnp.any(leaf != 0) for leaf in jax.tree.leaves(total)):
         raise ValueError(
-            "the model gathered no statistics: call it as in training, reestimate_batch_stats(..., train=True) or what "
-            "its argument is"
+            "the model gathered no statistics: call it as in training, with reestimate_batch_stats(..., train=True) "
+            "or the like"
         )
     return jax.tree.map(lambda x: x / number, total)
 
@@ -207,7 +207,7 @@ def _filters(name: str, reader: dict[str, Any]) -> Group:
 
 
 def _normalised(name: str, kernel: str, norm: str, reader: dict[str, int], bias: str | None = None) -> Group:
-    """The outputs of a layer behind which is batch normalisation."""
+    """The outputs of a layer that is followed by batch normalisation."""
     own = {kernel: -1} | ({bias: 0} if bias else {})
     return Group(
         name,
@@ -218,7 +218,7 @@ def _normalised(name: str, kernel: str, norm: str, reader: dict[str, int], bias:
 
 
 def _parts(group: Group, leaves: dict[str, np.ndarray]) -> tuple[str | None, str | None, str | None, str]:
-    """The paths of the kernel that makes a group's channels, its bias, the normalisation, the kernel that reads."""
+    """Paths of the kernel that makes a group's channels, its bias, its normalisation, and the next layer's kernel."""
     *own, reader = group.removes
     kernel = next((path for path in own if leaves[path].ndim > 1), None)
     norm = next((path.removesuffix("/scale") for path in own if path.endswith("/scale")), None)
@@ -227,7 +227,7 @@ def _parts(group: Group, leaves: dict[str, np.ndarray]) -> tuple[str | None, str
 
 
 def _fold_constants(group: Group, leaves: dict[str, np.ndarray], stats: dict[str, np.ndarray]) -> np.ndarray:
-    """Which channels of a group stay, bool; what the others add to the next layer is in ``leaves`` afterwards."""
+    """Fold constant channels of a group into the next layer, in ``leaves``; returns which channels stay, bool."""
     kernel, bias, norm, reader = _parts(group, leaves)
     size = leaves[next(iter(group.multiplies))].shape[next(iter(group.multiplies.values()))]
     axis, channels = entries(group, reader, leaves[reader].shape, size)
@@ -235,13 +235,13 @@ def _fold_constants(group: Group, leaves: dict[str, np.ndarray], stats: dict[str
     read = np.bincount(channels, (leaves[reader] != 0).any(others), minlength=size) > 0
     if kernel is None:  # inputs
         return _at_least_one(read)
-    if not read.any():  # nor is the one that stays
+    if not read.any():  # one stays, but is not read either
         leaves[kernel][..., 0] = 0
     made = (leaves[kernel] != 0).any(tuple(range(leaves[kernel].ndim - 1)))
-    value = np.zeros(size, np.float32)  # of the channels that are made of nothing
+    value = np.zeros(size, np.float32)  # of channels without weights
     if bias:
         value = value + leaves[bias]  # in float32 at least
-    behind_relu = group.name.startswith("fc")  # where VGG's hidden dense layers have their normalisation
+    behind_relu = group.name.startswith("fc")  # the position of normalisation in VGG's hidden dense layers
     if norm is None or behind_relu:
         value = np.maximum(value, 0)
     if norm is not None:
@@ -262,7 +262,7 @@ def _fold_constants(group: Group, leaves: dict[str, np.ndarray], stats: dict[str
         leaves[reader][constant[channels]] = 0
     elif constant.sum() > 1:
         carrier = int(np.flatnonzero(constant)[0])
-        # A channel that is 1 everywhere, read with the sum of what is read of them all.
+        # A channel that is 1 everywhere, whose weights are the sum of what the next layer gets from all of them.
         weights = np.moveaxis(leaves[reader], axis, -1)
         weights = weights.copy()
         weights[..., carrier] = weights[..., constant] @ value[constant]
@@ -296,7 +296,7 @@ def _cut(group: Group, stays: np.ndarray, leaves: dict[str, np.ndarray], stats: 
 
 
 def _narrowed(model: nn.Module, name: str, stays: np.ndarray) -> nn.Module:
-    """The model with those channels of a group that stay."""
+    """The model with only those channels of a group that stay."""
     kept = np.flatnonzero(stays)
     if isinstance(model, LeNet300100 | LeNet5Caffe):
         if name == "inputs":

@@ -1,4 +1,4 @@
-"""Conv-2, Conv-4 and Conv-6, the small convolutional networks of the lottery ticket hypothesis."""
+"""Conv-2, Conv-4 and Conv-6, the small convolutional networks of the lottery ticket paper."""
 
 from typing import Any
 
@@ -15,23 +15,23 @@ _UNITS = 256
 
 
 class ConvN(nn.Module):
-    """Pairs of 3 x 3 convolutions with 64, 128 and 256 channels, then two hidden layers of 256 units.
+    """Conv-2, Conv-4 or Conv-6: pairs of 3 x 3 convolutions, then two hidden layers of 256 units.
 
-    Convolutions are padded with 1 pixel and followed by ReLU, each pair by a 2 x 2 max-pool. Parameters for CIFAR's
-    32 x 32 x 3 images: Conv-2 has 4,301,642, Conv-4 2,425,930, Conv-6 2,262,602. Kernels start from
-    N(0, sqrt(2 / fan_in)), biases from 0, as in ASNI. The model returns logits.
+    Convolutions have 64, 128 and 256 channels, are padded with 1 pixel and followed by ReLU, each pair by a 2 x 2
+    max-pool. Parameters for CIFAR's 32 x 32 x 3 images: Conv-2 has 4,301,642, Conv-4 2,425,930, Conv-6 2,262,602.
+    Kernels start from N(0, sqrt(2 / fan_in)), biases from 0, as in ASNI. The model returns logits.
 
     Attributes:
       convolutions: 2, 4 or 6.
       num_classes: number of logits, int >= 1.
       width: factor of all channel and unit numbers, which are rounded and at least 1.
       dtype: dtype of the computation and of the logits; None promotes input and parameters. Parameters are float32.
-      implementation: form of convolution and max-pool, as in :func:`jaxsparse.models.layers.conv`; None takes the
+      implementation: form of convolution and max-pool, as in :func:`jaxsparse.models.layers.conv`; None chooses the
         fastest.
 
     Raises:
-      ValueError: on another number of convolutions, and if the input is not (batch, height, width, channels) or smaller
-        than 8 x 8.
+      ValueError: for any other number of convolutions, and if the input is not (batch, height, width, channels) or
+        smaller than 8 x 8.
 
     Examples:
       >>> import jax
@@ -71,7 +71,7 @@ class ConvN(nn.Module):
                 implementation=self.implementation,
                 name=f"conv{i + 1}",
             )(x)
-            if i % 2:  # ahead of ReLU: the same numbers, a quarter of the work
+            if i % 2:  # before ReLU: the same result for a quarter of the work
                 x = max_pool(x, 2, implementation=self.implementation)
             x = nn.relu(x)
         x = x.reshape(x.shape[0], -1)
@@ -82,18 +82,18 @@ class ConvN(nn.Module):
 
 
 class Conv2(ConvN):
-    """:class:`ConvN` of 2 convolutions."""
+    """Conv-2, the :class:`ConvN` with 2 convolutions."""
 
     convolutions: int = 2
 
 
 class Conv4(ConvN):
-    """:class:`ConvN` of 4 convolutions."""
+    """Conv-4, the :class:`ConvN` with 4 convolutions."""
 
     convolutions: int = 4
 
 
 class Conv6(ConvN):
-    """:class:`ConvN` of 6 convolutions."""
+    """Conv-6, the :class:`ConvN` with 6 convolutions."""
 
     convolutions: int = 6

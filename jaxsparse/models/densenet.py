@@ -17,14 +17,14 @@ class DenseNet(nn.Module):
     """DenseNet without bottlenecks and without compression: 1,059,298 parameters at depth 40 and growth 12.
 
     A 3 x 3 convolution with 2 * ``growth`` channels, then three blocks of (depth - 4) / 3 layers, each of which appends
-    ``growth`` channels to those it reads. Between blocks stand a 1 x 1 convolution that keeps the number of channels
-    and an average pool 2. In front of every convolution but the first stand batch normalisation and ReLU, as they do in
-    front of the mean of all pixels that the last, dense, layer reads. Convolutions start from N(0, sqrt(2 / fan_out)),
-    the scales of batch normalisation from 0.5 (as in network slimming), the dense layer from
-    U(-1/sqrt(fan_in), 1/sqrt(fan_in)). The model returns logits.
+    ``growth`` channels to its input. Between blocks come a 1 x 1 convolution that keeps the number of channels and a
+    2 x 2 average pool. Batch normalisation and ReLU precede every convolution but the first, and the mean of all pixels
+    that the final dense layer reads. Convolutions start from N(0, sqrt(2 / fan_out)), the scales of batch normalisation
+    from 0.5 (as in network slimming), the dense layer from U(-1/sqrt(fan_in), 1/sqrt(fan_in)). The model returns
+    logits.
 
-    Training and evaluation: where the collection ``"batch_stats"`` is mutable, batch normalisation uses the statistics
-    of the batch and updates the running ones; elsewhere it uses the running ones.
+    Training and evaluation: if the collection ``"batch_stats"`` is mutable, batch normalisation uses the statistics of
+    the batch and updates the running ones; otherwise it uses the running ones.
 
     Attributes:
       depth: number of layers with kernels, 3 n + 4 for n >= 1 layers per block.
@@ -33,12 +33,12 @@ class DenseNet(nn.Module):
       width: factor of ``growth``, which is rounded and at least 1, and thereby of all hidden channel numbers.
       dtype: dtype of the computation and of the logits; None promotes input and parameters. Parameters and batch
         statistics are float32.
-      implementation: form of the convolutions, as in :func:`jaxsparse.models.layers.conv`; None takes the fastest.
-      axis_name: named axis of devices over which batch normalisation takes its statistics; None: each device its own.
+      implementation: form of the convolutions, as in :func:`jaxsparse.models.layers.conv`; None chooses the fastest.
+      axis_name: named axis of devices over which batch statistics are averaged; with None each device uses its own.
 
     Raises:
-      ValueError: on another depth or growth, and if the input is not (batch, height, width, channels) or smaller than
-        4 x 4.
+      ValueError: for any other depth or growth, and if the input is not (batch, height, width, channels) or smaller
+        than 4 x 4.
 
     Examples:
       >>> import jax
@@ -52,8 +52,8 @@ class DenseNet(nn.Module):
     References:
       Huang et al., *Densely connected convolutional networks*, 2017; Liu et al., *Learning efficient convolutional
       networks through network slimming*, 2017, ``models/densenet.py`` in
-      https://github.com/Eric-mingjie/network-slimming at b395dc0, without its channel selection, which lets all
-      channels through until a network is pruned. Siegel et al., *Training sparse neural networks using compressed
+      https://github.com/Eric-mingjie/network-slimming at b395dc0, without its channel selection, which passes all
+      channels until a network is pruned. Siegel et al., *Training sparse neural networks using compressed
       sensing*, 2020, use that code.
     """
 
@@ -89,13 +89,13 @@ class DenseNet(nn.Module):
 
 
 class DenseNet40(DenseNet):
-    """:class:`DenseNet` of depth 40."""
+    """DenseNet-40, the :class:`DenseNet` of depth 40."""
 
     depth: int = 40
 
 
 class _Layer(nn.Module):
-    """Batch normalisation, ReLU, a convolution that keeps the size of the image."""
+    """Batch normalisation, ReLU, and a convolution that keeps the size of the image."""
 
     features: int
     kernel_size: int

@@ -1,9 +1,9 @@
-"""Convolution and max-pooling in the form that is fastest on the device at hand.
+"""Convolution and max-pooling in the form that is fastest on the current device.
 
 XLA's CPU backend runs a convolution inside a loop (``lax.scan``) five to thirty times slower than outside of one.
-Written as shifted slices of the image and one matrix product it keeps its speed there, a max-pool written as a
-reshape is quicker still, and the two together, one matrix product for all places of a pooling window, quicker again.
-All are ordinary differentiable JAX, so the choice changes the speed of a model and nothing else.
+Written as shifted slices of the image and one matrix product, it keeps its speed inside loops. A max-pool written as a
+reshape is faster too, and faster still is one matrix product for all positions of a pooling window. All forms are
+ordinary differentiable JAX, so the choice only affects speed.
 """
 
 from collections.abc import Sequence
@@ -28,10 +28,10 @@ def conv(
     padding: str | int | Sequence[int | Sequence[int]] = "SAME",
     implementation: str | None = None,
 ) -> jax.Array:
-    """Two-dimensional convolution (cross-correlation, as in every deep-learning library).
+    """Two-dimensional convolution (cross-correlation, as in all deep-learning libraries).
 
-    The ``"slices"`` form lays the kernel height x kernel width shifted copies of the image side by side and multiplies
-    once, so for a moment it holds that many copies of its input.
+    The ``"slices"`` form puts kernel height x kernel width shifted copies of the image side by side and multiplies
+    once, so it briefly holds that many copies of its input.
 
     Args:
       x: images, (batch, height, width, channels).
@@ -40,13 +40,13 @@ def conv(
       padding: "VALID" (none), "SAME" (output = input / stride, rounded up), an int >= 0 for all four sides, or a pair
         for height and width whose members are an int or a pair (before, after).
       implementation: "xla" is ``lax.conv_general_dilated``; "slices" is shifted slices and one matrix product; None
-        takes "slices" where ``jax.default_backend()`` is the CPU and "xla" elsewhere.
+        chooses "slices" if ``jax.default_backend()`` is the CPU, and "xla" otherwise.
 
     Returns:
-      (batch, new height, new width, features), the dtype of ``x``. The two forms differ by rounding alone.
+      (batch, new height, new width, features), the dtype of ``x``. The two forms differ only by rounding.
 
     Raises:
-      ValueError: on an unknown implementation or padding, on shapes or dtypes that do not go together, and if the
+      ValueError: for an unknown implementation or padding, for shapes or dtypes that do not match, and if the
         kernel does not fit in the padded image.
 
     Examples:
@@ -93,16 +93,16 @@ def max_pool(
       x: images, (batch, height, width, channels), float.
       window: one int >= 1, or one for each of height and width.
       strides: as ``window``; None means the window itself, so that windows do not overlap.
-      padding: as in :func:`conv`; padded places never win.
-      implementation: "xla" is ``lax.reduce_window``; "slices" is a reshape and a maximum where windows neither overlap
-        nor leave a rest, and ``lax.reduce_window`` for all other windows; None chooses as in :func:`conv`.
+      padding: as in :func:`conv`; padding is never the maximum.
+      implementation: "xla" is ``lax.reduce_window``; "slices" is a reshape and a maximum if windows tile the image
+        exactly, and ``lax.reduce_window`` for all other windows; None chooses as in :func:`conv`.
 
     Returns:
       (batch, new height, new width, channels), the dtype of ``x``, bit-equal in both forms.
 
     Raises:
-      ValueError: on an unknown implementation or padding, on images that are not float, and if the window does not fit
-        in the padded image.
+      ValueError: for an unknown implementation or padding, for images that are not float, and if the window does not
+        fit in the padded image.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -112,7 +112,7 @@ def max_pool(
              [13., 15.]], dtype=float32)
 
     .. warning::
-      Where several places of one window share the maximum, "xla" sends the gradient to the first of them and "slices"
+      If several positions of a window share the maximum, "xla" sends the gradient to the first of them and "slices"
       divides it equally among them. Both are subgradients.
     """
     implementation = _pick(implementation)
@@ -138,19 +138,19 @@ def conv_max_pool(
     padding: str | int | Sequence[int | Sequence[int]] = "SAME",
     implementation: str | None = None,
 ) -> jax.Array:
-    """``max_pool(conv(x, kernel, padding=padding), window)``, in one matrix product.
+    """Convolution and max-pool in one matrix product: ``max_pool(conv(x, kernel, padding=padding), window)``.
 
     The ``"slices"`` form computes the outputs of one pooling window side by side: a convolution whose strides are the
-    window, with a copy of the kernel for each place in it, shifted by that place and padded with zeros. It multiplies
-    more zeros, but lays out far fewer copies of the image (36 / 4 = 9 instead of 25 for a 5 x 5 kernel and a 2 x 2
-    window) and has wider matrices. On a CPU that is faster.
+    window, with a copy of the kernel for each position in it, shifted by that position and padded with zeros. It
+    multiplies more zeros, but needs far fewer copies of the image (36 / 4 = 9 instead of 25 for a 5 x 5 kernel and a
+    2 x 2 window) and has wider matrices. On a CPU that is faster.
 
     Args:
       x: images, (batch, height, width, channels).
       kernel: weights, (kernel height, kernel width, channels, features), of the dtype of ``x``.
-      window: of the max-pool, one int >= 1, or one for each of height and width. Windows do not overlap.
-      padding: of the convolution, as in :func:`conv`.
-      implementation: as in :func:`conv`; "slices" where windows leave a rest is the same as calling both in turn.
+      window: the window of the max-pool, one int >= 1, or one for each of height and width. Windows do not overlap.
+      padding: the padding of the convolution, as in :func:`conv`.
+      implementation: as in :func:`conv`; if windows do not tile the image, "slices" calls the two in turn.
 
     Returns:
       (batch, new height, new width, features), the dtype of ``x``.
@@ -200,16 +200,16 @@ class Conv(nn.Module):
     """A convolution layer with the parameters of ``nn.Conv`` and the choice of forms of :func:`conv`.
 
     Parameter names, shapes and initial values are those of ``nn.Conv``: ``kernel`` (kernel height, kernel width,
-    channels, features) and ``bias`` (features,), float32 unless ``param_dtype`` says otherwise; either layer loads the
-    other's weights.
+    channels, features) and ``bias`` (features,), float32 unless ``param_dtype`` says otherwise, so each layer can
+    load the other's weights.
 
     Attributes:
       features: number of filters, int >= 1.
       kernel_size: (height, width) of a filter, or one int for both.
       strides: as in :func:`conv`.
       padding: as in :func:`conv`.
-      max_pool: window of a max-pool behind the convolution (:func:`conv_max_pool`, needs strides 1); None for none. An
-        increasing function such as ReLU may as well be applied after it.
+      max_pool: window of a max-pool after the convolution (:func:`conv_max_pool`, needs strides 1); None for none. An
+        increasing function such as ReLU can be applied after it with the same result.
       use_bias: whether to add a bias.
       dtype: dtype of the computation and of the output; None promotes input and parameters.
       param_dtype: dtype of the parameters.
@@ -265,8 +265,7 @@ def fan_in_uniform(fan_in: int) -> nn.initializers.Initializer:
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default for kernel and bias of dense and convolution layers.
 
     Args:
-      fan_in: number of inputs that one output reads, int >= 1. It is an argument because a bias's shape does not show
-        it.
+      fan_in: number of inputs of one output, int >= 1. It is an argument because the shape of a bias does not show it.
 
     Returns:
       An initialiser ``(key, shape, dtype) -> array``.
@@ -297,7 +296,7 @@ def output_size(
     strides: int | Sequence[int] = 1,
     padding: str | int | Sequence[int | Sequence[int]] = "SAME",
 ) -> tuple[int, int]:
-    """Height and width of what :func:`conv` makes of an image of this height and width; arguments as there.
+    """Height and width of the result of :func:`conv` for an image of a given height and width; arguments as there.
 
     Examples:
       >>> output_size((28, 28), 5, padding="VALID")
@@ -338,7 +337,7 @@ def _pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
 
 
 def _explicit_padding(padding, size, window, strides) -> list[tuple[int, int]]:
-    """((top, bottom), (left, right)) for each way of naming a padding."""
+    """((top, bottom), (left, right)) for each way of specifying a padding."""
     if padding in ("SAME", "VALID"):
         return lax.padtype_to_pads(size, window, strides, padding)
     sides = (padding, padding) if isinstance(padding, int) else padding

@@ -1,4 +1,4 @@
-"""The two LeNets on which pruning papers report MNIST results, initialised as PyTorch initialises them."""
+"""The two LeNets for which pruning papers report MNIST results, with PyTorch's initial values."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,17 +14,17 @@ __all__ = ["LeNet5Caffe", "LeNet300100"]
 
 
 class LeNet300100(nn.Module):
-    """Two hidden layers of 300 and 100 units with ReLU: 266,200 weights and 410 biases for MNIST's 784 pixels.
+    """LeNet-300-100, two hidden dense layers: 266,200 weights and 410 biases for MNIST's 784 pixels.
 
-    Images of any shape are flattened. Kernels and biases start from U(-1/sqrt(fan_in), 1/sqrt(fan_in)). The model
-    returns logits; the papers' log-softmax followed by the negative log-likelihood is the softmax cross-entropy of
-    these logits.
+    Hidden layers of 300 and 100 units with ReLU. Images of any shape are flattened. Kernels and biases start from
+    U(-1/sqrt(fan_in), 1/sqrt(fan_in)). The model returns logits; the papers' log-softmax followed by the negative
+    log-likelihood is the softmax cross-entropy of these logits.
 
     Attributes:
       num_classes: number of logits, int >= 1.
       features: units of the two hidden layers.
-      inputs: which pixels are read, by their place in the flattened image; None: all. A network that lost inputs and
-        units by pruning is rebuilt with these two.
+      inputs: the pixels to read, by their index in the flattened image; None: all. Together with ``features`` this
+        rebuilds a network that lost inputs and units by pruning.
       dtype: dtype of the computation and of the logits; None promotes input and parameters. Parameters are float32.
 
     Raises:
@@ -63,7 +63,7 @@ class LeNet300100(nn.Module):
 
 
 class LeNet5Caffe(nn.Module):
-    """LeNet-5 as Caffe has it: 430,500 weights and 580 biases for MNIST's 28 x 28 x 1 images.
+    """LeNet-5 as in Caffe: 430,500 weights and 580 biases for MNIST's 28 x 28 x 1 images.
 
     20 filters of 5 x 5, ReLU, max-pool 2, 50 filters of 5 x 5, ReLU, max-pool 2, 500 units with ReLU, the logits. No
     padding. Kernels and biases start from U(-1/sqrt(fan_in), 1/sqrt(fan_in)). The model returns logits; the papers'
@@ -72,10 +72,10 @@ class LeNet5Caffe(nn.Module):
     Attributes:
       num_classes: number of logits, int >= 1.
       features: filters of the two convolutions and units of the hidden layer.
-      inputs: which of the flattened outputs of the convolutions the hidden layer reads, channels varying fastest; None:
-        all. A network that lost channels, inputs and units by pruning is rebuilt with these two.
+      inputs: the flattened outputs of the convolutions that the hidden layer reads, by index, channels varying fastest;
+        None: all. Together with ``features`` this rebuilds a network that lost channels, inputs and units by pruning.
       dtype: dtype of the computation and of the logits; None promotes input and parameters. Parameters are float32.
-      implementation: form of convolution and max-pool, as in :func:`jaxsparse.models.layers.conv`; None takes the
+      implementation: form of convolution and max-pool, as in :func:`jaxsparse.models.layers.conv`; None chooses the
         fastest.
 
     Raises:
@@ -126,7 +126,7 @@ class LeNet5Caffe(nn.Module):
                 implementation=self.implementation,
                 name=name,
             )(x)
-            x = nn.relu(x)  # behind the max-pool instead of before it: the same numbers, a quarter of the work
+            x = nn.relu(x)  # after the max-pool instead of before it: the same result for a quarter of the work
         x = _read(x.reshape(x.shape[0], -1), self.inputs)
         x = nn.relu(dense(x, self.features[2], name="fc1", dtype=self.dtype))
         return dense(x, self.num_classes, name="fc2", dtype=self.dtype)

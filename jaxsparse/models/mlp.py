@@ -1,4 +1,4 @@
-"""A wide network of dense layers that can skip dead blocks of weights."""
+"""A multilayer perceptron whose layers can skip dead blocks of weights."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,20 +13,20 @@ __all__ = ["MLP"]
 
 
 class MLP(nn.Module):
-    """Dense layers with ReLU between them, fc1, fc2, ...; with masks in the collection "masks", sparse ones.
+    """A multilayer perceptron: dense layers fc1, fc2, ... with ReLU, sparse with masks in the collection "masks".
 
     Images of any shape are flattened. Kernels and biases start from U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
 
     Attributes:
       num_classes: number of logits, int >= 1.
       features: units of the hidden layers.
-      blocks: (rows, columns) of the blocks of each layer's weights, the last's too; None there: single weights. None:
-        single weights everywhere.
+      blocks: (rows, columns) of the blocks of each layer's weights, including the last layer. None for a layer, or for
+        all, means single weights.
       dtype: dtype of the computation and of the logits; None promotes input and parameters. Parameters are float32.
-      implementation: of :func:`jaxsparse.kernels.block_sparse_matmul`.
+      implementation: as for :func:`jaxsparse.kernels.block_sparse_matmul`.
 
     Raises:
-      ValueError: if the input has no batch axis, or if there are not as many blocks as layers.
+      ValueError: if the input has no batch axis, or the numbers of blocks and layers differ.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxsparse

@@ -1,4 +1,4 @@
-"""Residual networks: the thin ones of the ResNet paper for CIFAR images, and ResNet-18, -34 and -50."""
+"""Residual networks: the narrow ones of the ResNet paper for CIFAR images, and ResNet-18, -34 and -50."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -18,30 +18,30 @@ class ResNetCIFAR(nn.Module):
     """The CIFAR network of the ResNet paper: depth 20 has 269,722 parameters, depth 56 has 853,018.
 
     A 3 x 3 convolution, three stages of (depth - 2) / 6 basic blocks with 16, 32 and 64 channels, the mean of all
-    pixels, a dense layer. Shortcuts have no parameters (option A of the paper): where a stage begins, every second
-    pixel is kept and channels of zeros are added, half of them in front of the others and half behind. With
-    ``project`` they are 1 x 1 convolutions with batch normalisation there (option B), as in Dep-L0. Kernels start from
+    pixels, a dense layer. Shortcuts have no parameters (option A of the paper): at the start of a stage they keep every
+    second pixel and add channels of zeros, half of them before the others and half after. With ``project`` they are
+    1 x 1 convolutions with batch normalisation there (option B), as in Dep-L0. Kernels start from
     N(0, sqrt(2 / fan_in)), the dense layer's bias from U(-1/sqrt(fan_in), 1/sqrt(fan_in)). The model returns logits.
 
-    Training and evaluation: where the collection ``"batch_stats"`` is mutable, batch normalisation uses the statistics
-    of the batch and updates the running ones; elsewhere it uses the running ones.
+    Training and evaluation: if the collection ``"batch_stats"`` is mutable, batch normalisation uses the statistics of
+    the batch and updates the running ones; otherwise it uses the running ones.
 
     Attributes:
       depth: number of layers with kernels, 6 n + 2 for n >= 1 blocks per stage.
       num_classes: number of logits, int >= 1.
       width: factor of all hidden channel numbers, which are rounded and at least 1.
       project: whether shortcuts that change the shape have parameters.
-      inner: channels inside of each block, ints >= 1; None: those of its stage. A network whose blocks lost channels by
-        pruning is rebuilt so.
+      inner: channels inside each block, ints >= 1; None: those of its stage. A network whose blocks lost channels by
+        pruning can be rebuilt like this.
       dtype: dtype of the computation and of the logits; None promotes input and parameters. Parameters and batch
         statistics are float32.
-      implementation: form of the convolutions, as in :func:`jaxsparse.models.layers.conv`; None takes the fastest.
-      axis_name: named axis of devices over which batch normalisation takes its statistics; None: each device its own.
+      implementation: form of the convolutions, as in :func:`jaxsparse.models.layers.conv`; None chooses the fastest.
+      axis_name: named axis of devices over which batch statistics are averaged; with None each device uses its own.
       zero_init: whether each block starts as its shortcut alone, because the scale of its last batch normalisation
         starts from 0 (Goyal et al., 2017, section 5.1).
 
     Raises:
-      ValueError: on another depth, and if the input is not (batch, height, width, channels) or smaller than 4 x 4.
+      ValueError: for any other depth, and if the input is not (batch, height, width, channels) or smaller than 4 x 4.
 
     Examples:
       >>> import jax
@@ -86,19 +86,19 @@ class ResNetCIFAR(nn.Module):
         return dense(x, self.num_classes, name="fc", dtype=self.dtype, kernel_init=init)
 
     def inner_widths(self) -> tuple[int, ...]:
-        """Channels inside of each block."""
+        """The number of channels inside each block."""
         stages = [scaled(n, self.width) for n in (16, 32, 64) for _ in range((self.depth - 2) // 6)]
         return tuple(stages if self.inner is None else self.inner)
 
 
 class ResNet20(ResNetCIFAR):
-    """:class:`ResNetCIFAR` of depth 20."""
+    """ResNet-20, the :class:`ResNetCIFAR` of depth 20."""
 
     depth: int = 20
 
 
 class ResNet56(ResNetCIFAR):
-    """:class:`ResNetCIFAR` of depth 56."""
+    """ResNet-56, the :class:`ResNetCIFAR` of depth 56."""
 
     depth: int = 56
 
@@ -107,13 +107,13 @@ class ResNet18(nn.Module):
     """ResNet-18, with a stem for small images (11,173,962 parameters) or for ImageNet (11,689,512 with 1000 classes).
 
     The stem, four stages of two basic blocks with 64, 128, 256 and 512 channels, the mean of all pixels, a dense layer.
-    The stem "small" is a 3 x 3 convolution with strides 1 and no max-pool behind it; "imagenet" is a 7 x 7 convolution
-    with strides 2 and a 3 x 3 max-pool with strides 2, as torchvision has it. Where stages 2 to 4 begin, the shortcut
-    is a 1 x 1 convolution with batch normalisation. Convolutions start from N(0, sqrt(2 / fan_out)), the dense layer
+    The stem "small" is a 3 x 3 convolution with strides 1 and no max-pool; "imagenet" is a 7 x 7 convolution
+    with strides 2 and a 3 x 3 max-pool with strides 2, as in torchvision. At the start of stages 2 to 4 the shortcut is
+    a 1 x 1 convolution with batch normalisation. Convolutions start from N(0, sqrt(2 / fan_out)), the dense layer
     from U(-1/sqrt(fan_in), 1/sqrt(fan_in)). The model returns logits.
 
-    Training and evaluation: where the collection ``"batch_stats"`` is mutable, batch normalisation uses the statistics
-    of the batch and updates the running ones; elsewhere it uses the running ones.
+    Training and evaluation: if the collection ``"batch_stats"`` is mutable, batch normalisation uses the statistics of
+    the batch and updates the running ones; otherwise it uses the running ones.
 
     Attributes:
       num_classes: number of logits, int >= 1.
@@ -122,13 +122,13 @@ class ResNet18(nn.Module):
       blocks: basic blocks of each stage.
       dtype: dtype of the computation and of the logits; None promotes input and parameters. Parameters and batch
         statistics are float32.
-      implementation: form of the convolutions, as in :func:`jaxsparse.models.layers.conv`; None takes the fastest.
-      axis_name: named axis of devices over which batch normalisation takes its statistics; None: each device its own.
+      implementation: form of the convolutions, as in :func:`jaxsparse.models.layers.conv`; None chooses the fastest.
+      axis_name: named axis of devices over which batch statistics are averaged; with None each device uses its own.
       zero_init: whether each block starts as its shortcut alone, because the scale of its last batch normalisation
         starts from 0 (Goyal et al., 2017, section 5.1).
 
     Raises:
-      ValueError: on an unknown stem, and if the input is not (batch, height, width, channels) or smaller than 8 x 8
+      ValueError: for an unknown stem, and if the input is not (batch, height, width, channels) or smaller than 8 x 8
         ("imagenet": 32 x 32).
 
     Examples:
@@ -174,7 +174,7 @@ class ResNet18(nn.Module):
 
 
 class ResNet34(ResNet18):
-    """:class:`ResNet18` with 3, 4, 6 and 3 blocks: 21,797,672 parameters with the stem "imagenet" and 1000 classes."""
+    """ResNet-34, as :class:`ResNet18` with 3, 4, 6, 3 blocks: 21,797,672 parameters for ImageNet with its stem."""
 
     blocks: Sequence[int] = (3, 4, 6, 3)
 
@@ -183,22 +183,22 @@ class ResNet50(nn.Module):
     """ResNet-50 for ImageNet: 25,557,032 parameters.
 
     A 7 x 7 convolution with strides 2, a 3 x 3 max-pool with strides 2, four stages of 3, 4, 6 and 3 bottleneck blocks
-    (1 x 1, 3 x 3 with the strides, 1 x 1 to four times the channels), the mean of all pixels, a dense layer. Where
-    stages begin, the shortcut is a 1 x 1 convolution with batch normalisation. Convolutions start from
+    (1 x 1, 3 x 3 with the strides, 1 x 1 to four times the channels), the mean of all pixels, a dense layer. At
+    the start of a stage, the shortcut is a 1 x 1 convolution with batch normalisation. Convolutions start from
     N(0, sqrt(2 / fan_out)), the dense layer from U(-1/sqrt(fan_in), 1/sqrt(fan_in)). The model returns logits.
 
-    Training and evaluation: where the collection ``"batch_stats"`` is mutable, batch normalisation uses the statistics
-    of the batch and updates the running ones; elsewhere it uses the running ones.
+    Training and evaluation: if the collection ``"batch_stats"`` is mutable, batch normalisation uses the statistics of
+    the batch and updates the running ones; otherwise it uses the running ones.
 
     Attributes:
       num_classes: number of logits, int >= 1.
       width: factor of all hidden channel numbers, which are rounded and at least 1.
       inner: channels of the first and of the second convolution of each block, 32 ints >= 1; None: those of its stage.
-        A network whose blocks lost channels by pruning is rebuilt so.
+        A network whose blocks lost channels by pruning can be rebuilt like this.
       dtype: dtype of the computation and of the logits; None promotes input and parameters. Parameters and batch
         statistics are float32.
-      implementation: form of the convolutions, as in :func:`jaxsparse.models.layers.conv`; None takes the fastest.
-      axis_name: named axis of devices over which batch normalisation takes its statistics; None: each device its own.
+      implementation: form of the convolutions, as in :func:`jaxsparse.models.layers.conv`; None chooses the fastest.
+      axis_name: named axis of devices over which batch statistics are averaged; with None each device uses its own.
       zero_init: whether each block starts as its shortcut alone, because the scale of its last batch normalisation
         starts from 0 (Goyal et al., 2017, section 5.1).
 
@@ -214,8 +214,8 @@ class ResNet50(nn.Module):
       25557032
 
     References:
-      He et al., *Deep residual learning for image recognition*, 2016; strides in the 3 x 3 convolution as torchvision
-      and Dep-L0 have them; Goyal et al., *Accurate, large minibatch SGD: Training ImageNet in 1 hour*, 2017
+      He et al., *Deep residual learning for image recognition*, 2016; strides in the 3 x 3 convolution as in
+      torchvision and Dep-L0; Goyal et al., *Accurate, large minibatch SGD: Training ImageNet in 1 hour*, 2017
       (arXiv:1706.02677).
     """
 
@@ -277,7 +277,7 @@ def _stages(x, block, channels: Sequence[int], blocks: Sequence[int], width: flo
 
 
 def _last_scale(block) -> nn.initializers.Initializer:
-    """Where the scale of a block's last batch normalisation starts."""
+    """The initial scale of a block's last batch normalisation."""
     return nn.initializers.zeros_init() if block.zero_init else nn.initializers.ones_init()
 
 
@@ -315,7 +315,7 @@ class _Bottleneck(nn.Module):
 
     features: int
     strides: int
-    inner: Sequence[int | None]  # channels behind the first and the second convolution
+    inner: Sequence[int | None]  # channels after the first and the second convolution
     conv: Any
     norm: Any
     zero_init: bool = False

@@ -1,4 +1,4 @@
-"""The VGG networks on which sparse training and pruning report CIFAR results."""
+"""The VGG networks for which papers on sparse training and pruning report CIFAR results."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -16,7 +16,7 @@ _CHANNELS = (64, 128, 256, 512, 512)  # of the convolutions of each block
 _UNITS = 512  # of each hidden dense layer
 
 _DEPTHS = {"11": (1, 1, 2, 2, 2), "13": (2, 2, 2, 2, 2), "16": (2, 2, 3, 3, 3), "19": (2, 2, 4, 4, 4)}
-# Convolutions per block, hidden dense layers, and whether the mean of all pixels takes the place of the last max-pool.
+# Convolutions per block, hidden dense layers, and whether the mean of all pixels replaces the last max-pool.
 _VARIANTS = {
     "C": (_DEPTHS["16"], 2, False),
     "D": (_DEPTHS["16"], 2, False),
@@ -27,42 +27,42 @@ _VARIANTS = {
 
 
 class VGG(nn.Module):
-    """VGG with batch normalisation, in the forms of SNIP and sparse momentum, of xRDA, and of Dep-L0 and ASNI.
+    """VGG with batch normalisation, in the variants of SNIP and sparse momentum, of xRDA, and of Dep-L0 and ASNI.
 
     Five blocks of 3 x 3 convolutions, each convolution with bias, batch normalisation and ReLU, each block followed by
     a max-pool. Then
 
-    - "C", "D" and "like": two (in "like" one) hidden dense layers of 512 units, each followed by ReLU and then batch
+    - "C", "D" and "like": two hidden dense layers (one in "like") of 512 units, each followed by ReLU and then batch
       normalisation. In "C" the last convolution of blocks 3 to 5 is 1 x 1, with a padding of 1 as in the authors' code:
-      images grow by two pixels there, and 2 x 2 of them are left for the first dense layer. All kernels and biases
+      images grow by two pixels there, and 2 x 2 pixels reach the first dense layer. All kernels and biases
       start from U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
     - "11", "13", "16" and "19" (Dep-L0, ASNI): no hidden dense layer. Convolutions start from N(0, sqrt(2 / fan_out)),
       their biases from 0, the last layer from U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
-    - "11_bn", "13_bn", "16_bn" and "19_bn" (xRDA): no max-pool behind the last block, but the mean of all pixels, and
+    - "11_bn", "13_bn", "16_bn" and "19_bn" (xRDA): no max-pool after the last block, but the mean of all pixels, and
       no hidden dense layer. Convolutions start from N(0, sqrt(2 / fan_in)), the last layer from N(0, 0.01), biases
       from 0.
 
     The model returns logits.
 
-    Training and evaluation: where the collection ``"batch_stats"`` is mutable, batch normalisation uses the statistics
-    of the batch and updates the running ones; elsewhere it uses the running ones.
+    Training and evaluation: if the collection ``"batch_stats"`` is mutable, batch normalisation uses the statistics of
+    the batch and updates the running ones; otherwise it uses the running ones.
 
     Attributes:
       variant: "C", "D", "like", "11", "13", "16", "19", "11_bn", "13_bn", "16_bn" or "19_bn".
       num_classes: number of logits, int >= 1.
       features: channels of every convolution and then units of every hidden dense layer, in network order, ints >= 1;
-        None takes the papers' numbers. A network that lost channels by pruning is rebuilt so.
-      width: factor of the papers' channel and unit numbers, which are rounded and at least 1. Without effect where
+        None: the papers' numbers. A network that lost channels by pruning can be rebuilt like this.
+      width: factor of the papers' channel and unit numbers, which are rounded and at least 1. Has no effect if
         ``features`` is given.
       dtype: dtype of the computation and of the logits; None promotes input and parameters. Parameters and batch
         statistics are float32.
-      implementation: form of convolution and max-pool, as in :func:`jaxsparse.models.layers.conv`; None takes the
+      implementation: form of convolution and max-pool, as in :func:`jaxsparse.models.layers.conv`; None chooses the
         fastest.
-      axis_name: named axis of devices over which batch normalisation takes its statistics; None: each device its own.
+      axis_name: named axis of devices over which batch statistics are averaged; with None each device uses its own.
 
     Raises:
-      ValueError: on an unknown variant, on ``features`` that are not one for each hidden layer, and if the input is not
-        (batch, height, width, channels) or smaller than 16 x 16 (those on "_bn") or 32 x 32.
+      ValueError: for an unknown variant, for ``features`` that are not one per hidden layer, and if the input is not
+        (batch, height, width, channels) or smaller than 32 x 32 (16 x 16 for the variants "_bn").
 
     Examples:
       >>> import jax
@@ -120,7 +120,7 @@ class VGG(nn.Module):
         return dense(x, self.num_classes, name=f"fc{hidden + 1}", dtype=self.dtype)
 
     def widths(self) -> Sequence[int]:
-        """Channels of every convolution, then units of every hidden dense layer."""
+        """The channels of every convolution, then the units of every hidden dense layer."""
         blocks, hidden, _ = _VARIANTS[self.variant]
         if self.features is None:
             numbers = [n for n, times in zip(_CHANNELS, blocks, strict=True) for _ in range(times)] + [_UNITS] * hidden
@@ -134,6 +134,6 @@ class VGG(nn.Module):
 
 
 def convolutions_and_hidden(variant: str) -> tuple[int, int]:
-    """How many convolutions and hidden dense layers a variant of :class:`VGG` has."""
+    """The numbers of convolutions and of hidden dense layers of a variant of :class:`VGG`."""
     blocks, hidden, _ = _VARIANTS[variant]
     return sum(blocks), hidden

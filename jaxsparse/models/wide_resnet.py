@@ -17,27 +17,27 @@ class WideResNet(nn.Module):
 
     A 3 x 3 convolution with 16 channels, three stages of (depth - 4) / 6 blocks with 16, 32 and 64 times ``widen``
     channels, batch normalisation, ReLU, the mean of all pixels, a dense layer. A block is BatchNorm, ReLU, 3 x 3
-    convolution, BatchNorm, ReLU, dropout, 3 x 3 convolution; where it changes the shape, its shortcut is a 1 x 1
-    convolution of the activations behind the first ReLU. Convolutions start from N(0, sqrt(2 / fan_out)), the dense
+    convolution, BatchNorm, ReLU, dropout, 3 x 3 convolution; if it changes the shape, its shortcut is a 1 x 1
+    convolution of the activations after the first ReLU. Convolutions start from N(0, sqrt(2 / fan_out)), the dense
     layer from U(-1/sqrt(fan_in), 1/sqrt(fan_in)) with a bias of 0. The model returns logits.
 
-    Training and evaluation: where the collection ``"batch_stats"`` is mutable, batch normalisation uses the statistics
-    of the batch and updates the running ones; elsewhere it uses the running ones. Dropout is on where ``apply`` is
-    given an rng named ``"dropout"``.
+    Training and evaluation: if the collection ``"batch_stats"`` is mutable, batch normalisation uses the statistics of
+    the batch and updates the running ones; otherwise it uses the running ones. Dropout is on if ``apply`` gets an
+    rng named ``"dropout"``.
 
     Attributes:
-      depth: number of 3 x 3 convolutions plus that of stages: 6 n + 4 for n >= 1 blocks per stage.
+      depth: number of 3 x 3 convolutions plus the number of stages: 6 n + 4 for n >= 1 blocks per stage.
       widen: factor of the stages' channels, int >= 1.
       num_classes: number of logits, int >= 1.
       dropout_rate: fraction of activations that dropout sets to 0, in [0, 1).
       width: factor of all hidden channel numbers, which are rounded and at least 1.
       dtype: dtype of the computation and of the logits; None promotes input and parameters. Parameters and batch
         statistics are float32.
-      implementation: form of the convolutions, as in :func:`jaxsparse.models.layers.conv`; None takes the fastest.
-      axis_name: named axis of devices over which batch normalisation takes its statistics; None: each device its own.
+      implementation: form of the convolutions, as in :func:`jaxsparse.models.layers.conv`; None chooses the fastest.
+      axis_name: named axis of devices over which batch statistics are averaged; with None each device uses its own.
 
     Raises:
-      ValueError: on another depth or ``widen``, and if the input is not (batch, height, width, channels) or smaller
+      ValueError: for any other depth or ``widen``, and if the input is not (batch, height, width, channels) or smaller
         than 4 x 4.
 
     Examples:

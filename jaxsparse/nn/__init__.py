@@ -1,4 +1,4 @@
-"""Flax layers with sparsity in them: what computes with masks, and what a gradient transformation cannot do."""
+"""Flax layers that compute with masks, and gates that a gradient transformation cannot provide."""
 
 from jaxsparse.nn.gates import HardConcreteGate
 from jaxsparse.nn.sparse import SparseConv, SparseDense, mask_collection

@@ -3,23 +3,23 @@
 import jax
 from flax import linen as nn
 
-from jaxsparse.methods.l0 import EPSILON, hard_concrete, hard_concrete_mean
+from jaxsparse.gates import EPSILON, hard_concrete, hard_concrete_mean
 
 __all__ = ["HardConcreteGate"]
 
 
 class HardConcreteGate(nn.Module):
-    """Multiplies every channel by a hard-concrete gate, drawn anew for each example.
+    """A layer that multiplies every channel by a hard-concrete gate, sampled for each example.
 
-    This is what the code of Dep-L0 does. :func:`jaxsparse.l0` draws one sample for a batch (or for each device), which
-    needs no change to the model and no work in the forward pass; with a sample for each example the gradient of the
-    gates varies less. The penalty is added to the loss by hand, of :func:`jaxsparse.prob_open`.
+    The code of Dep-L0 samples like this. :func:`jaxsparse.l0` takes one sample per batch (or per device), which needs
+    no change to the model and no work in the forward pass; with one sample per example, the gradient of the gates has
+    less variance. Add the penalty to the loss yourself, computed from :func:`jaxsparse.prob_open`.
 
-    Where ``apply`` is given a key for "gates" they are drawn, elsewhere they are those to evaluate with.
+    If ``apply`` gets a key for "gates", gates are sampled; otherwise they have their values for evaluation.
 
     Attributes:
-      log_alpha: mean of the initial values; the standard deviation is 0.01. 3 is that of Dep-L0's code.
-      per_example: whether examples, the first axis, have gates of their own.
+      log_alpha: mean of the initial values; their standard deviation is 0.01. Dep-L0's code has 3.
+      per_example: whether each example, along the first axis, has its own sample.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxsparse
@@ -41,11 +41,11 @@ class HardConcreteGate(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, log_alpha: jax.Array | None = None) -> jax.Array:
-        """``x`` (batch, ..., channels) times the gates.
+        """Multiply ``x`` (batch, ..., channels) by the gates.
 
         Args:
           x: features.
-          log_alpha: (channels,), such as of :func:`jaxsparse.dependent_logits`; None: a parameter of the layer.
+          log_alpha: (channels,), for instance from :func:`jaxsparse.dependent_logits`; None: a parameter of the layer.
         """
         channels = x.shape[-1]
         if log_alpha is None:

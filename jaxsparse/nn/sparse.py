@@ -1,13 +1,13 @@
-"""Flax layers that compute with sparse weights: what masks leave out is not multiplied.
+"""Flax layers that compute with sparse weights, without multiplying pruned blocks.
 
-They have the params of ``flax.linen.Dense`` and ``flax.linen.Conv``, and take masks as :func:`jaxsparse.get_masks`
-gives them, as a collection of variables:
+They have the params of ``flax.linen.Dense`` and ``flax.linen.Conv``, and take the masks of :func:`jaxsparse.get_masks`
+as a collection of variables:
 
     masks = jaxsparse.get_masks(opt_state, params)
     y = model.apply({"params": params, "masks": masks}, x)
 
-Without masks they are these dense layers. ``nn.scan`` and ``nn.vmap`` pass on the collections that ``variable_axes``
-names, and slice every leaf of them, which a scalar mask of a dense leaf does not allow; so there it is
+Without masks they are dense layers. ``nn.scan`` and ``nn.vmap`` pass on the collections named in ``variable_axes`` and
+slice all their leaves, which is impossible for the scalar masks of dense leaves. Leave these out there:
 
     Layers = nn.scan(Block, variable_axes={"params": 0, "masks": 0}, ...)
     y = model.apply({"params": params, "masks": mask_collection(masks)}, x)
@@ -29,12 +29,12 @@ __all__ = ["SparseConv", "SparseDense", "mask_collection"]
 
 
 def mask_collection(masks: Any) -> dict[str, Any]:
-    """The masks of the sparse leaves alone, as ``nn.scan`` and ``nn.vmap`` can slice them.
+    """Keep only the masks of sparse leaves, so that ``nn.scan`` and ``nn.vmap`` can slice them.
 
-    To the layers a leaf without a mask is dense, as one with the scalar True is.
+    Layers treat a leaf without a mask as dense, the same as a leaf with the scalar True.
 
     Args:
-      masks: nested dicts, such as :func:`jaxsparse.get_masks` gives: bool arrays, the scalar True for dense leaves.
+      masks: nested dicts, as from :func:`jaxsparse.get_masks`: bool arrays, the scalar True for dense leaves.
 
     Returns:
       The dicts without the scalars, for ``model.apply({"params": params, "masks": ...}, x)``.
@@ -56,26 +56,27 @@ def mask_collection(masks: Any) -> dict[str, Any]:
 
 
 class SparseDense(nn.Module):
-    """A dense layer, ``x @ (kernel * mask) + bias``, that with ``block`` visits live blocks only.
+    """A dense layer with a mask, ``x @ (kernel * mask) + bias``, that can skip dead blocks.
 
-    The mask is an argument, or "kernel" of this layer in the collection "masks"; there the scalar True, or nothing,
-    means dense. With ``block`` a block is live if any of its weights is, and the pruned weights in it are taken for the
-    zeros that every method of jaxsparse leaves there: so any masks are right, and masks of whole blocks are fast.
+    The mask is an argument, or "kernel" of this layer in the collection "masks", where the scalar True or a missing
+    mask means dense. With ``block``, a block is live if any of its weights is. Pruned weights in live blocks are not
+    masked but expected to be zero, as all methods of jaxsparse leave them. So results are right for all masks, and
+    masks of whole blocks are fast.
 
     Attributes:
-      features: outputs.
+      features: number of outputs.
       use_bias: whether there is a bias.
-      block: (rows, columns) of a block, as of ``structures.block``; None: masks of single weights.
-      dtype: to compute in; None: what the arguments promote to.
-      param_dtype: of the params.
+      block: (rows, columns) of a block, as for ``structures.block``; None: masks of single weights.
+      dtype: dtype of the computation; None: the dtype that the arguments promote to.
+      param_dtype: dtype of the params.
       precision: as for :func:`jax.numpy.matmul`.
       kernel_init, bias_init: initializers.
-      dense_weight_grad: whether pruned weights get gradients too, as a method needs that grows weights by their
-        momentum. A step that needs none saves two thirds of what is then the largest product.
-      implementation: of :func:`jaxsparse.kernels.block_sparse_matmul`, or :func:`~jaxsparse.kernels.masked_matmul`.
+      dense_weight_grad: whether pruned weights get gradients too, for methods that grow weights by their momentum.
+        Without them, two thirds of the largest product of a step are saved.
+      implementation: as for :func:`jaxsparse.kernels.block_sparse_matmul` or :func:`~jaxsparse.kernels.masked_matmul`.
 
     Raises:
-      ValueError: for a mask of another shape or dtype than the kernel's.
+      ValueError: for a mask that is not bool or does not have the kernel's shape.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -100,12 +101,12 @@ class SparseDense(nn.Module):
     def __call__(
         self, x: jax.Array, mask: jax.Array | None = None, *, dense_weight_grad: bool | jax.Array | None = None
     ) -> jax.Array:
-        """The layer's output.
+        """Compute the layer's output.
 
         Args:
           x: (..., inputs).
-          mask: (inputs, features), bool; None: that of the collection "masks".
-          dense_weight_grad: instead of the attribute; also a bool scalar array, for steps that differ.
+          mask: (inputs, features), bool; None: the mask in the collection "masks".
+          dense_weight_grad: overrides the attribute; may be a bool scalar array that differs between steps.
         """
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), self.param_dtype)
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
@@ -116,21 +117,21 @@ class SparseDense(nn.Module):
 
 
 class SparseConv(nn.Module):
-    """A convolution whose pruned weights count for nothing; one of 1 x 1 is a product that skips what is dead.
+    """A convolution with a mask, which skips dead blocks if its kernel is 1 x 1.
 
-    The mask comes as for :class:`SparseDense`. Other kernels than those of 1 x 1 are masked and left to XLA.
+    Masks are given as for :class:`SparseDense`. Kernels that are not 1 x 1 are masked, and XLA convolves.
 
     Attributes:
-      features: outputs.
-      kernel_size: of the window, such as (3, 3).
-      strides: of the window; None: 1.
+      features: number of outputs.
+      kernel_size: size of the window, such as (3, 3).
+      strides: strides of the window; None: 1.
       padding: "SAME", "VALID", or pairs of numbers, as for ``flax.linen.Conv``.
-      block: (rows, columns) of a block of inputs and outputs, for a kernel of 1 x 1.
-      use_bias, dtype, param_dtype, precision, kernel_init, bias_init, dense_weight_grad, implementation: as of
+      block: (rows, columns) of a block of inputs and outputs, for a 1 x 1 kernel.
+      use_bias, dtype, param_dtype, precision, kernel_init, bias_init, dense_weight_grad, implementation: as in
         :class:`SparseDense`.
 
     Raises:
-      ValueError: for a mask of another shape or dtype than the kernel's.
+      ValueError: for a mask that is not bool or does not have the kernel's shape.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -159,12 +160,12 @@ class SparseConv(nn.Module):
     def __call__(
         self, x: jax.Array, mask: jax.Array | None = None, *, dense_weight_grad: bool | jax.Array | None = None
     ) -> jax.Array:
-        """The layer's output.
+        """Compute the layer's output.
 
         Args:
           x: ``(batch, *window axes, inputs)``.
-          mask: ``(*kernel_size, inputs, features)``, bool; None: that of the collection "masks".
-          dense_weight_grad: instead of the attribute; also a bool scalar array, for steps that differ.
+          mask: ``(*kernel_size, inputs, features)``, bool; None: the mask in the collection "masks".
+          dense_weight_grad: overrides the attribute; may be a bool scalar array that differs between steps.
         """
         size, inputs = tuple(self.kernel_size), x.shape[-1]
         strides = tuple(self.strides or [1] * len(size))
@@ -214,7 +215,7 @@ def _mask(layer: nn.Module, mask: Any, kernel: jax.Array) -> jax.Array | None:
 
 
 def _refuse_masks_left_outside(layer: nn.Module) -> None:
-    """Raises a ValueError if the model was given a mask for a layer, and a lifted transformation did not pass it on."""
+    """Raise a ValueError if the model has a mask for the layer that a lifted transformation did not pass on."""
     first, *rest = path = (*layer.path, "kernel")
     stack = getattr(getattr(linen_module, "_context", None), "module_stack", ())  # the modules that are being called
     for root in {id(outer.scope.root): outer.scope.root for outer in stack if outer and outer.scope}.values():
@@ -243,7 +244,7 @@ def _with_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
 
 @jax.custom_vjp
 def _masked(kernel, mask, dense):
-    """``kernel * mask``, whose gradient is that of all weights where ``dense`` is True."""
+    """``kernel * mask``, with gradients of all weights if ``dense`` is True."""
     del dense
     return jnp.where(mask, kernel, jnp.zeros_like(kernel))
 

@@ -27,7 +27,7 @@ import jaxsparse
 from jaxsparse import artifacts
 from jaxsparse.artifacts import ArtifactError, describe, files, formats, load_sparse, save_sparse
 from jaxsparse.artifacts.__main__ import main as command_line
-from jaxsparse.methods.asni import amenable_init, centroids
+from jaxsparse.methods.amenable import amenable_init, centroids
 from jaxsparse.trees import by_path
 
 FLOATS = ["float16", "bfloat16", "float32", "float64"]
@@ -379,7 +379,7 @@ def test_without_safetensors_the_extra_is_named(tmp_path, monkeypatch):
 
 def test_other_files_are_told_apart(tmp_path):
     formats.save_dense(tmp_path / "dense", {"w": np.eye(2)})
-    with pytest.raises(ArtifactError, match=r"dense: a safetensors file, but none of save_sparse.*load_dense"):
+    with pytest.raises(ArtifactError, match=r"dense: a safetensors file, but not from save_sparse.*load_dense"):
         load_sparse(tmp_path / "dense")
     formats.save_npz(tmp_path / "npz", {"w": np.eye(2)})
     with pytest.raises(ArtifactError, match="npz: damaged, or not a safetensors file"):
@@ -694,7 +694,9 @@ def test_wrong_checksums_alone_are_refused(valid, model):
 def test_a_newer_version_says_to_update(valid):
     data, path = valid
     path.write_bytes(forge(data, HOSTILE["metadata version '2'"]))
-    with pytest.raises(ArtifactError, match="of version '2' of the format, this jaxsparse knows '1': update jaxsparse"):
+    with pytest.raises(
+        ArtifactError, match="version '2' of the format, but this jaxsparse reads '1': update jaxsparse"
+    ):
         load_sparse(path)
 
 

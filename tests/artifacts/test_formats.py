@@ -143,9 +143,9 @@ def test_keys_that_are_no_names(tmp_path, params, message):
 def test_keys_that_the_formats_use_themselves(tmp_path):
     with pytest.raises(ValueError, match="the params have '__metadata__', which safetensors keeps"):
         formats.save_dense(tmp_path / "model", {"__metadata__": np.ones(2)})
-    with pytest.raises(ValueError, match=r"the params have 'w\.npy', but NumPy takes a suffix"):
+    with pytest.raises(ValueError, match=r"the params have 'w\.npy', but NumPy uses the suffix"):
         formats.save_npz(tmp_path / "model", {"w": np.ones(2), "w.npy": np.zeros(3)})
-    with pytest.raises(ValueError, match=r"the params have 'w\\x00v', which cannot name a file in an archive"):
+    with pytest.raises(ValueError, match=r"the params have 'w\\x00v', which is not a valid file name in an archive"):
         formats.save_npz(tmp_path / "model", {"w\0v": np.ones(2)})
     assert os.listdir(tmp_path) == []
 
@@ -170,7 +170,7 @@ def test_any_tree_comes_back_like_itself(tmp_path):
 
 
 def test_a_key_for_masks(tmp_path):
-    with pytest.raises(ValueError, match="the params have 'masks/w', which is where the masks go"):
+    with pytest.raises(ValueError, match="the params have 'masks/w', but masks are stored under this name"):
         formats.save_npz(tmp_path / "model", {"masks": {"w": np.eye(2)}})
 
 

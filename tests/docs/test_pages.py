@@ -1,4 +1,4 @@
-"""The pages of docs/: their Python runs, and their links lead somewhere."""
+"""The README and the pages of docs/: their Python runs, and their links lead somewhere."""
 
 import ast
 import contextlib
@@ -16,6 +16,7 @@ from tests.problems import slow_except
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+README = ROOT / "README.md"
 PAGES = sorted(path for folder in (".", "*") for path in DOCS.glob(f"{folder}/*.md") if path.parent.name != "notebooks")
 FENCE = re.compile(r"^(`{3,})([^\n`]*)\n(.*?)^\1`*\s*$", re.MULTILINE | re.DOTALL)
 PRINTED = re.compile(r"^\s*print\(.*\)  # (.*)$")
@@ -24,7 +25,7 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
 def name(page: Path) -> str:
-    return page.relative_to(DOCS).as_posix()
+    return page.relative_to(ROOT if page == README else DOCS).as_posix()
 
 
 def blocks(page: Path, language: str) -> list[tuple[int, str]]:
@@ -53,6 +54,29 @@ def test_code_runs(page, tmp_path, monkeypatch):
     source = ""
     for line, code in blocks(page, "python"):  # at the lines that they have on the page
         source += "\n" * (line - 1 - source.count("\n")) + code
+    run(source, page)
+
+
+OF_README = blocks(README, "python")
+
+
+@pytest.mark.parametrize("line", slow_except([line for line, code in OF_README if "for " not in code], dict(OF_README)))
+def test_each_block_of_the_readme_runs_by_itself(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = dict(OF_README)[line]
+    said = run("\n" * (line - 1) + code, README)
+    if "accuracy" in code:  # what a reader sees: it has learned, and the file is small
+        accuracy, size = re.fullmatch(r"accuracy ([\d.]+), ([\d,]+) bytes", *said.values()).groups()
+        assert float(accuracy) > 0.85
+        assert int(size.replace(",", "")) < 20_000
+
+
+def test_the_readme_is_short():
+    assert len(README.read_bytes()) < 9_000
+
+
+def run(source: str, page: Path) -> dict[int, str]:
+    """Runs code and compares what it prints with what it says that it does; what each line has printed first."""
     printed = {}
 
     def print_and_tell(*values):
@@ -69,16 +93,17 @@ def test_code_runs(page, tmp_path, monkeypatch):
             assert re.fullmatch(said, printed[number]) or re.match(rf"{words}([,:]|$| of )", found[1]), (
                 f"line {number} says {found[1]}, but prints {printed[number]}"
             )
+    return printed
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@pytest.mark.parametrize("page", [README, *PAGES], ids=name)
 def test_code_says_what_it_is(page):
     languages = {m[2].strip() for m in FENCE.finditer(page.read_text())}
     assert "" not in languages, "a block without a language"
     assert not languages & {"py3", "Python", "sh", "shell"}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@pytest.mark.parametrize("page", [README, *PAGES], ids=name)
 def test_links_lead_somewhere(page):
     text = FENCE.sub("", page.read_text())
     for target in LINK.findall(text):
@@ -101,7 +126,7 @@ def test_contents_exist(page):
 def test_no_word_looks_like_a_mail_address():
     """What does becomes a link to write a mail to, in a page as in a docstring."""
     address, code = re.compile(r"(?<![\w`])[\w.+-]+@[\w-]+\.?\w"), re.compile(r"`+[^`]*`+")
-    texts = {page: FENCE.sub("", page.read_text()) for page in [*PAGES, ROOT / "README.md"]}
+    texts = {page: FENCE.sub("", page.read_text()) for page in [*PAGES, README]}
     for file in (ROOT / "jaxsparse").rglob("*.py"):
         trees = (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, DOCUMENTED))
         texts[file] = "\n".join(ast.get_docstring(node) or "" for node in trees)

@@ -13,15 +13,16 @@ import numpy as np
 import optax
 from flax import linen as nn
 from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 
 import jaxsparse
 from configs import common
-from experiments import networks, optimizers, program
-from experiments.program import open_dataset
-from jaxsparse import Group
+from experiments import build, networks, program
+from experiments.inputs import open_dataset
+from jaxsparse import Group, inspect
 from jaxsparse.models.blocks import BatchNorm, dense
 from jaxsparse.models.layers import Conv
-from jaxsparse.parallel import Layout
+from jaxsparse.parallel import device_layout
 from jaxsparse.trees import by_path
 from tests.problems import gradients, make_params
 from tests.test_contract import METHODS as METHODS_OF_CONTRACT
@@ -70,24 +71,24 @@ def make_config(method, masks_file):
     config.model.name = "net"
     config.label_smoothing = 0.1
     config.parallel.sync_batch_norm = True
-    if "learning_rate" in config.optimizer:
-        config.optimizer.learning_rate = 0.002
-    else:
-        config.optimizer.step_size = 0.02
-    if method == "sparse_momentum":
-        config.sparsity.sparsity = 0.75
     if method == "rda":
-        config.sparsity.l1 = 0.01
+        config.optimizer.schedules.init_value = 0.02
+        config.method.l1 = 0.01
+    else:
+        # Not Adam, which makes whole steps of gradients that are nothing but rounding.
+        config.optimizer = ConfigDict(
+            {"name": "sgd", "momentum": 0.9, "nesterov": config.method.name == "sparse_momentum"}
+        )
+        common.decay_at(config, (), init_value=0.002)
+    if method == "sparse_momentum":
+        config.method.sparsity = 0.75
     if method in ("l0", "dep_l0"):
-        config.sparsity.penalty = 1e-3
-        config.sparsity.counts = "neighbours"
-        config.sparsity.gate_learning_rate = 0.1
-    if method in ("asni", "mask_updates"):  # Adam makes whole steps of gradients that are nothing but rounding
-        config.optimizer.name = "sgd"
+        config.method.penalty.update({"strength": 1e-3, "counts": "neighbours"})
+        config.method.gate_optimizer.learning_rate.init_value = 0.1
     if method == "asni":
-        config.sparsity.scale = 1.0
+        config.method.sparsity.scale_epochs = 1.0
     if method == "mask_updates":
-        config.sparsity.update({"method": method, "masks_from": masks_file, "start": "weights"})
+        config.update({"masks_from": masks_file, "start": "weights"})
     return config
 
 
@@ -95,9 +96,9 @@ def patched(layout_name, devices=None):
     """The trainer knows the network above, and weights as few as its are sharded."""
     stack = ExitStack()
     stack.enter_context(mock.patch.dict(networks.MODELS, {"net": Net}))
-    for module in (program, optimizers):
+    for module in (program, build):
         stack.enter_context(mock.patch.object(module.models, "channel_groups", return_value=GROUPS))
-    stack.enter_context(mock.patch.object(program, "make_layout", return_value=Layout(layout_name, devices, 64)))
+    stack.enter_context(mock.patch.object(program, "make_layout", return_value=device_layout(layout_name, devices, 64)))
     return stack
 
 
@@ -123,7 +124,9 @@ def run(layout_name, method, masks_file):
         evaluated = jax.device_get(compiled.evaluate(state, placed.test))
     one = jax.device_get(layout.one_copy(state))
     result = {f"params/{path}": leaf for path, leaf in by_path(one.params).items()}
-    result |= {f"masks/{path}": leaf for path, leaf in by_path(program.masks_of(config, one)).items()}
+    result |= {
+        f"masks/{path}": leaf for path, leaf in by_path(inspect.current_masks(one.opt_state, one.params)).items()
+    }
     result |= {f"batch_stats/{path}": leaf for path, leaf in by_path(one.model_state).items()}
     if method in ("l0", "dep_l0"):
         result |= {f"log_alpha/{name}": leaf for name, leaf in jaxsparse.get_log_alpha(one.opt_state).items()}
@@ -144,7 +147,7 @@ class Few(NamedTuple):
 
 def update_masks(layout_name):
     """The masks of every method of the contract after an update from given weights and gradients, on the host."""
-    layout = Layout(layout_name, min_size=64)
+    layout = device_layout(layout_name, min_size=64)
     masks = {}
     for name, method in METHODS_OF_CONTRACT.items():
         params = make_params()

@@ -103,7 +103,7 @@ from typing import Any, NamedTuple
 folder, coordinator, count, process, what = sys.argv[1:]
 jax.distributed.initialize(coordinator, int(count), int(process))
 from experiments.checkpoints import Checkpoints
-from jaxsparse.parallel import Layout, any_process
+from jaxsparse.parallel import FullySharded, any_process
 
 class State(NamedTuple):
     params: Any
@@ -112,7 +112,7 @@ class State(NamedTuple):
 def made(step):
     return State({"kernel": np.random.default_rng(step).random((64, 512), np.float32)}, np.full(3, step, np.float32))
 
-layout, checkpoints = Layout("fsdp"), Checkpoints(folder)
+layout, checkpoints = FullySharded(), Checkpoints(folder)
 if what == "save":
     for step in (1, 2):
         checkpoints.save(step, layout.collect(layout.place(made(step))), devices=layout.size)

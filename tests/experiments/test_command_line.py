@@ -30,14 +30,14 @@ def parse(monkeypatch):
 
 
 def test_changes_reach_the_config(parse):
-    rest = parse(f"--config={CONFIG}", "--workdir=somewhere", "--config.sparsity.growth=random", "--config.seed=3")
+    rest = parse(f"--config={CONFIG}", "--workdir=somewhere", "--config.method.growth=random", "--config.seed=3")
     config = train.FLAGS.config
-    assert (config.sparsity.growth, config.seed, config.epochs, train.FLAGS.workdir) == ("random", 3, 100, "somewhere")
+    assert (config.method.growth, config.seed, config.epochs, train.FLAGS.workdir) == ("random", 3, 100, "somewhere")
     assert rest == ["train"]
 
 
 def test_what_is_changed_is_not_made_small(parse):
-    changes = {"data.batch_size": 16, "epochs": 7, "optimizer.decay_every_steps": 5, "log_every_steps": 3}
+    changes = {"data.batch_size": 16, "epochs": 7, "optimizer.learning_rate.transition_steps": 5, "log_every_steps": 3}
     parse(
         f"--config={CONFIG}",
         "--workdir=w",
@@ -46,14 +46,15 @@ def test_what_is_changed_is_not_made_small(parse):
     )
     config = train.config_of_flags()
     assert (config.data.batch_size, config.epochs, config.log_every_steps) == (16, 7, 3)
-    assert (config.optimizer.decay_every_steps, config.data.examples, config.eval_every_epochs) == (5, 44 * 32, 2)
+    assert config.optimizer.learning_rate.transition_steps == 5
+    assert (config.data.examples, config.eval_every_epochs) == (44 * 32, 2)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ("--config.epoch=3", "no key 'epoch'; did you mean 'epochs'?"),
-        ("--config.sparsity.grwth=random", "no key 'sparsity.grwth'; did you mean 'sparsity.growth'?"),
+        ("--config.method.grwth=random", "no key 'method.grwth'; did you mean 'method.growth'?"),
         ("--config.epochs.x=3", "no key 'epochs.x'; did you mean 'epochs'?"),
         ("--config.zzz.qqq=3", "no key 'zzz.qqq'\n"),
     ],

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 import jaxsparse
-from experiments import data, export, train
+from experiments import data, export, options
 from experiments.checkpoints import Checkpoints
 from experiments.program import make_program
+from experiments.workdir import open_runs
 from jaxsparse.artifacts import formats
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +22,7 @@ KEPT = 5_020  # a tenth of the 50,200 weights
 
 
 def make_config(name="digits_sparse_momentum", **changes):
-    config = train.shrink(runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]()).lock()
+    config = options.small(runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]()).lock()
     config.update_from_flattened_dict({"epochs": 1, "data_dir": None, **changes})
     return config
 
@@ -32,7 +33,7 @@ def begun(workdir, config, seeds=None):
     state = program.init(config.seed if seeds is None else np.asarray(seeds))
     with closing(Checkpoints(workdir / "checkpoints")) as checkpoints, ExitStack() as stack:
         checkpoints.save(0, state)
-        train.open_runs(stack, config, workdir, seeds)
+        open_runs(stack, config, workdir, seeds)
     return state
 
 

@@ -35,7 +35,7 @@ def get_config():
     config.data.std = (0.229, 0.224, 0.225)
     config.model.update({"name": "resnet_20", "depth": 8, "width": 0.5})
     config.data.classes = ("n07753592", "n01440764", "n02099601")
-    config.optimizer.learning_rate = 0.01
+    config.optimizer.learning_rate.init_value = 0.01
     config.parallel.layout = "data"
     return config
 """

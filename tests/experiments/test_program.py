@@ -7,64 +7,86 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from ml_collections import ConfigDict
 
 import jaxsparse
-from experiments import data, optimizers, program, train
+from experiments import build, data, inputs, options, program
 from jaxsparse import structures
 
 CONFIG = Path(__file__).parents[2] / "configs" / "digits_sparse_momentum.py"
 
 
 def smoke_config(**changes):
-    config = train.shrink(runpy.run_path(str(CONFIG))["get_config"]()).lock()
+    config = options.small(runpy.run_path(str(CONFIG))["get_config"]()).lock()
     config.update_from_flattened_dict(changes)
     return config
 
 
 def test_seed_reaches_the_masks():
     params = {"kernel": jnp.ones((20, 30))}
-    masks = [
-        jaxsparse.get_masks(optimizers.make_optimizer(smoke_config(), 44, jax.random.key(seed)).init(params))
-        for seed in (0, 1)
-    ]
+    optimizer = build.make_optimizer(smoke_config(), 44)
+    masks = [jaxsparse.get_masks(optimizer.make(jax.random.key(seed)).init(params)) for seed in (0, 1)]
     assert jnp.any(masks[0]["kernel"] != masks[1]["kernel"])
 
 
 def test_dense_optimizer_is_the_sparse_one_without_its_last_link():
     params = {"kernel": jnp.ones((4, 5))}
-    sparse, dense = (optimizers.make_optimizer(smoke_config(dense=dense), 44).init(params) for dense in (False, True))
+    sparse, dense = (build.make_optimizer(smoke_config(dense=dense), 44).make().init(params) for dense in (False, True))
     chex.assert_trees_all_equal(sparse[:-1], dense)
 
 
-@pytest.mark.parametrize("decay", optimizers.PRUNE_RATES)
-def test_every_prune_rate_decay_makes_an_optimizer(decay):
-    config = smoke_config(**{"sparsity.prune_rate_decay": decay})
-    opt_state = optimizers.make_optimizer(config, 44, jax.random.key(0)).init({"kernel": jnp.ones((20, 30))})
-    assert int(opt_state[-1].budget) == 60
+def test_fixed_masks_are_read_once_and_take_the_place_of_the_method(tmp_path, monkeypatch):
+    dataset, file = data.load("digits", examples=64), str(tmp_path / "sparse.safetensors")
+    state = program.make_program(smoke_config(), dataset).init(1)
+    masks = jaxsparse.get_masks(state.opt_state, state.params)
+    jaxsparse.save_sparse(file, state.params, masks)
+    read, load_sparse = [], jaxsparse.load_sparse
+    monkeypatch.setattr(jaxsparse, "load_sparse", lambda path: read.append(path) or load_sparse(path))
+    made = program.make_program(smoke_config(masks_from=file, start="original"), dataset)
+    kept = made.init(2)
+    chex.assert_trees_all_equal(jaxsparse.get_masks(kept.opt_state, kept.params), masks)
+    assert kept.opt_state[-1].method == "mask_updates"
+    assert read == [file]
 
 
 @pytest.mark.parametrize(
-    ("text", "structure"),
+    "prune_rate",
+    [
+        0.5,
+        {"name": "cosine_prune_rate", "init_value": 0.5, "steps_epochs": "config.epochs"},
+        {"name": "linear_schedule", "init_value": 0.5, "end_value": 0.0, "transition_steps_epochs": "config.epochs"},
+    ],
+)
+def test_a_prune_rate_is_a_number_or_a_schedule(prune_rate):
+    config = smoke_config()
+    with config.unlocked():
+        del config.method.prune_rate
+        config.method.update({"prune_rate": prune_rate})
+    opt_state = build.make_optimizer(config, 44).make(jax.random.key(0)).init({"kernel": jnp.ones((20, 30))})
+    assert int(opt_state[-1].kept) == 60
+
+
+@pytest.mark.parametrize(
+    ("given", "structure"),
     [
         ("weight", "weight"),
         ("channel", "channel"),
-        ("16x32", structures.block(16, 32)),
-        ("2:4", structures.n_of_m(2, 4)),
-        ("model", {"fc1/kernel": structures.block(8, 4), "fc3/kernel": structures.block(2, 2)}),
+        ({"name": "block", "bm": 16, "bn": 32}, structures.block(16, 32)),
+        ({"name": "n_of_m", "n": 2, "m": 4}, structures.n_of_m(2, 4)),
+        ({"fc1/kernel": {"name": "block", "bm": 8, "bn": 4}}, {"fc1/kernel": structures.block(8, 4)}),
     ],
 )
-def test_structures_by_name(text, structure):
-    config = smoke_config()
-    with config.unlocked():
-        config.sparsity.structure, config.model.blocks = text, ((8, 4), None, (2, 2))
-    assert optimizers.make_structure(config) == structure
+def test_structures_by_name(given, structure):
+    calls = build.Calls(smoke_config(), 44)
+    assert calls.value(ConfigDict({"structure": given}), "config.method") == {"structure": structure}
 
 
 def test_asni_takes_a_structure():
-    config = train.shrink(runpy.run_path(str(CONFIG.parent / "mnist_asni.py"))["get_config"]())
-    config.sparsity.structure, config.sparsity.exact = "4x4", True
+    config = options.small(runpy.run_path(str(CONFIG.parent / "mnist_asni.py"))["get_config"]())
+    del config.method.structure
+    config.method.structure = ConfigDict({"name": "block", "bm": 4, "bn": 4})
     params = {"kernel": jnp.arange(1.0, 8 * 12 + 1).reshape(8, 12)}
-    tx = optimizers.make_optimizer(config, steps_per_epoch=1)
+    tx = build.make_optimizer(config, steps_per_epoch=1).make()
     opt_state, update = tx.init(params), jax.jit(tx.update)
     for _ in range(4):
         updates, opt_state = update(jax.tree.map(jnp.zeros_like, params), opt_state, params)
@@ -75,25 +97,26 @@ def test_asni_takes_a_structure():
 
 
 def test_an_unknown_structure_is_an_error():
-    with pytest.raises(ValueError, match="blocks such as '64x64', or n of m such as '2:4', got '64'"):
-        optimizers.make_optimizer(smoke_config(**{"sparsity.structure": "64"}), 44)
+    with pytest.raises(ValueError, match="config.method: structure .* got 'wieght'"):
+        build.make_optimizer(smoke_config(**{"method.structure": "wieght"}), 44)
 
 
 @pytest.mark.parametrize(("unit", "steps"), [("weights", 20), ("blocks", -1)])
 def test_dense_gradient_steps_that_mean_nothing_are_an_error(unit, steps):
-    config = train.shrink(runpy.run_path(str(CONFIG.parent / "mnist_mlp.py"))["get_config"](unit))
-    config.sparsity.dense_gradient_steps = steps
+    config = options.small(runpy.run_path(str(CONFIG.parent / "mnist_mlp.py"))["get_config"](unit))
+    config.dense_gradient_steps = steps
     with pytest.raises(ValueError, match=f"at least 0, and for models with config.model.blocks, got {steps}"):
         program.make_program(config, data.load("digits", examples=1200))
 
 
 @pytest.mark.slow
 def test_gradients_are_dense_only_before_masks_change():
-    config = train.shrink(runpy.run_path(str(CONFIG.parent / "mnist_mlp.py"))["get_config"]()).lock()
+    config = options.small(runpy.run_path(str(CONFIG.parent / "mnist_mlp.py"))["get_config"]()).lock()
     config.update_from_flattened_dict({
         "data.name": "digits", "data.batch_size": 200, "model.features": (64, 64),
-        "model.blocks": ((16, 16), (16, 16), None), "sparsity.dense_gradient_steps": 2,
-        "optimizer.momentum": 0.0, "optimizer.weight_decay": 0.0,
+        "model.blocks": ((16, 16), (16, 16), None), "dense_gradient_steps": 2,
+        **{f"method.structure.fc{layer}/kernel.{side}": 16 for layer in (1, 2) for side in ("bm", "bn")},
+        "optimizer.momentum": 0.0, "weight_decay": 0.0,
     })  # fmt: skip
     dataset = data.load("digits", examples=1200)  # masks change every six steps
     chunk, state = program.make_program(config, dataset), None
@@ -101,7 +124,7 @@ def test_gradients_are_dense_only_before_masks_change():
     for step in range(8):
         state, _ = chunk.train_chunk(state, dataset, step, 1)
         masks = jaxsparse.get_masks(state.opt_state, state.params)
-        trace = jaxsparse.links.stored_momentum(state.opt_state, state.params)
+        trace = jaxsparse.transforms.stored_momentum(state.opt_state, state.params)
         seen.append(bool(((trace["fc2"]["kernel"] != 0) & ~masks["fc2"]["kernel"]).any()))
     # Masks change on the step counted 6, by the gradients of that and the one before.
     assert seen == [step % 6 in (0, 5) for step in range(8)]
@@ -110,11 +133,11 @@ def test_gradients_are_dense_only_before_masks_change():
 @pytest.mark.parametrize(("clip_norm", "norm"), [(1.0, 1.0), (float("inf"), 30.0), (None, 30.0)])
 def test_gradients_are_clipped(clip_norm, norm):
     config = smoke_config(dense=True)
-    config.optimizer.clip_norm = clip_norm
-    config.optimizer.weight_decay = config.optimizer.momentum = 0.0
-    tx, params = optimizers.make_optimizer(config, 44), {"kernel": jnp.ones(9)}
+    config.clip_norm = clip_norm
+    config.weight_decay = config.optimizer.momentum = 0.0
+    tx, params = build.make_optimizer(config, 44).make(), {"kernel": jnp.ones(9)}
     updates, _ = tx.update({"kernel": jnp.full(9, 10.0)}, tx.init(params), params)
-    assert jnp.linalg.norm(updates["kernel"]) == pytest.approx(norm * config.optimizer.learning_rate)
+    assert jnp.linalg.norm(updates["kernel"]) == pytest.approx(norm * config.optimizer.learning_rate.init_value)
 
 
 @pytest.mark.parametrize(
@@ -122,8 +145,8 @@ def test_gradients_are_clipped(clip_norm, norm):
 )
 def test_batches_do_not_depend_on_the_chunk(start, length, epochs):
     key, size, examples = jax.random.key(0), 5, 22  # four steps an epoch, two examples dropped
-    whole = program.batches(key, 0, 12, size, examples, epochs=3)
-    chunk = program.batches(key, start, length, size, examples, epochs)
+    whole = inputs.batches(key, 0, 12, size, examples, epochs=3)
+    chunk = inputs.batches(key, start, length, size, examples, epochs)
     chex.assert_trees_all_equal(chunk, whole[start : start + length])
     for epoch in whole.reshape(3, 20):
         assert len(jnp.unique(epoch)) == 20
@@ -142,7 +165,7 @@ def test_smoothed_labels():
 @pytest.mark.parametrize("batch_size", [3, 7, 10])
 def test_in_batches_fills_the_last_up(batch_size):
     split = data.Split(np.arange(7 * 4, dtype=np.uint8).reshape(7, 2, 2, 1), np.arange(7, dtype=np.int32))
-    images, labels, real = program.in_batches(split, batch_size)
+    images, labels, real = inputs.in_batches(split, batch_size)
     chex.assert_shape(images, (-(-7 // batch_size), batch_size, 2, 2, 1))
     chex.assert_trees_all_equal(images[real], split.images)
     chex.assert_trees_all_equal(labels[real], split.labels)

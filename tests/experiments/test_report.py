@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import re
 import runpy
@@ -10,13 +9,14 @@ import pytest
 from PIL import Image
 
 import jaxsparse
-from experiments import compare, report, train
+from experiments import options, report, train
+from experiments.results import collect
+from experiments.results import page as pages
+from experiments.results.table import mean_and_error
 from experiments.workdir import read_json
-from jaxsparse import inspect
 from tests.experiments.test_train import ROOT, smoke_config
 from tests.pages import Page
 
-SPARSE = {"params": {"w": np.eye(3)}, "masks": {"w": np.eye(3) > 0}}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -62,7 +62,7 @@ def test_the_page_has_every_run_and_its_numbers(runs, page):
     points = [f"{100 * (accuracy - accuracies[0]):+.2f} points" for accuracy in accuracies[1:]]
     assert [row[header.index("difference")] for row in rows[:3]] == ["", *points]
     assert [row[header.index("kept")] for row in rows[:3]] == ["100.00%", "10.00%", "10.00%"]
-    mean, error = compare.mean_and_error([100 * accuracy for accuracy in accuracies[1:]])
+    mean, error = mean_and_error([100 * accuracy for accuracy in accuracies[1:]])
     assert shown.tables[1][1] == ["sparse", "2", "10.00 ± 0.000%", f"{mean:.2f} ± {error:.3f}%"]
 
 
@@ -72,7 +72,7 @@ def test_the_page_says_what_differs_between_configurations(page):
     differing = next(table for table in tables if table[0][0] == "key")
     assert differing[1:] == [["dense", "true", "false", "false", "true", "false"]]
     shared = next(table for table in tables if table[0] == ["key", "value"])
-    assert ["sparsity.method", '"sparse_momentum"'] in shared
+    assert ["method.name", '"sparse_momentum"'] in shared
     assert ["model.name", '"lenet_300_100"'] in shared
 
 
@@ -93,18 +93,18 @@ def test_the_page_stands_alone_and_takes_the_colours_of_the_scheme(page):
     assert not re.search(r"url\((?!#)|@import|<script", text)
     assert shown.drawings > 6
     assert "currentColor" in text
-    assert report.INK not in text
+    assert pages.INK not in text
 
 
 @pytest.mark.slow
 def test_gates_and_a_single_run(tmp_path):
     folder = tmp_path / "l0"
-    config = train.shrink(runpy.run_path(str(ROOT / "configs/mnist_l0.py"))["get_config"]("lenet_300_100"))
+    config = options.small(runpy.run_path(str(ROOT / "configs/mnist_l0.py"))["get_config"]("lenet_300_100"))
     config.data.name, config.model.num_classes = "digits", 10
     train.train(config, folder)
-    run = report.read_run(folder, "l0")
+    run = collect.read_run(folder, "l0")
     assert run.masks is not None
-    shown = Page(report.report([run], "one"))
+    shown = Page(pages.report([run], "one"))
     assert "finished, epoch 4" in shown.tables[0][1]
     assert not any(table[0][-1] == "by chance" for table in shown.tables)
     assert "fc1/kernel" in shown.text + str(shown.tables)
@@ -121,102 +121,13 @@ def test_folders_without_runs(tmp_path):
         report.main([str(tmp_path), f"--out={tmp_path}"])
 
 
-def made_up(name, *, accuracy, density=0.1, seed=0, dense=False, history=(), **sparsity):
-    """A finished run, of which there is no more than this."""
-    config = {"dense": dense, "seed": seed, "sparsity.method": "sparse_momentum"}
-    config |= {f"sparsity.{key}": value for key, value in sparsity.items()}
-    result = {"test_accuracy": accuracy, "density": 1.0 if dense else density}
-    return report.Run(name, report.Path("runs") / name, config, inspect.History(history), result)
-
-
-def points_of(runs):
-    """Of the picture of accuracy against kept weights the series, with errors, and the baselines."""
-    axes = report.accuracy_against_kept(runs).axes[0]
-    series = {}
-    for bars in axes.containers:
-        line, _, (errors,) = bars.lines
-        ends = [segment[:, 1] for segment in errors.get_segments()]
-        series[bars.get_label()] = [
-            (*point, round((high - low) / 2, 9))
-            for point, (low, high) in zip(line.get_xydata().round(9).tolist(), ends, strict=True)
-        ]
-    drawn = {bars.lines[0] for bars in axes.containers}
-    return series, {
-        line.get_label(): line.get_ydata()[0]
-        for line in axes.lines
-        if line not in drawn and len(line.get_xdata()) == 2 and not line.get_label().startswith("_")
-    }
-
-
-def test_seeds_are_one_point_and_a_line_is_of_one_number_that_changes():
-    runs = [made_up(f"dense/{i}", accuracy=0.98 + 0.01 * i, seed=i, dense=True, density=i) for i in (0, 1)]
-    runs += [
-        made_up(f"{kept}/{i}", accuracy=0.9 + 0.02 * i, density=kept, seed=i, sparsity=1 - kept)
-        for kept in (0.2, 0.05)
-        for i in (0, 1)
-    ]
-    assert points_of(runs) == (
-        {"sparse_momentum": [(5.0, 91.0, 1.0), (20.0, 91.0, 1.0)]},
-        {"dense": pytest.approx(98.5)},
-    )
-
-
-def test_other_configurations_are_other_series():
-    runs = [
-        made_up(f"{growth}", accuracy=accuracy, sparsity=0.9, growth=growth)
-        for growth, accuracy in (("momentum", 0.97), ("random", 0.95))
-    ]
-    runs.append(made_up("more", accuracy=0.96, density=0.2, sparsity=0.8, growth="random"))
-    runs.append(made_up("diverged", accuracy=float("nan"), sparsity=0.9, growth="random"))
-    assert points_of(runs)[0] == {
-        'sparse_momentum, growth "momentum"': [(10.0, 97.0, 0.0)],
-        'sparse_momentum, growth "random"': [(10.0, 95.0, 0.0), (20.0, 96.0, 0.0)],
-    }
-    assert report.accuracy_against_kept(runs[3:]) is None
-    header, *rows = report.runs_table(runs)[:2]
-    assert [row[header.index("test accuracy")] for row in rows[0]] == ["97.00%", "95.00%", "96.00%", "nan"]
-
-
-def test_what_was_logged_in_some_lines_only_and_odd_names():
-    history = ({"step": 1, "train_loss": 1.0, "speed": {}}, {"step": 2, "speed": {"images_per_second": 100.0}})
-    runs = [made_up(name, accuracy=0.9, history=history) for name in ("_a", "$b$", "c$_")]
-    shown = Page(report.report(runs, "odd"))
-    header, *rows = shown.tables[0]
-    assert [row[0] for row in rows] == ["_a", "$b$", "c$_"]
-    assert rows[0][header.index("images/s")] == "100"
-
-
 @pytest.mark.slow
 def test_a_run_in_a_run_and_one_that_is_given_twice(runs, tmp_path):
     shutil.copytree(runs / "dense", tmp_path / "outer")
     shutil.copytree(runs / "dense", tmp_path / "outer/inner")
     (tmp_path / "link").symlink_to(tmp_path / "outer")
-    paths = compare.find_runs([tmp_path / "outer", tmp_path / "outer/inner", tmp_path / "link"])
-    assert report.short_names(paths) == ["outer", "inner"]
-
-
-def test_runs_on_other_data_are_not_compared():
-    history = ({"step": 1, "epoch": 1, "train_loss": 1.0},)
-    runs = []
-    for name, images, dense, accuracy in (
-        ("a", "mnist", True, 0.98),
-        ("b", "mnist", False, 0.975),
-        ("c", "digits", True, 0.91),
-        ("d", "digits", False, 0.9),
-    ):
-        run = made_up(name, accuracy=accuracy, dense=dense, history=history)
-        runs.append(dataclasses.replace(run, config={**run.config, "data.name": images}, **SPARSE))
-    shown = Page(report.report(runs, "two sets"))
-    tables = [table for table in shown.tables if "difference" in table[0]]
-    assert [[row[0] for row in table[1:]] for table in tables] == [["a", "b"], ["c", "d"]]
-    assert [table[2][table[0].index("difference")] for table in tables] == ["-0.50 points", "-1.00 points"]
-    assert [table[0][0] for table in shown.tables if table[0][-1] == "by chance"] == ["against a", "against c"]
-    assert shown.text.count("Test accuracy of finished runs.") == shown.text.count("Loss and error by epoch.") == 2
-    alone = Page(report.report(runs[:2], "one set"))
-    assert alone.text.count("Loss and error by epoch.") == 1
-    assert [list(of_set) for of_set in (report.by_test_set(runs), report.by_test_set(runs[:2]))] == [
-        ["mnist", "digits"], ["mnist"],
-    ]  # fmt: skip
+    paths = collect.find_runs([tmp_path / "outer", tmp_path / "outer/inner", tmp_path / "link"])
+    assert collect.short_names(paths) == ["outer", "inner"]
 
 
 @pytest.mark.slow

@@ -4,11 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from experiments import reproduce
-from experiments.tables import TABLES, Row, Table
-from experiments.train import Stopped, train
+from experiments.results import paper, plot
+from experiments.results.published import TABLES, PaperTable, Row
+from experiments.stopping import Stopped
+from experiments.train import train
 from experiments.workdir import Workdir
 
 ROOT = Path(__file__).parents[2]
@@ -19,17 +22,21 @@ def row(x, changes, published=None, seeds=2):
     return Row("digits", x, f"digits/{x}", CONFIG, {"smoke": True, "epochs": 1, **changes}, published, seeds)
 
 
-TABLE = Table(
+TABLE = PaperTable(
     "A small table. Somebody, 2019",
     "What was done.",
     "weights kept (%)",
     (
         row(10, {}, (20.0, 1.0)),
-        row(20, {"sparsity.sparsity": 0.8}, (15.0, None)),
+        row(20, {"method.sparsity": 0.8}, (15.0, None)),
         row("dense", {"dense": True}, seeds=1),
     ),
     others={"another method": {10: 22.0, 20: 17.0}},
 )
+
+
+def seeds_of(found):
+    return {run: sorted(rows.seed) for run, rows in found.groupby("run")}
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +48,13 @@ def runs(tmp_path_factory):
 
 @pytest.mark.slow
 def test_every_run_of_the_table_is_run(runs):
-    outcomes = reproduce.outcomes(TABLE, runs)
-    assert [list(found) for found in outcomes] == [[0, 1], [0, 1], [0]]
+    found = paper.outcomes(TABLE, runs)
+    assert seeds_of(found) == {"digits/10": [0, 1], "digits/20": [0, 1], "digits/dense": [0]}
     result = json.loads((runs / "digits/20/seed_1/result.json").read_text())
-    assert outcomes[1][1] == (pytest.approx(100 - 100 * result["test_accuracy"]), 20, None, None)
+    ((error, *others),) = found[(found.run == "digits/20") & (found.seed == 1)][paper.OUTCOMES[2:]].to_numpy()
+    assert error == pytest.approx(100 - 100 * result["test_accuracy"])
+    assert others[0] == 20
+    assert pd.isna(others[1:]).all()
     assert result["density"] == 0.2
 
 
@@ -62,49 +72,13 @@ def test_runs_of_another_process_are_left_to_it(runs, capsys, tmp_path):
     run = Workdir(tmp_path / "digits/10/seed_0", config)
     reproduce.reproduce(TABLE, tmp_path, None, seeds=[0], only="10|dense")
     run.close()
-    assert "left to the process that is at it" in capsys.readouterr().out
-    assert [list(found) for found in reproduce.outcomes(TABLE, tmp_path)] == [[], [], [0]]
-
-
-def outcomes(*errors, kept=10.0):
-    return {seed: reproduce.Outcome(error, kept) for seed, error in enumerate(errors)}
-
-
-def test_markdown():
-    found = [outcomes(19.0, 21.0, 23.0), outcomes(16.5), {}]
-    text = reproduce.as_markdown("small", TABLE, found, "the command")
-    assert "| digits | 10 | 20.00 ± 1.000 | 21.00 ± 1.155 | 0, 1, 2 | +1.000 | 3.055 |" in text  # 2 sqrt(1 + 4 / 3)
-    assert "| digits | 20 | 15.00 | 16.50 | 0 | +1.500 |  |" in text
-    assert "| digits | dense |  | not run |  |  |  |" in text
-    assert "| digits | 10 | 19.00 | 21.00 | 23.00 |" in text
-    assert "`the command`, JAX " in text
-
-
-def test_markdown_of_changes():
-    table = TABLE._replace(relative_to=10)
-    text = reproduce.as_markdown("small", table, [outcomes(20.0, 22.0), outcomes(15.0, 17.0), {}], "")
-    assert "| digits | 20 | -5.00 | -5.00 ± 1.414 |" in text
-    assert "Change against 10, in points:" in text
-
-
-def test_markdown_and_picture_of_what_finds_its_sparsity_itself():
-    rows = tuple(row._replace(published=None, x=x) for row, x in zip(TABLE.rows, ("a", "b", "dense"), strict=True))
-    table = TABLE._replace(x="setting", rows=rows, against_kept=True, others={})
-    found = [outcomes(20.0, 22.0, kept=9.5), outcomes(15.0, kept=30.25), outcomes(3.0, kept=100.0)]
-    text = reproduce.as_markdown("small", table, found, "the command")
-    assert "| network | setting | kept (%) | ours | seeds |" in text
-    assert "| digits | a | 9.50 ± 0.000 | 21.00 ± 1.000 | 0, 1 |" in text
-    assert "paper" not in text
-    found[0] = {0: reproduce.Outcome(20.0, 9.5, validation_error=18.0)}
-    assert "| digits | a | 9.50 | 18.00 | 20.00 | 0 |" in reproduce.as_markdown("small", table, found, "the command")
-    (axes,) = reproduce.picture(table, found).axes
-    assert axes.get_xlabel() == "weights kept (%)"
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["9.5", "30.25"]
+    assert "left to the process that trains it" in capsys.readouterr().out
+    assert seeds_of(paper.outcomes(TABLE, tmp_path)) == {"digits/dense": [0]}
 
 
 @pytest.mark.slow
 def test_picture(runs, tmp_path):
-    reproduce.picture(TABLE, reproduce.outcomes(TABLE, runs)).savefig(tmp_path / "table.png")
+    plot.picture(TABLE, paper.outcomes(TABLE, runs)).savefig(tmp_path / "table.png")
     assert (tmp_path / "table.png").stat().st_size > 1000
 
 
@@ -118,8 +92,9 @@ def test_tables_have_configs_and_their_own_folders(name, monkeypatch):
     for row, config in zip(table.rows, configs, strict=True):
         assert config.dense == (row.x == "dense")
         if table.x == "weights kept (%)" and row.x != "dense":
-            assert config.sparsity.sparsity == pytest.approx(1 - row.x / 100)
-    reproduce.picture(table, [{} for _ in table.rows])  # what there is before anything was run
+            assert config.method.sparsity == pytest.approx(1 - row.x / 100)
+        if row.stage:
+            assert row.run.endswith(f"/{row.stage}")
 
 
 def test_tables_share_the_runs_they_have_in_common(monkeypatch):
@@ -191,15 +166,13 @@ def test_add_keeps_what_the_results_have(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_rows_that_start_from_the_masks_of_others_wait_for_them(tmp_path, capsys):
-    config = str(ROOT / "configs" / "mnist_asni.py")
+    config = str(ROOT / "configs/stages/asni.py")
     changes = {"smoke": True, "data.name": "digits", "data.mean": None, "data.std": None, "epochs": 2}
-    first = Row("digits", "ASNI-I", "fc/asni_1", config, changes, None, 1)
-    second = first._replace(
-        x="ASNI-II", run="fc/asni_2", changes={**changes, "sparsity.method": "mask_updates"}, after=first.run
-    )
-    reproduce.reproduce(Table("", "", "start", (second,)), tmp_path, None)
-    assert "left for later: it starts from the masks of " in capsys.readouterr().out
-    table = Table("", "", "start", (first, second))
+    first = Row("digits", "ASNI-I", "fc/asni_1", config, changes, None, 1, "asni_1")
+    second = first._replace(x="ASNI-II", run="fc/asni_2", stage="asni_2")
+    reproduce.reproduce(PaperTable("", "", "start", (second,)), tmp_path, None)
+    assert "left for later: asni_2 starts from the network of " in capsys.readouterr().out
+    table = PaperTable("", "", "start", (first, second))
     reproduce.reproduce(table, tmp_path, None)
-    one, two = (found[0].kept for found in reproduce.outcomes(table, tmp_path))
-    assert one == two < 100
+    kept = dict(paper.outcomes(table, tmp_path)[["run", "kept"]].to_numpy())
+    assert kept["fc/asni_1"] == kept["fc/asni_2"] < 100

@@ -99,7 +99,8 @@ def test_killed_three_times(uninterrupted, tmp_path):
     assert outcome(tmp_path) == uninterrupted
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_stop(uninterrupted, tmp_path, number):
     run = start(tmp_path)
     wait_for_step(run, tmp_path, 100)

@@ -14,7 +14,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import jaxsparse
-from experiments import networks, program, streams, train
+from experiments import inputs, networks, options, program, speed, streams, train
 from experiments.workdir import WorkdirError, read_metrics
 from tests.experiments import jpeg_sets
 
@@ -26,7 +26,7 @@ TIMES = {"seconds", "steps_per_second", "speed"}
 
 
 def smoke_config(**changes):
-    config = train.shrink(runpy.run_path(str(CONFIG))["get_config"]())
+    config = options.small(runpy.run_path(str(CONFIG))["get_config"]())
     config.model.num_classes = 10
     config.lock()
     config.update_from_flattened_dict(changes)
@@ -147,8 +147,8 @@ def test_finished_run_is_not_run_again(sparse_run, capsys):
 
 def test_another_config_in_the_same_workdir_is_refused(sparse_run):
     workdir, *_ = sparse_run
-    with pytest.raises(WorkdirError, match="another configuration:\n  sparsity.sparsity: 0.9 there, 0.8 now\nTake"):
-        train.train(smoke_config(**{"sparsity.sparsity": 0.8}), workdir)
+    with pytest.raises(WorkdirError, match="another configuration:\n  method.sparsity: 0.9 there, 0.8 now\nTake"):
+        train.train(smoke_config(**{"method.sparsity": 0.8}), workdir)
 
 
 @pytest.mark.slow
@@ -200,20 +200,20 @@ def test_batch_statistics_are_trained_used_and_saved(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("sparsity.growth", "momentun", "growth"),
+        ("method.growth", "momentun", "config.method: growth"),
         (
-            "sparsity.prune_rate_decay",
-            "cosin",
-            "prune_rate_decay is one of 'cosine', 'linear', 'constant', got 'cosin'",
+            "method.prune_rate.name",
+            "cosine_prune_rat",
+            "config.method.prune_rate.name .*, got 'cosine_prune_rat'; did you mean 'cosine_prune_rate'",
         ),
-        ("sparsity.sparsity", 1.5, "sparsity"),
-        ("sparsity.update_every_epochs", 0, "config.sparsity.update_every_epochs is at least 1, got 0"),
+        ("method.sparsity", 1.5, "config.method: sparsity"),
+        ("method.update_every_epochs", 0, "config.method: update_every .* got 0"),
         ("data.name", "mnits", "unknown data set 'mnits'; did you mean 'mnist'?"),
         ("data.batch_size", 2000, "batch_size is between 1 and the 1408 train examples, got 2000"),
         ("data.validation", 1.0, r"config.data.validation is in \[0, 1\), got 1.0"),
         ("model.name", "lenet", "config.model.name is one of 'alexnet', .*'wide_resnet', got 'lenet'"),
         ("model.name", "lenet5_caffe", "at least 16 x 16"),
-        ("sparsity.method", "sparse_momentun", "config.sparsity.method is one of .*'sparse_momentum', 'rda'"),
+        ("method.name", "sparse_momentun", "config.method.name is .*; did you mean 'sparse_momentum'"),
         ("data.examples", 0, "config.data.examples is at least 1, got 0"),
         ("data.pad", -1, "config.data.pad is at least 0, got -1"),
         ("data.pad_mode", "mirror", "config.data.pad_mode is one of 'zeros', 'reflect', got 'mirror'"),
@@ -227,7 +227,7 @@ def test_batch_statistics_are_trained_used_and_saved(tmp_path, monkeypatch):
         ("parallel.accumulate", 0, "config.parallel.accumulate is at least 1, got 0"),
         ("parallel.accumulate", 3, "config.data.batch_size=32 cannot be split among 1 devices, 3 parts each"),
         ("checkpoint_every_epochs", 0, "config.checkpoint_every_epochs is at least 1, got 0"),
-        ("optimizer.decay_every_steps", 0, "config.optimizer.decay_every_steps is at least 1, got 0"),
+        ("optimizer.learning_rate.transition_steps", 0, "learning_rate.transition_steps is at least 1, got 0"),
     ],
 )
 def test_bad_config_fails_before_the_workdir_is_made(tmp_path, key, value, message):
@@ -248,10 +248,10 @@ def test_synchronised_statistics_are_for_models_that_have_some(tmp_path):
 
 
 def test_sparsity_that_would_never_change(tmp_path):
-    config = train.shrink(runpy.run_path(str(ROOT / "configs/mnist_asni.py"))["get_config"]())
+    config = options.small(runpy.run_path(str(ROOT / "configs/mnist_asni.py"))["get_config"]())
     config.data.name, config.model.num_classes = "digits", 10
-    config.sparsity.update_every_epochs = 5
-    with pytest.raises(ValueError, match="update_every_epochs=5 is more than config.epochs=4: nothing would be pruned"):
+    config.method.update_every_epochs = 5
+    with pytest.raises(ValueError, match="config.method changes masks every 220 steps, and there are 176 steps in all"):
         train.train(config, tmp_path / "run")
 
 
@@ -273,13 +273,13 @@ def test_speed_is_logged_and_a_trace_written_if_asked_for(tmp_path):
 
 def test_share_of_the_peak_counts_the_operations_of_the_dense_network(monkeypatch):
     config = smoke_config()
-    compiled = program.make_program(config, program.open_dataset(config))
+    compiled = program.make_program(config, inputs.open_dataset(config))
     shapes = jax.eval_shape(compiled.init, 0)
-    monkeypatch.setitem(train.PEAKS, compiled.layout.devices[0].device_kind, 1e9)
-    speed = train.speedometer(config, compiled, shapes)(steps=10, seconds=2.0, waited=0.5)
+    monkeypatch.setitem(speed.PEAKS, compiled.layout.devices[0].device_kind, 1e9)
+    found = speed.speedometer(config, compiled, shapes)(steps=10, seconds=2.0, waited=0.5)
     multiply_adds = 64 * 300 + 300 * 100 + 100 * 10
-    assert speed["share_of_peak"] == pytest.approx(6 * multiply_adds * 160 / 1e9)
-    assert (speed["step_milliseconds"], speed["input_wait"]) == (150, 0.25)
+    assert found["share_of_peak"] == pytest.approx(6 * multiply_adds * 160 / 1e9)
+    assert (found["step_milliseconds"], found["input_wait"]) == (150, 0.25)
 
 
 def streamed_config(data_dir, **changes):
@@ -308,7 +308,7 @@ def test_streamed_images_that_cannot_be_read_are_named_and_counted(tmp_path, cap
 def test_images_to_evaluate_on_that_cannot_be_read_are_left_out(tmp_path, caplog, monkeypatch):
     jpeg_sets.prepare_imagenet(tmp_path / "data", train=8, validation=3)
     config = streamed_config(tmp_path / "data", epochs=2)
-    test = program.open_dataset(config).test
+    test = inputs.open_dataset(config).test
 
     class Broken(list):
         name_of = test.name_of
@@ -318,7 +318,7 @@ def test_images_to_evaluate_on_that_cannot_be_read_are_left_out(tmp_path, caplog
         real = open_dataset(config)
         monkeypatch.setattr(train, "open_dataset", lambda config: real._replace(test=files))
 
-    open_dataset = program.open_dataset
+    open_dataset = inputs.open_dataset
     opened((3, 4, 11))
     state, [result] = train.train(config, tmp_path / "run")
     left_out = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
@@ -370,7 +370,7 @@ def test_loss_that_is_not_finite_ends_the_program_and_keeps_the_last_checkpoint(
         f"--workdir={tmp_path}",
     ]
     # Fine for two epochs; then the learning rate is multiplied by a million.
-    command += ["--config.optimizer.decay_rate=1e6", "--config.checkpoint_every_epochs=1"]
+    command += ["--config.optimizer.learning_rate.decay_rate=1e6", "--config.checkpoint_every_epochs=1"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 1, run.stderr
     assert "error: train_loss is " in run.stderr
@@ -420,18 +420,18 @@ def test_chunk_grid(arguments, grid):
 @pytest.mark.parametrize("texts", [["0", "x"], [""], ["1", "1"]])
 def test_seeds_that_are_none(texts):
     with pytest.raises(ValueError, match="--seeds takes different whole numbers .*such as 0,1,2, got"):
-        train.as_seeds(texts)
+        options.as_seeds(texts)
 
 
 @pytest.mark.parametrize("seeds", ["0,4294967296", "-1", "0,0", "1.5", ""])
 def test_seeds_are_different_numbers_of_32_bits(seeds):
     with pytest.raises(ValueError, match=r"--seeds takes different whole numbers from 0 to 2\^32 - 1"):
-        train.as_seeds(seeds.split(","))
+        options.as_seeds(seeds.split(","))
 
 
 def test_seeds_of_32_bits_are_all_different():
     config = smoke_config()
-    made = program.make_program(config, program.open_dataset(config))
-    seeds = train.as_seeds(f"0,{2**31},{2**32 - 1}".split(","))
+    made = program.make_program(config, inputs.open_dataset(config))
+    seeds = options.as_seeds(f"0,{2**31},{2**32 - 1}".split(","))
     keys = {tuple(jax.random.key_data(made.init(np.asarray(seed, np.uint32)).order_key).tolist()) for seed in seeds}
     assert len(keys) == 3

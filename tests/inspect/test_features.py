@@ -64,7 +64,7 @@ def test_features_of_a_flax_model():
 
 @pytest.mark.parametrize("features", [jnp.ones((5, 3)), jnp.ones(4)])
 def test_activations_that_do_not_fit_the_labels(features):
-    with pytest.raises(ValueError, match=r"activations of conv: expected \(examples, ..., channels\) of 4 examples"):
+    with pytest.raises(ValueError, match=r"activations of conv: expected \(examples, ..., channels\) with 4 examples"):
         class_activity({"conv": features}, jnp.zeros(4, int), 2)
 
 

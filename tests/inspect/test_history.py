@@ -49,7 +49,7 @@ def test_a_folder_of_something_else(tmp_path):
 def test_what_some_lines_lack_is_left_out():
     history = History(({"step": 1, "speed": {}}, {"step": 2, "speed": {"images/s": 3.0}}))
     assert [values.tolist() for values in history.series("speed/images/s")] == [[2], [3]]
-    with pytest.raises(KeyError, match="speed/steps was not logged; of speed there are images/s"):
+    with pytest.raises(KeyError, match="speed/steps was not logged; speed has images/s"):
         history.series("speed/steps")
 
 
@@ -64,9 +64,9 @@ def test_series():
     assert list(of_layer) == ["fc2", "fc10"]
     assert len(epochs) == len(of_layer["fc10"]) == 40
     assert history.names == ("step", "epoch", "train_loss", "layer_density", "test_accuracy", "density", "flips")
-    with pytest.raises(KeyError, match="validation_loss was not logged; there are step, epoch"):
+    with pytest.raises(KeyError, match="validation_loss was not logged; the log has step, epoch"):
         history.series("validation_loss")
-    with pytest.raises(KeyError, match="there are no lines"):
+    with pytest.raises(KeyError, match="the log has no lines"):
         History(()).layers("flips")
 
 

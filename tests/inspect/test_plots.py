@@ -240,7 +240,7 @@ def test_names_are_drawn_as_they_are(recwarn):
         inspect.plot_masks(masks),
         inspect.plot_densities(masks),
         inspect.plot_weights(masks, {name: np.ones((3, 3)) for name in odd}),
-        inspect.plot_schedules({name: lambda stage: 0.1 for name in odd}, 3),
+        inspect.plot_schedules({name: lambda step: 0.1 for name in odd}, 3),
         inspect.plot_class_specialization({"_$a": {"_$b$": [0.5]}, "b": {"_$b$": [0.5]}}),
     ]
     for figure in figures:
@@ -285,9 +285,11 @@ def test_weights_of_an_optimizer_state():
 
 
 def test_schedules():
-    figure = inspect.plot_schedules({"a": lambda t: 0.1 * t, "b": lambda t: 0.5}, stages=3)
+    figure = inspect.plot_schedules({"a": lambda t: 0.1 * t, "b": lambda t: 0.5}, steps=3)
     assert lines_of(figure.axes[0]) == {"a": [[0, 0], [1, 10], [2, 20]], "b": [[0, 50], [1, 50], [2, 50]]}
     drawn(figure)
+    (line,) = inspect.plot_schedules({"long": lambda t: t / 10**6}, 10**6).axes[0].lines
+    assert (line.get_xdata()[0], line.get_xdata()[-1], len(line.get_xdata())) == (0, 10**6 - 1, 500)
 
 
 @pytest.mark.slow

@@ -78,14 +78,14 @@ def test_means_and_dead_units_by_loops(seed, shape):
     assert row.mean_abs == (pytest.approx(sum(kept) / len(kept), rel=1e-5) if kept else None)
 
 
-def test_multiply_adds_of_a_model():
+def test_macs_of_a_model():
     model = models.LeNet5Caffe()
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
     masks = jax.tree.map(
         lambda p: jnp.ones((), bool) if p.ndim == 1 else jnp.arange(p.size).reshape(p.shape) % 2 == 0, params
     )
     table = jaxsparse.summary(masks, params, positions=models.positions(model, (28, 28, 1)))
-    found = {row.path: (row.multiply_adds, row.weights * row.positions) for row in table.layers if row.multiply_adds}
+    found = {row.path: (row.macs, row.weights * row.positions) for row in table.layers if row.macs}
     assert found["conv1/kernel"] == (576 * 250, 576 * 500)
     assert found["fc1/kernel"] == (200_000, 400_000)
     assert str(table).splitlines()[-1].endswith("1,146,500 (50.0%)")
@@ -98,7 +98,7 @@ def test_multiply_adds_of_a_model():
 def test_positions_name_the_leaves_of_nnx_without_their_wrapper():
     params = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
     table = jaxsparse.summary(jax.tree.map(lambda p: jnp.ones(p.shape, bool), params), params, positions={"kernel": 7})
-    assert [row.multiply_adds for row in table.layers] == [None, 42]
+    assert [row.macs for row in table.layers] == [None, 42]
 
 
 def test_layers_are_listed_in_their_natural_order():

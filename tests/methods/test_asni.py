@@ -41,20 +41,25 @@ def sizes(params):
 def test_counts_alone_give_the_totals_of_the_authors_logs(name):
     magnitude, stages, scale, nonzeros, zero_percent = LOGGED[name]
     weights, rest = sizes(shapes(name))
-    counts = jaxsparse.asni_counts(jaxsparse.sigmoid_sparsity(magnitude, stages, scale), weights, stages)
+    counts = jaxsparse.asni_counts(jaxsparse.sigmoid_sparsity(magnitude, stages, scale, begin=1), weights, 1, stages)
     assert counts[-1] + rest == nonzeros
     assert 100 * (weights - counts[-2]) / (weights + rest) == pytest.approx(zero_percent, abs=5e-4)
 
 
 @pytest.mark.parametrize(
-    "name", ["fc", pytest.param("conv4", marks=pytest.mark.slow), pytest.param("vgg16", marks=pytest.mark.long)]
+    "name",
+    [
+        pytest.param("fc", marks=pytest.mark.slow),
+        pytest.param("conv4", marks=pytest.mark.slow),
+        pytest.param("vgg16", marks=pytest.mark.long),
+    ],
 )
 def test_the_transformation_has_these_totals_on_the_params_of_the_networks(name):
     magnitude, stages, scale, nonzeros, zero_percent = LOGGED[name]
     params = shapes(name)
     keys = jax.tree.unflatten(jax.tree.structure(params), range(len(jax.tree.leaves(params))))
     params = jax.tree.map(lambda s, i: jax.random.normal(jax.random.key(i), s.shape), params, keys)
-    tx = jaxsparse.asni(jaxsparse.sigmoid_sparsity(magnitude, stages, scale), update_every=1)
+    tx = jaxsparse.asni(jaxsparse.sigmoid_sparsity(magnitude, stages, scale, begin=1), update_every=1)
     zeros = jax.tree.map(jnp.zeros_like, params)
 
     @jax.jit
@@ -85,7 +90,8 @@ def authors_pruning(weights, percent):
 
 def test_the_same_weights_go_as_in_the_authors_code_while_they_train():
     params = make_params()
-    tx = optax.chain(optax.sgd(0.1, momentum=0.9), jaxsparse.asni(jaxsparse.sigmoid_sparsity(0.95, 12, 1.5), 3))
+    schedule = jaxsparse.sigmoid_sparsity(0.95, steps=36, scale=4.5, begin=3)
+    tx = optax.chain(optax.sgd(0.1, momentum=0.9), jaxsparse.asni(schedule, 3))
     step = jax.jit(tx.update)
     opt_state, before = tx.init(params), 0.0
     for count in range(3 * 12):
@@ -116,9 +122,9 @@ def run(tx, params, steps):
     return params, opt_state, counts
 
 
-def test_nothing_goes_before_the_end_of_a_stage():
+def test_weights_go_on_multiples_of_update_every_and_never_on_step_0():
     params = {"w": jnp.arange(1.0, 101.0).reshape(10, 10)}
-    _, _, counts = run(jaxsparse.asni(jaxsparse.linear_sparsity(0.8, 5), update_every=2), params, 11)
+    _, _, counts = run(jaxsparse.asni(optax.linear_schedule(0, 0.8, 8), update_every=2), params, 11)
     assert counts == [100, 100, 80, 80, 60, 60, 40, 40, 20, 20, 20]
 
 
@@ -128,15 +134,15 @@ def test_ties_are_pruned_to_the_exact_count_and_the_first_stay():
     assert params["a"].tolist() == [[1, 1, 1, 1], [0, 0, 0, 0]]
 
 
-def test_small_shares_are_skipped_and_not_made_up_for_unless_exact():
+def test_small_shares_are_skipped_and_not_made_up_for():
     params = {"w": jax.random.normal(jax.random.key(0), (100, 100))}
-    schedule = jaxsparse.linear_sparsity(0.05, 101)  # 0.05% a stage
+    schedule = optax.linear_schedule(0, 0.05, 100)  # 0.05% a step
     assert run(jaxsparse.asni(schedule, 1), params, 101)[2][-1] == 10_000
-    assert run(jaxsparse.asni(schedule, 1, exact=True), params, 101)[2][-1] == 9_500
-    assert jaxsparse.asni_counts(schedule, 10_000, 100, exact=True)[::33] == [9_995, 9_830, 9_665, 9_500]
+    exact = jaxsparse.magnitude_pruning(schedule, every=1, scope="global")
+    assert run(exact, params, 101)[2][1::33] == [9_995, 9_830, 9_665, 9_500]
 
 
-@pytest.mark.parametrize("schedule", [lambda t: 0.9 - 0.2 * t, lambda t: 2.0 * t - 1, 1.0, 0.0])
+@pytest.mark.parametrize("schedule", [lambda t: 1.1 - 0.2 * t, lambda t: 2.0 * t - 3, 1.0, 0.0])
 def test_odd_schedules_never_bring_weights_back_nor_fail(schedule):
     _, opt_state, counts = run(jaxsparse.asni(schedule, 1), {"w": jnp.arange(1.0, 101.0).reshape(10, 10)}, 5)
     assert counts == sorted(counts, reverse=True)
@@ -159,16 +165,17 @@ def test_nan_weights_are_reported():
 
 @pytest.mark.parametrize(
     ("args", "message"),
-    [((1.5, 10), "schedule must be at least 0 and at most 1, got 1.5"), ((0.5, 0), "update_every must be at least 1")],
+    [((1.5, 10), "sparsity must be at least 0 and at most 1, got 1.5"), ((0.5, 0), "update_every must be at least 1")],
 )
 def test_bad_input(args, message):
     with pytest.raises(ValueError, match=message):
         jaxsparse.asni(*args)
 
 
-def test_inject_hyperparams_takes_the_schedule_as_static():
-    tx = optax.inject_hyperparams(jaxsparse.asni, static_args="schedule")(jaxsparse.linear_sparsity(0.8, 5), 1)
-    assert run(tx, {"w": jnp.arange(1.0, 11.0).reshape(2, 5)}, 5)[2] == [10, 8, 6, 4, 2]
+def test_an_injected_schedule_prunes_as_the_schedule_itself():
+    schedule, params = optax.linear_schedule(0, 0.8, 4), {"w": jnp.arange(1.0, 101.0).reshape(20, 5)}
+    tx = optax.inject_hyperparams(jaxsparse.asni, static_args="update_every")(schedule, update_every=2)
+    assert run(tx, params, 5)[2] == run(jaxsparse.asni(schedule, 2), params, 5)[2] == [100, 100, 60, 60, 20]
 
 
 # --- Units larger than a weight ---------------------------------------------------------------------------------------
@@ -191,15 +198,16 @@ def test_units_of_all_leaves_rank_together(score):
     shapes = {"a": (8, 12), "b": (3, 3, 2, 8), "c": (6, 5)}
     params = {name: jax.random.normal(jax.random.key(i), shape) for i, (name, shape) in enumerate(shapes.items())}
     structure = {"a": jaxsparse.block(2, 3, score=score), "b": structures.channel(score=score)}
-    tx = jaxsparse.asni(jaxsparse.linear_sparsity(0.7, 8), 1, exact=True, structure=structure)
+    schedule = optax.linear_schedule(0, 0.7, 7)
+    tx = jaxsparse.magnitude_pruning(schedule, every=1, scope="global", structure=structure)
     reduce = getattr(np, score)
     a, b, c = (np.abs(params[name]) for name in "abc")
     scores = [reduce(a.reshape(4, 2, 4, 3), (1, 3)), reduce(b, (0, 1, 2)), c]
     step, opt_state, counts, budgets = jax.jit(tx.update), tx.init(params), [], []
     zeros = jax.tree.map(jnp.zeros_like, params)
-    for stage in range(8):
+    for count in range(8):
         updates, opt_state = step(zeros, opt_state, params)
-        left = 270 - round(270 * 0.1 * stage)
+        left = 270 - round(270 * 0.1 * count)
         masks, kept = by_loop(scores, [6, 18, 1], left)
         ours = jaxsparse.get_masks(opt_state)
         np.testing.assert_array_equal(ours["a"], np.kron(masks[0], np.ones((2, 3), bool)))
@@ -214,11 +222,11 @@ def test_units_of_all_leaves_rank_together(score):
 
 
 def test_what_is_short_of_the_schedule_is_made_up_for():
-    # Four blocks of 16. Were each stage counted from what the one before kept, nothing would be left at the end.
+    # Four blocks of 16. Were each pruning counted from what the one before kept, nothing would be left at the end.
     params = {"w": jnp.arange(1.0, 65.0).reshape(8, 8)}
-    schedule = jaxsparse.linear_sparsity(0.75, 10)
+    schedule = optax.linear_schedule(0, 0.75, 9)
     _, opt_state, counts = run(jaxsparse.asni(schedule, 1, structure=jaxsparse.block(4, 4)), params, 10)
-    left = jaxsparse.asni_counts(schedule, 64, 9)
+    left = jaxsparse.asni_counts(schedule, 64, 1, 9)
     assert counts == [64, *(16 * (n // 16) for n in left)]
     jaxsparse.check(opt_state)
 
@@ -229,7 +237,8 @@ def test_two_of_four(everywhere):
     params = {"a": jax.random.normal(jax.random.key(0), (16, 12)),
               "b": 0.1 * jax.random.normal(jax.random.key(1), (3, 3, 8, 4))}  # fmt: skip
     structure = rule if everywhere else {"a": rule}
-    tx = jaxsparse.asni(jaxsparse.linear_sparsity(0.5, 6), 1, exact=True, structure=structure)
+    schedule = optax.linear_schedule(0, 0.5, 5)
+    tx = jaxsparse.magnitude_pruning(schedule, every=1, scope="global", structure=structure)
     trained, opt_state, counts = run(tx, params, 6)
     assert counts == [480, 432, 384, 336, 288, 240]
     masks = jaxsparse.get_masks(opt_state)
@@ -253,7 +262,7 @@ def test_two_of_four(everywhere):
 def test_units_in_every_layout(structure):
     params = make_params()
     tx = jaxsparse.chain(
-        optax.sgd(0.05, momentum=0.9), jaxsparse.asni(jaxsparse.linear_sparsity(0.6, 4), 2, structure=structure)
+        optax.sgd(0.05, momentum=0.9), jaxsparse.asni(optax.linear_schedule(0, 0.6, 6), 2, structure=structure)
     )
     opt_state, step = tx.init(params), make_step(tx)
 

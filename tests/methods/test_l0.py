@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import jaxsparse
 from jaxsparse import Group, Penalty
-from jaxsparse.methods import l0 as method
+from jaxsparse.gates import EPSILON
 from tests.problems import slow_except
 
 GOLDEN = np.load(pathlib.Path(__file__).parent.parent / "golden" / "hard_concrete.npz")
@@ -140,7 +140,7 @@ def stepper(tx, loss):
 def next_noise(opt_state):
     """The uniform numbers of which the next update makes its gates."""
     draw = jax.random.split(opt_state.key)[1]
-    return jax.random.uniform(draw, (6 + 4 + 64,), minval=method.EPSILON, maxval=1 - method.EPSILON)
+    return jax.random.uniform(draw, (6 + 4 + 64,), minval=EPSILON, maxval=1 - EPSILON)
 
 
 def behind(params, opt_state):

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxsparse
-from jaxsparse.links import _StoredMomentum
-from jaxsparse.methods import sparse_momentum as module
 from jaxsparse.prunable import prunable_leaves
 from jaxsparse.structures import check_units, leaf_structures
+from jaxsparse.transforms.chain import _StoredMomentum
+from jaxsparse.transforms.mask_link import fingerprints
 from tests.problems import SPARSE_SIZE, gradients, jit_once, make_params, make_step, slow_except
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
@@ -361,7 +361,7 @@ def test_inject_hyperparams_around_the_link():
     ours, theirs = jaxsparse.get_masks(opt_state), jaxsparse.get_masks(plain_state)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_array_equal(a, b)
-    params, opt_state = train(tx(jaxsparse.linear_prune_rate(0.5, 10)), 5)
+    params, opt_state = train(tx(optax.linear_schedule(0.5, 0.0, 10)), 5)
     jaxsparse.check(opt_state, params)
     assert total(jaxsparse.get_masks(opt_state)) == SPARSE_SIZE // 4
 
@@ -406,7 +406,7 @@ def test_no_step_copies_the_masks():
 def test_a_copy_of_the_weights_only_with_decay():
     params = {"kernel": jnp.ones((512, 256), jnp.bfloat16), "bias": jnp.ones(256)}
     state = jaxsparse.sparse_momentum(0.9, 10, decay=0.9).init(params)
-    assert [x.dtype for x in jax.tree.leaves(state.momentum)] == [jnp.bfloat16]
+    assert [x.dtype for x in jax.tree.leaves(state.own)] == [jnp.bfloat16]
 
 
 def test_own_momentum_is_the_average_of_the_gradients():
@@ -417,8 +417,8 @@ def test_own_momentum_is_the_average_of_the_gradients():
     _, state = tx.update(first, state, params)
     _, state = tx.update(second, state, params)
     expected = 0.9 * (0.1 * first["dense"]["kernel"]) + 0.1 * second["dense"]["kernel"]
-    np.testing.assert_allclose(state[1].momentum["dense"]["kernel"], expected, rtol=1e-5)
-    assert state[1].momentum["dense"]["bias"] == optax.MaskedNode()
+    np.testing.assert_allclose(state[1].own["dense"]["kernel"], expected, rtol=1e-5)
+    assert state[1].own["dense"]["bias"] == optax.MaskedNode()
 
 
 # --- Units larger than a weight ---------------------------------------------------------------------------------------
@@ -546,7 +546,7 @@ def test_every_step_keeps_the_budget_in_whole_units(name):
     opt_state = tx.init(params)
     params = jaxsparse.sparsify(opt_state, params)
     step = jit_once(make_step(tx))
-    assert int(opt_state[-1].budget) == budget
+    assert int(opt_state[-1].kept) == budget
     changes = 0
     for count in range(8):
         before = opt_state[-1].masks
@@ -575,7 +575,7 @@ def test_given_masks_must_keep_whole_units():
     params, structure = make_params(), {"dense/kernel": jaxsparse.block(4, 4)}
     masks = jaxsparse.magnitude_masks(params, 0.75, structure=structure)
     state = jaxsparse.sparse_momentum(0.0, 2, masks=masks, structure=structure).init(params)
-    assert int(state.budget) == SPARSE_SIZE // 4
+    assert int(state.kept) == SPARSE_SIZE // 4
     masks["dense"]["kernel"] = masks["dense"]["kernel"].at[:, 0].set(jnp.arange(16) < 2)
     link = jaxsparse.sparse_momentum(0.0, 2, masks=masks, structure=structure)
     for init in (link.init, jax.jit(link.init)):
@@ -829,26 +829,26 @@ def test_fingerprints_change_with_any_bit():
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
         w = jax.random.normal(jax.random.key(0), (40, 30)).astype(dtype)
         mask = w > -0.5
-        first = module._fingerprints([w], [mask])
+        first = fingerprints([w], [mask])
         assert first.dtype == jnp.uint32
         swapped = jnp.where(mask, w, 7).at[0].add(jnp.finfo(dtype).eps)
-        assert module._fingerprints([jnp.where(mask, w, 7)], [mask]) == first  # what is pruned does not count
-        assert module._fingerprints([swapped], [mask]) != first
+        assert fingerprints([jnp.where(mask, w, 7)], [mask]) == first  # what is pruned does not count
+        assert fingerprints([swapped], [mask]) != first
         steps = jnp.nextafter(
             w[0, :2], jnp.asarray([9, -9], dtype)
         )  # one up, one down: the sum of the bits is the same
-        assert module._fingerprints([w.at[0, :2].set(steps)], [mask | True]) != module._fingerprints([w], [mask | True])
-    assert module._fingerprints([], []).shape == (0,)
+        assert fingerprints([w.at[0, :2].set(steps)], [mask | True]) != fingerprints([w], [mask | True])
+    assert fingerprints([], []).shape == (0,)
 
 
 def test_fingerprints_of_large_leaves_change_with_a_step_and_with_the_mask():
     w = jax.random.normal(jax.random.key(0), (300, 40))
     mask = w > -0.5
-    first = module._fingerprints([w], [mask])
-    assert module._fingerprints([jnp.where(mask, w, 7)], [mask]) == first  # what is pruned does not count
-    assert module._fingerprints([w.at[0, 0].set(-0.0)], [mask]) == module._fingerprints([w.at[0, 0].set(0.0)], [mask])
-    assert module._fingerprints([w * (1 + 1e-6)], [mask]) != first
-    assert module._fingerprints([w], [mask & (w < 2)]) != first
+    first = fingerprints([w], [mask])
+    assert fingerprints([jnp.where(mask, w, 7)], [mask]) == first  # what is pruned does not count
+    assert fingerprints([w.at[0, 0].set(-0.0)], [mask]) == fingerprints([w.at[0, 0].set(0.0)], [mask])
+    assert fingerprints([w * (1 + 1e-6)], [mask]) != first
+    assert fingerprints([w], [mask & (w < 2)]) != first
 
 
 @pytest.mark.slow

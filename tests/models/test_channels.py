@@ -126,7 +126,7 @@ def test_groups_are_those_of_the_papers(model, sizes):
     assert group_sizes(models.channel_groups(model), params) == sizes
 
 
-def test_positions_times_weights_are_the_multiply_adds():
+def test_positions_times_weights_are_the_macs():
     # VGG-16 for CIFAR: 313.2M multiply-adds in convolutions, ResNet-50: 4.09G, ResNet-56: 125.5M (He et al.).
     for model, shape, expected in (
         (models.VGG("16"), (32, 32, 3), 313_196_544 + 5_120),
@@ -173,7 +173,7 @@ def test_positions_add_up_over_calls_and_name_what_they_do_not_know():
         places = models.positions(Model(), (32, 32, 3))
     assert places["conv/kernel"] == 32 * 32 + 16 * 16
     messages = [str(warning.message) for warning in told]
-    assert messages[0] == "positions does not know the layers of einsum/kernel: they are left out"
+    assert messages[0] == "positions does not support the layers of einsum/kernel: they are left out"
     assert messages[1] == "positions counts one time step of rnn"
 
 
@@ -196,7 +196,7 @@ def test_batch_statistics_are_the_mean_over_batches():
     means, variances = ([getattr(y, name)((0, 1, 2)) for y in outputs] for name in ("mean", "var"))
     np.testing.assert_allclose(stats["bn1"]["mean"], np.mean(means, 0), rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(stats["bn1"]["var"], np.mean(variances, 0), rtol=1e-3)
-    with pytest.raises(ValueError, match="needs one batch at least"):
+    with pytest.raises(ValueError, match="needs at least one batch"):
         models.reestimate_batch_stats(model, variables["params"], variables["batch_stats"], [])
 
 

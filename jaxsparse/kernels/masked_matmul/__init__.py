@@ -1,11 +1,11 @@
-"""``x @ (w * mask)`` and its gradients, by kernels that apply the mask and leave out what is dead.
+"""Masked matrix products, ``x @ (w * mask)``, and their gradients, by kernels that apply masks and skip dead blocks.
 
-:mod:`reference` says what it is, :mod:`api` is what users call, :mod:`block_info` makes lists of live blocks from a
-mask, :mod:`ops` has the gradients, and ``xla_*`` and ``pallas_*`` are the backends: each a module with ``forward``,
-``backward_x`` and ``backward_w`` of the same arguments.
+:mod:`reference` is the definition, :mod:`api` has the public functions, :mod:`block_info` makes lists of live blocks
+from a mask, :mod:`ops` has the gradients, and ``xla_*`` and ``pallas_*`` are the backends: each a module with
+``forward``, ``backward_x`` and ``backward_w`` with the same arguments.
 
 The kernels are checked in Pallas' interpreters and compiled ahead of time. They have not run on a TPU or a GPU yet: no
-speed is claimed for them, and on GPUs they have to be asked for by name. ``python -m benchmarks.gpu`` checks and times
+speed is claimed for them, and on GPUs they have to be requested by name. ``python -m benchmarks.gpu`` checks and times
 them on one.
 """
 

@@ -1,4 +1,4 @@
-"""The product of features with masked weights: what users call."""
+"""The public functions: products of features with masked weights."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxsparse.kernels.masked_matmul.block_info import block_info, live_tiles
 from jaxsparse.kernels.masked_matmul.config import Config
-from jaxsparse.kernels.masked_matmul.manual_axes import together
+from jaxsparse.kernels.masked_matmul.manual_axes import vary_together
 from jaxsparse.kernels.masked_matmul.ops import backend, product
 
 __all__ = ["block_sparse_matmul", "masked_matmul"]
@@ -29,34 +29,34 @@ def masked_matmul(
     precision: jax.lax.PrecisionLike = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    r"""``x @ (w * mask) + bias``, with gradients, for masks of single weights.
+    r"""Multiply by masked weights, ``x @ (w * mask) + bias``, with gradients, for masks of single weights.
 
     .. math::
        y = x (w \odot m), \qquad
        \frac{\partial L}{\partial x} = \frac{\partial L}{\partial y} (w \odot m)^T, \qquad
        \frac{\partial L}{\partial w} = \Big( x^T \frac{\partial L}{\partial y} \Big) \odot m
 
-    On TPUs a kernel applies the mask to a tile of the weights when it has fetched it, so there is no masked copy of
-    them in memory, and leaves tiles out that have no weight left; elsewhere XLA's dense product has a masked copy.
-    Accumulates in float32. The mask has no gradient.
+    On TPUs, a kernel applies the mask to each tile of the weights after fetching it, so that memory holds no masked
+    copy, and skips tiles without weights; on other devices XLA's dense product takes a masked copy. Accumulates in
+    float32. The mask has no gradient.
 
     Args:
       x: (..., inputs), float32, bfloat16 or float16.
-      w: (inputs, outputs), likewise; of different dtypes both are brought to the one they promote to.
-      mask: (inputs, outputs), bool. What ``w`` holds where it is False counts for nothing, NaN neither.
+      w: (inputs, outputs), one of the same dtypes; if they differ, both are promoted.
+      mask: (inputs, outputs), bool. Weights where it is False are ignored, even NaN.
       bias: (outputs,), added to the result.
-      dense_weight_grad: let the gradient of ``w`` be that of a dense layer, for methods that grow weights by what their
-        gradients would be. A bool, or a bool scalar array, such as of the step: only steps on which it is True pay.
+      dense_weight_grad: whether the gradient of ``w`` is that of a dense layer, for methods that grow weights by their
+        gradients. A bool, or a bool scalar array that depends on the step: only steps with True compute it.
       precision: as for :func:`jax.numpy.matmul`.
       implementation: "xla" (a dense product with a masked copy), "mosaic_tpu", "mosaic_gpu" (Hopper), "interpret" (the
         TPU kernel in Pallas' interpreter, for tests); None: "mosaic_tpu" on TPUs, "xla" elsewhere.
 
     Returns:
-      (..., outputs), of the dtype that x and w promote to.
+      (..., outputs), with the dtype to which x and w promote.
 
     Raises:
-      ValueError: for shapes that do not contract, a mask of another shape or dtype, an unknown implementation; when it
-        is compiled, for one that cannot run on the device.
+      ValueError: for shapes that do not contract, a mask that is not bool or does not have the shape of ``w``, and an
+        unknown implementation; at compile time, for an implementation that cannot run on the device.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -68,7 +68,7 @@ def masked_matmul(
       [2.0, 0.0, 2.0, 0.0]
 
     .. warning::
-      On a mesh call it inside of ``jax.shard_map``: XLA does not divide kernels among devices. Gradients of gradients
+      On a mesh, call it inside ``jax.shard_map``, because XLA does not divide kernels among devices. Second derivatives
       and forward-mode derivatives are not defined.
     """
     x, w, bias = _checked(x, w, bias, "masked_matmul")
@@ -92,31 +92,32 @@ def block_sparse_matmul(
     precision: jax.lax.PrecisionLike = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    r"""``x @ (w * mask) + bias``, with gradients, for masks of whole blocks: dead blocks are not visited.
+    r"""Multiply by block-sparse weights, ``x @ (w * mask) + bias``, with gradients, skipping dead blocks.
 
-    The same as :func:`masked_matmul`, with ``mask[i, j] = block_mask[i // rows, j // columns]``, and with work that
-    goes with the number of live blocks in all three products: y, and the gradients of x and w. Which blocks live may
-    change from call to call; nothing is compiled anew. Accumulates in float32.
+    As :func:`masked_matmul` with ``mask[i, j] = block_mask[i // rows, j // columns]``, but the work is proportional to
+    the number of live blocks in all three products: y, and the gradients of x and w. The live blocks may change from
+    call to call without recompilation. Accumulates in float32.
 
     Args:
       x: (..., inputs), float32, bfloat16 or float16.
-      w: (inputs, outputs), likewise.
+      w: (inputs, outputs), one of the same dtypes.
       block_mask: (rows of blocks, columns of blocks), bool, such as ``structures.block(64, 64).units(mask)``.
       bias: (outputs,), added to the result.
-      block: (rows, columns) of a block; the last ones may stand over the edges of ``w``. None: what divides ``w``
-        evenly. The kernels take sides that divide 128 (on a GPU: 64), or are multiples of it.
+      block: (rows, columns) of a block; the last ones may extend over the edges of ``w``. None: blocks that divide
+        ``w`` evenly. The kernels support sides that divide 128 (on a GPU: 64) or are multiples of it.
       dense_weight_grad: as for :func:`masked_matmul`.
       precision: as for :func:`jax.numpy.matmul`.
       implementation: "xla_blocks" (a loop over the live blocks), "xla" (the dense product with a masked copy),
         "mosaic_tpu", "mosaic_gpu" (Hopper, 16-bit floats), "interpret" (the TPU kernel in Pallas' interpreter, for
-        tests); None: "mosaic_tpu" on TPUs if it takes the blocks, "xla_blocks" on CPUs, "xla" elsewhere.
+        tests); None: "mosaic_tpu" on TPUs if it supports the blocks, "xla_blocks" on CPUs, "xla" elsewhere.
 
     Returns:
-      (..., outputs), of the dtype that x and w promote to.
+      (..., outputs), with the dtype to which x and w promote.
 
     Raises:
-      ValueError: for shapes that do not contract, a mask whose blocks do not cover ``w``, blocks that a named
-        implementation does not take, an unknown implementation; when it is compiled, for one that cannot run there.
+      ValueError: for shapes that do not contract, a mask whose blocks do not cover ``w``, blocks that the chosen
+        implementation does not support, and an unknown implementation; at compile time, for an implementation that
+        cannot run on the device.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -125,7 +126,7 @@ def block_sparse_matmul(
       [4.0, 4.0, 4.0, 2.0, 2.0, 2.0]
 
     .. warning::
-      As for :func:`masked_matmul`.
+      The same as for :func:`masked_matmul`.
     """
     x, w, bias = _checked(x, w, bias, "block_sparse_matmul")
     live = jnp.asarray(block_mask)
@@ -141,7 +142,7 @@ def block_sparse_matmul(
 
 
 def _grown(mask: jax.Array, repeats: Sequence[int], shape: Sequence[int]) -> jax.Array:
-    """Every entry of a mask so many times, cut off at a shape."""
+    """Repeat every entry of a mask along both axes, and cut the result off at a shape."""
     return jnp.repeat(jnp.repeat(mask, repeats[0], 0), repeats[1], 1)[: shape[0], : shape[1]]
 
 
@@ -166,7 +167,7 @@ def _described(array: jax.Array) -> str:
 def _block(block: Any, blocks: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]:
     if block is None:
         if any(size % count for size, count in zip(shape, blocks, strict=True)):
-            raise ValueError(f"{blocks[0]} x {blocks[1]} blocks do not divide w of shape {shape} evenly: say block=")
+            raise ValueError(f"{blocks[0]} x {blocks[1]} blocks do not divide w of shape {shape} evenly: pass block=")
         return shape[0] // blocks[0], shape[1] // blocks[1]
     rows, columns = block
     if rows < 1 or columns < 1:
@@ -180,7 +181,7 @@ def _block(block: Any, blocks: tuple[int, int], shape: tuple[int, int]) -> tuple
 
 
 def _config(implementation, block, x, w, precision, dense) -> tuple[Config, jax.Array | None]:
-    """How to compute it, and whether gradients are dense where that is traced."""
+    """The static settings, and the traced flag for dense gradients, if it is traced."""
     traced = None if isinstance(dense, bool) else jnp.asarray(dense)
     if traced is not None and (traced.shape != () or traced.dtype != jnp.bool_):
         raise ValueError(f"dense_weight_grad must be a bool or a bool scalar, got {_described(traced)}")
@@ -206,8 +207,8 @@ def _default(block: tuple[int, int] | None, dtype: jnp.dtype) -> str:
 
 
 def _multiply(x, w, mask, live, bias, dense, config):
-    """Brings the arguments to whole tiles and the result back; the mask is one of weights, or ``live`` one of tiles."""
-    x, w, mask, live, bias, dense = together([x, w, mask, live, bias, dense])
+    """Pad the arguments to whole tiles and cut the result; either ``mask`` has weights, or ``live`` has tiles."""
+    x, w, mask, live, bias, dense = vary_together([x, w, mask, live, bias, dense])
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     outputs = w.shape[1]
     if 0 in flat.shape or 0 in w.shape:
@@ -225,6 +226,6 @@ def _multiply(x, w, mask, live, bias, dense, config):
 
 
 def _whole(array: jax.Array, tile: tuple[int, int]) -> jax.Array:
-    """The array with zeros (False) up to whole tiles."""
+    """Pad an array with zeros (False) to whole tiles."""
     widths = [(0, -size % side) for size, side in zip(array.shape, tile, strict=True)]
     return jnp.pad(array, widths) if any(after for _, after in widths) else array

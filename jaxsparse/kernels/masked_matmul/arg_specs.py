@@ -1,4 +1,4 @@
-"""Shapes of products, by name: what tests and benchmarks multiply."""
+"""Shapes of products by name, for tests and benchmarks."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ __all__ = ["BENCHMARKS", "TESTS", "Product"]
 
 
 class Product(NamedTuple):
-    """``x`` (rows, inputs) times ``w`` (inputs, outputs), with blocks of so many rows and columns, or none."""
+    """``x`` (rows, inputs) times ``w`` (inputs, outputs), with blocks of (rows, columns), or without."""
 
     rows: int
     inputs: int
@@ -14,8 +14,8 @@ class Product(NamedTuple):
     block: tuple[int, int] | None
 
 
-# Small and awkward: edges that fill no block, one row, one column, blocks larger than w, and such that a TPU puts
-# together or divides.
+# Small and awkward: edges that do not fill a block, a single row, a single column, blocks larger than w, and blocks
+# that the TPU kernel combines or divides.
 TESTS = {
     "square": Product(128, 256, 256, (128, 128)),
     "small blocks": Product(40, 128, 192, (32, 64)),
@@ -25,7 +25,7 @@ TESTS = {
     "large blocks": Product(24, 640, 300, (640, 256)),
 }
 
-# The two sides of the transformer are of a model 4096 wide; the rows of ResNet-50 are 256 images of 14 x 14 places.
+# The transformer is 4096 wide; the rows of ResNet-50 are 256 images of 14 x 14 positions.
 BENCHMARKS = {
     "2048 cubed": Product(2048, 2048, 2048, (128, 128)),
     "4096 cubed": Product(4096, 4096, 4096, (128, 128)),

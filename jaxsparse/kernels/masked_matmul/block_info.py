@@ -1,7 +1,7 @@
-"""From a mask to lists of live blocks: what a kernel visits, and in which order.
+"""Lists of the live blocks of a mask, which kernels visit in this order.
 
-Made on the device, inside jit, from the mask of the moment: the lists have room for every block, and a number says how
-many entries count. So masks may change from call to call and nothing is compiled anew.
+They are made on the device, inside jit: the lists have room for every block, and a count says how many entries are
+valid. So masks may change from call to call without recompilation.
 """
 
 from typing import NamedTuple
@@ -13,14 +13,14 @@ __all__ = ["BlockInfo", "BlockList", "block_info", "live_tiles"]
 
 
 class BlockList(NamedTuple):
-    """The blocks to visit, line after line: a line is a column of blocks (or a row of them, of the transposed weights).
+    """The blocks to visit, line by line; a line is a column of blocks, or a row of them for the transposed weights.
 
     Attributes:
-      line: (blocks,), int32: the line of each entry, ascending. What comes after ``count`` entries means nothing.
-      position: (blocks,), int32: where in its line the block lies, ascending within a line.
-      live: (blocks,), int32: 1; 0 for the one entry that a line without live blocks has, if such lines are visited, for
-        a kernel that writes an output only where it comes by.
-      starts: (lines + 1,), int32: where the entries of each line begin; the last is ``count``.
+      line: (blocks,), int32: the line of each entry, ascending. Entries after the first ``count`` are meaningless.
+      position: (blocks,), int32: the position of the block in its line, ascending within a line.
+      live: (blocks,), int32: 1 for live blocks. With ``visit_empty``, each line without live blocks has one entry with
+        0, for kernels that only write the outputs of lines that they visit.
+      starts: (lines + 1,), int32: the index of each line's first entry; the last is ``count``.
       count: (1,), int32: the number of entries.
     """
 
@@ -32,11 +32,11 @@ class BlockList(NamedTuple):
 
 
 class BlockInfo(NamedTuple):
-    """The lists of a mask of blocks.
+    """The block lists of a mask, for a product and its gradients.
 
     Attributes:
-      by_column: for ``x @ w``, and for the gradient of ``w``: lines are columns of blocks, positions rows of blocks.
-      by_row: for ``dy @ w.T``: lines are rows of blocks, positions columns of blocks.
+      by_column: for ``x @ w`` and for the gradient of ``w``; lines are columns of blocks, positions are rows of blocks.
+      by_row: for ``dy @ w.T``; lines are rows of blocks, positions are columns of blocks.
     """
 
     by_column: BlockList
@@ -44,11 +44,11 @@ class BlockInfo(NamedTuple):
 
 
 def block_info(live: jax.Array, *, visit_empty: bool = False) -> BlockInfo:
-    """The lists of a mask of blocks.
+    """Make the block lists of a mask.
 
     Args:
       live: (rows of blocks, columns of blocks), bool.
-      visit_empty: give a line without live blocks one entry, whose ``live`` is 0.
+      visit_empty: whether a line without live blocks gets one entry, with ``live`` 0.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -61,13 +61,13 @@ def block_info(live: jax.Array, *, visit_empty: bool = False) -> BlockInfo:
 
 
 def live_tiles(mask: jax.Array, tile: tuple[int, int]) -> jax.Array:
-    """Which tiles of a mask have a True in them: (rows of tiles, columns of tiles), bool.
+    """Find the tiles of a mask that contain a True: (rows of tiles, columns of tiles), bool.
 
-    The mask is taken for continued by False where the last tiles stand over.
+    The mask is padded with False to whole tiles.
     """
     padded = jnp.pad(mask, [(0, -mask.shape[axis] % tile[axis]) for axis in (0, 1)])
     rows, columns = padded.shape[0] // tile[0], padded.shape[1] // tile[1]
-    # Rows first: several times faster on a CPU than both at once.
+    # Reducing rows first is several times faster on a CPU than both axes at once.
     return padded.reshape(rows, tile[0], padded.shape[1]).any(1).reshape(rows, columns, tile[1]).any(2)
 
 

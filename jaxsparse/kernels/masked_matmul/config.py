@@ -1,4 +1,4 @@
-"""What is known when a product is traced: backend, tile sizes, precision."""
+"""Static settings of a product: backend, tile sizes, precision."""
 
 import dataclasses
 from typing import Any
@@ -10,16 +10,17 @@ __all__ = ["Config"]
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How a product is computed.
+    """Static settings of a product.
 
     Attributes:
       implementation: "xla", "xla_blocks", "mosaic_tpu" or "mosaic_gpu".
-      tile: (rows, columns) of the weights that are visited as one, and that the lists are about: a block of the mask or
-        a part of one; or several, or of a mask without blocks, and then the kernel applies the mask too.
-      rows: how many rows of x are multiplied at once. The product's arguments are padded to multiples of these.
+      tile: (rows, columns) of the weights that are visited as one, the unit of the block lists. It is a block of the
+        mask or part of one; or it covers several blocks, or the mask has no blocks, and then the kernel also applies
+        the mask.
+      rows: the number of rows of x that are multiplied at once. Arguments are padded to multiples of these sizes.
       precision: as for ``jax.numpy.matmul``.
-      interpret: run a kernel in the interpreter of Pallas: False, True, or the parameters of one.
-      dense_weight_grad: whether all weights get gradients, those of dead blocks too; None: an operand says so.
+      interpret: whether to run a kernel in Pallas' interpreter: False, True, or parameters of the interpreter.
+      dense_weight_grad: whether all weights get gradients, including those in dead blocks; None: an operand decides.
     """
 
     implementation: str

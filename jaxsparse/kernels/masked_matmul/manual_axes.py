@@ -1,6 +1,6 @@
-"""Inside ``jax.shard_map``: the mesh axes along which arrays differ from device to device.
+"""Mesh axes along which arrays vary from device to device inside ``jax.shard_map``.
 
-``shard_map`` knows them as a part of each array's type, and what is made anew has to be told its own.
+They are part of each array's type there, so new arrays have to get the right ones.
 """
 
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-__all__ = ["shape_like", "together", "zeros_like"]
+__all__ = ["shape_like", "vary_together", "zeros_like"]
 
 
-def together(arrays: Sequence[jax.Array | None]) -> list[jax.Array | None]:
-    """The arrays, each varying along all the axes along which any of them does; the gradients are then summed right."""
+def vary_together(arrays: Sequence[jax.Array | None]) -> list[jax.Array | None]:
+    """Make all arrays vary along every axis along which any of them varies, so that gradients are summed correctly."""
     given = [array for array in arrays if array is not None]
     axes = frozenset().union(*(jax.typeof(array).mat.varying for array in given))
 
@@ -24,10 +24,10 @@ def together(arrays: Sequence[jax.Array | None]) -> list[jax.Array | None]:
 
 
 def zeros_like(array: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """Zeros that vary as ``array`` does."""
-    return together([jnp.zeros(shape, dtype), array])[0]  # type: ignore[return-value]
+    """Zeros that vary along the same axes as ``array``."""
+    return vary_together([jnp.zeros(shape, dtype), array])[0]  # type: ignore[return-value]
 
 
 def shape_like(array: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
-    """The shape of a kernel's output that varies as ``array`` does."""
+    """The shape of a kernel's output that varies along the same axes as ``array``."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(array).mat)

@@ -1,4 +1,4 @@
-"""The product with its gradients, on padded arrays; :mod:`api` checks, chooses and pads."""
+"""The product with its gradients, on padded arrays; :mod:`api` validates, chooses a backend and pads."""
 
 import functools
 import importlib
@@ -20,23 +20,23 @@ _PLATFORMS = {"mosaic_tpu": "tpu", "mosaic_gpu": "cuda"}
 
 
 def backend(implementation: str) -> ModuleType:
-    """The module of a backend, imported when it is first used: Pallas takes a while."""
+    """Import the module of a backend, when it is first used: Pallas is slow to import."""
     return importlib.import_module(f"{__package__}.{_MODULES[implementation]}")
 
 
-@functools.partial(jax.jit, static_argnames="config")  # jitted: eager, a loop would be compiled anew at every call
+@functools.partial(jax.jit, static_argnames="config")  # jitted, or eager calls would recompile a loop each time
 def product(
     x: jax.Array, w: jax.Array, mask: jax.Array | None, info: BlockInfo | None, dense: jax.Array | None, config: Config
 ) -> jax.Array:
-    """``x @ (w * mask)``, differentiable with respect to x and w.
+    """Compute ``x @ (w * mask)``, differentiable with respect to x and w.
 
     Args:
       x: (rows, inputs).
-      w: (inputs, outputs), of the dtype of ``x``.
-      mask: like ``w``, bool; None if the listed tiles are all of the mask.
-      info: the tiles that are live; None for a backend that asks for the mask only.
-      dense: bool scalar: whether the gradient of ``w`` is dense; None if ``config`` says so.
-      config: how.
+      w: (inputs, outputs), with the dtype of ``x``.
+      mask: like ``w``, bool; None if the live tiles are the mask.
+      info: the live tiles; None for a backend that only needs the mask.
+      dense: bool scalar: whether the gradient of ``w`` is dense; None if ``config`` decides.
+      config: the static settings.
     """
     return _product(x, w, mask, info, dense, config)
 
@@ -71,7 +71,7 @@ _product.defvjp(_forward, _backward)
 
 
 def _run(part: str, config: Config, a: jax.Array, b: jax.Array, mask: jax.Array | None, info: Any) -> jax.Array:
-    """One of the three products, by the backend; under vmap rows of several examples are multiplied at once."""
+    """Compute one of the three products with the backend; under vmap, rows of all examples are multiplied at once."""
 
     def compute(a, b, mask, info):
         if config.implementation in _PLATFORMS and not config.interpret:
@@ -83,7 +83,7 @@ def _run(part: str, config: Config, a: jax.Array, b: jax.Array, mask: jax.Array 
         if in_batched[0] and part != "backward_w" and not any(jax.tree.leaves(in_batched[1:])):
             out = run(a.reshape(-1, a.shape[-1]), b, mask, info)
             return out.reshape(axis_size, -1, out.shape[-1]), True
-        # Each has weights or a mask of its own: one after the other.
+        # Each has its own weights or mask: one after another.
         leaves, treedef = jax.tree.flatten(args)
         flags = jax.tree.leaves(in_batched)
 

@@ -1,13 +1,13 @@
-"""The product on Hopper GPUs (H100, H200), visiting live blocks only: a Pallas Mosaic GPU kernel.
+"""The product as a Pallas Mosaic GPU kernel for Hopper GPUs (H100, H200), visiting only live blocks.
 
 ``x`` is (M, K), ``w`` (K, N), ``dy`` (M, N), all bfloat16 or all float16, padded to whole tiles of the ``Config``. It
-accumulates in float32 and rounds once, to the dtype asked for. The instruction that multiplies, wgmma, is Hopper's
-alone; Blackwell has another one.
+accumulates in float32 and rounds once, to the requested dtype. Only Hopper has the multiplying instruction, wgmma;
+Blackwell has a different one.
 
-One program makes one tile of the output. One of its warpgroups fetches what is to be multiplied, 64 of the summed axis
-at a time, into a ring of buffers; the others multiply. How often they go round is a number that the program reads from
-the lists of live blocks: masks change and nothing is compiled anew, and a tile with nothing to sum goes round no times
-and writes zeros, whatever lies in the dead blocks.
+Each program computes one tile of the output. One of its warpgroups fetches operands, 64 entries of the summed axis at a
+time, into a ring of buffers; the others multiply. The program reads the number of iterations from the lists of live
+blocks: masks can change without recompilation, and a tile with nothing to sum takes no iterations and writes zeros,
+whatever the dead blocks contain.
 """
 
 import jax
@@ -23,19 +23,19 @@ from jaxsparse.kernels.masked_matmul.manual_axes import shape_like
 __all__ = ["backward_w", "backward_x", "choose_rows", "choose_tile", "forward", "why_not"]
 
 _SIDES = (64, 128, 256)
-# What a buffer holds of the summed axis: 128 bytes, the longest row that TMA and wgmma swizzle.
+# Entries of the summed axis in a buffer: 128 bytes, the longest row that TMA and wgmma swizzle.
 _DEPTH = 64
-# Two warpgroups sum; each has room for 128 by 128 sums, that is 128 registers of a thread.
+# Two warpgroups sum; each has room for 128 by 128 sums, which take 128 registers per thread.
 _MAX_TILE = 2 * 128 * 128
-# The output leaves through shared memory in pieces of at most this size, one for each warpgroup.
+# The output is written through shared memory in pieces of at most this size, one per warpgroup.
 _PIECE = (64, 128)
 _MAX_BUFFERS = 6
-# Of the 227 KiB that a program may have, less a little for barriers.
+# A program may use 227 KiB; barriers need a little of it.
 _SHARED_BYTES = 224 * 1024
 
 
 def why_not(block: tuple[int, int] | None, dtype: jnp.dtype) -> str | None:
-    """Why the kernel does not take these blocks or this dtype, or the GPU of this process; None if it does."""
+    """The reason why the kernel does not support these blocks, this dtype or this process's GPU; None if it does."""
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"the kernel for Hopper GPUs takes bfloat16 and float16, got {dtype}"
     if block is not None and any(side % _SIDES[0] and _SIDES[0] % side for side in block):
@@ -51,10 +51,10 @@ def why_not(block: tuple[int, int] | None, dtype: jnp.dtype) -> str | None:
 
 
 def choose_tile(block: tuple[int, int] | None, shape: tuple[int, int], dtype: jnp.dtype) -> tuple[int, int]:
-    """What to visit as one: a block, several small ones, or a part of a large one.
+    """Choose the tile to visit as one: a block, several small blocks, or part of a large block.
 
     Raises:
-      ValueError: for what the kernel does not take.
+      ValueError: for blocks or a dtype that the kernel does not support.
     """
     del shape
     if reason := why_not(block, dtype):
@@ -66,7 +66,7 @@ def choose_tile(block: tuple[int, int] | None, shape: tuple[int, int], dtype: jn
 
 
 def choose_rows(tile: tuple[int, int], rows: int, itemsize: int) -> int:
-    """How many rows of x to multiply at once: the more, the less often the weights are fetched from the L2 cache."""
+    """Choose how many rows of x to multiply at once: with more, weights are fetched from the L2 cache less often."""
     del tile, itemsize
     return next(side for side in (*_SIDES, rows) if side >= min(rows, _SIDES[-1]))
 
@@ -75,8 +75,8 @@ def forward(x, w, mask, info: BlockInfo, config: Config, dtype, *, interpret=Non
     """``y[:, j] = sum over the live i of x[:, i] @ w[i, j]``.
 
     Args:
-      mask: None where the blocks are the mask. Else the weights are masked before the kernel, in one pass over them:
-        in the kernel every tile of rows would do it again.
+      mask: None if the blocks are the mask. Otherwise the weights are masked before the kernel, in one pass: inside the
+        kernel, every tile of rows would repeat it.
       info: made with ``visit_empty=False``.
       interpret: as for ``plgpu.kernel``.
     """
@@ -106,7 +106,7 @@ def backward_w(x, dy, mask, info: BlockInfo, config: Config, dtype, *, interpret
 
 
 def _sum_lines(name, x, w, blocks: BlockList, config: Config, dtype, interpret, *, transposed: bool):
-    """``x @ w``, or ``x @ w.T``: every line of blocks is summed into as many columns of the output."""
+    """``x @ w``, or ``x @ w.T``: every line of blocks is summed into a block of output columns."""
     _check_sides(config)
     summed, width = reversed(config.tile) if transposed else config.tile
     shape, tile = (x.shape[0], w.shape[0 if transposed else 1]), _out_tile(config.rows, width)
@@ -130,19 +130,19 @@ def _sum_lines(name, x, w, blocks: BlockList, config: Config, dtype, interpret, 
 
 
 def _matmul(name, visit, lists, a, b, transposed, shape, tile, dtype, interpret):
-    """``a @ b``, over the parts of the summed axis that ``visit`` names.
+    """``a @ b``, over the parts of the summed axis that ``visit`` selects.
 
     Args:
-      visit: gives, for the references to ``lists`` and the indices of a tile of the output, the sizes of the loop, and
-        for ``a`` and for ``b`` the function from the loop's indices to those of the tile to multiply.
-      transposed: whether ``a``, and whether ``b``, is stored the other way round; wgmma takes 16-bit operands so too.
-      shape: of the output.
-      tile: of the output, one program's.
+      visit: maps the references to ``lists`` and the indices of an output tile to the sizes of the loop and, for ``a``
+        and for ``b``, the function from the loop's indices to those of the tile to multiply.
+      transposed: whether ``a``, and whether ``b``, is stored transposed; wgmma accepts 16-bit operands like this too.
+      shape: the shape of the output.
+      tile: the shape of the tile of the output that one program computes.
     """
     _check_operands(a, b, dtype)
     if shape[0] % tile[0] or shape[1] % tile[1]:
         raise ValueError(f"an output of {shape} is not in whole tiles of {tile}")
-    # Split by rows where they suffice for two instructions of 64: the warpgroups then share what they read of b.
+    # Split by rows if there are enough for two instructions of 64: the warpgroups then share the tiles of b.
     split = (2, 1) if tile[0] >= 128 else (1, 2) if tile[1] >= 128 else (1, 1)
     warpgroups = split[0] * split[1]
     part = (tile[0] // split[0], tile[1] // split[1])
@@ -161,7 +161,7 @@ def _matmul(name, visit, lists, a, b, transposed, shape, tile, dtype, interpret)
             a_part = _part(a_tile, rows, slice(None), transposed[0])
             b_part = _part(b_tile, slice(None), columns, transposed[1])
             plgpu.wgmma(total, a_part, b_part)
-            # All but this product are done then, and the buffers of the one before go back (delay_release=1).
+            # Waits for all but this product; the buffers of the previous one are then released (delay_release=1).
             plgpu.wgmma_wait(1)
             return total
 
@@ -195,8 +195,8 @@ def _matmul(name, visit, lists, a, b, transposed, shape, tile, dtype, interpret)
         body,
         out_type=shape_like(a, shape, dtype),
         scratch_types=[plgpu.SMEM((warpgroups, *piece), dtype, transforms=_swizzled(dtype))],
-        # j varies fastest: programs that run at the same time share the rows of x or dy, which so come from memory
-        # once, and the live blocks of w, few, stay in the L2 cache from one row of tiles to the next.
+        # j varies fastest: programs that run at the same time share rows of x or dy, which are then read from memory
+        # once, and the few live blocks of w stay in the L2 cache from one row of tiles to the next.
         grid=(shape[0] // tile[0], shape[1] // tile[1]),
         grid_names=("i", "j"),
         num_threads=warpgroups + 1,
@@ -208,18 +208,18 @@ def _matmul(name, visit, lists, a, b, transposed, shape, tile, dtype, interpret)
 
 
 def _spec(operand, block, index, transposed):
-    """What the ring's buffers hold of an operand."""
+    """The tiles of an operand that the ring's buffers hold."""
     block = block[::-1] if transposed else block
     return plgpu.BlockSpec(block, index, transforms=_swizzled(operand.dtype), delay_release=1)
 
 
 def _part(tile, rows, columns, transposed):
-    """These rows and columns of an operand's tile in shared memory."""
+    """Some rows and columns of an operand's tile in shared memory."""
     return tile.at[columns, rows].T if transposed else tile.at[rows, columns]
 
 
 def _swizzled(dtype):
-    """How a matrix has to lie in shared memory for TMA and wgmma: rows of 128 bytes, swizzled."""
+    """The layout in shared memory that TMA and wgmma require: rows of 128 bytes, swizzled."""
     return plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128)
 
 

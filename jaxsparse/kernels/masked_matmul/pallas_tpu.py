@@ -1,7 +1,7 @@
-"""The product as a Pallas kernel for TPUs: it fetches and multiplies the tiles that are listed, and no others.
+"""The product as a Pallas kernel for TPUs, which fetches and multiplies only the listed tiles.
 
-The lists are prefetched as scalars and tell which tile of x and of the weights each step of the grid fetches. The grid
-is as long as the list, a traced number. Accumulates in float32.
+The lists are prefetched as scalars and determine the tiles of x and of the weights that each step of the grid fetches.
+The grid is as long as the list, a traced number. Accumulates in float32.
 """
 
 import functools
@@ -18,14 +18,14 @@ from jaxsparse.kernels.masked_matmul.manual_axes import shape_like, zeros_like
 
 __all__ = ["backward_w", "backward_x", "choose_rows", "choose_tile", "forward", "why_not"]
 
-LANES = 128  # the last dimension of what a TPU fetches is a multiple of this
+LANES = 128  # the last dimension of a fetched tile is a multiple of this
 _LARGEST_SIDE = 512
 _MOST_ROWS = 2048
-_VMEM_BYTES = 10 * 2**20  # of the 16 MB that a kernel may have if it asks for no more
+_VMEM_BYTES = 10 * 2**20  # of the 16 MB that a kernel may use by default
 
 
 def why_not(block: tuple[int, int] | None, dtype: jnp.dtype) -> str | None:
-    """Why the kernel does not take these blocks or this dtype; None if it does."""
+    """The reason why the kernel does not support these blocks or this dtype; None if it does."""
     if dtype.name not in ("float32", "bfloat16"):
         return f"the TPU kernel takes float32 and bfloat16, got {dtype}"
     if block is not None and any(side % LANES and LANES % side for side in block):
@@ -37,10 +37,10 @@ def why_not(block: tuple[int, int] | None, dtype: jnp.dtype) -> str | None:
 
 
 def choose_tile(block: tuple[int, int] | None, shape: tuple[int, int], dtype: jnp.dtype) -> tuple[int, int]:
-    """What to visit as one: a block, several small ones, a part of a large one, or for no blocks a large square.
+    """Choose the tile to visit as one: a block, several small ones, part of a large one, or without blocks a square.
 
     Raises:
-      ValueError: for blocks or a dtype that the kernel does not take.
+      ValueError: for blocks or a dtype that the kernel does not support.
     """
     if reason := why_not(block, dtype):
         raise ValueError(reason)
@@ -56,8 +56,8 @@ def _part(side: int) -> int:
 
 
 def choose_rows(tile: tuple[int, int], rows: int, itemsize: int) -> int:
-    """How many rows of x to multiply at once: as many as there are or as fit, in equal shares."""
-    # Of each tile of x, w, mask and output two copies are held, one of them on its way, and one of the float32 sum.
+    """Choose how many rows of x to multiply at once: all, or as many as fit, in equal shares."""
+    # There are two copies of each tile of x, w, mask and output, one of them in transfer, and one float32 sum.
     per_row = max(tile) * 4 + sum(tile) * 2 * itemsize
     fit = (_VMEM_BYTES - math.prod(tile) * (4 * itemsize + 6)) // per_row
     at_most = max(LANES, min(fit, _MOST_ROWS) // LANES * LANES)
@@ -67,7 +67,7 @@ def choose_rows(tile: tuple[int, int], rows: int, itemsize: int) -> int:
 
 
 def forward(x, w, mask, info: BlockInfo, config: Config, dtype):
-    """``x @ (w * mask)``; see :mod:`xla_blocks` for the sums."""
+    """``x @ (w * mask)``; :mod:`xla_blocks` has the sums."""
     return _sum_lines(x, w, mask, info.by_column, config, dtype, transpose=False)
 
 
@@ -77,7 +77,7 @@ def backward_x(dy, w, mask, info: BlockInfo, config: Config, dtype):
 
 
 def _sum_lines(x, w, mask, blocks: BlockList, config: Config, dtype, transpose: bool):
-    """The sum over the listed tiles of each line, which are columns of w, or rows with ``transpose``."""
+    """Sum over the listed tiles of each line; lines are columns of w, or rows with ``transpose``."""
     tile, rows = config.tile, config.rows
     summed, out_tile = (tile[1], tile[0]) if transpose else tile
     width = w.shape[0 if transpose else 1]
@@ -140,7 +140,7 @@ def _line_kernel(line, position, live, x, w, *refs, transpose, precision):
 
 
 def backward_w(x, dy, mask, info: BlockInfo, config: Config, dtype):
-    """``x.T @ dy`` of the listed tiles, 0 elsewhere: the output begins as zeros, and only these tiles are written."""
+    """``x.T @ dy`` for listed tiles and 0 elsewhere: the output starts as zeros, and only listed tiles are written."""
     tile, rows = config.tile, config.rows
     blocks = info.by_column
 
@@ -228,7 +228,7 @@ def _call(
 
 
 def _cost(rows, blocks, tile, operands, out_shape, dtype):
-    """For XLA's scheduler, which plans before there is a mask: as if every tile were live."""
+    """The cost for XLA's scheduler, which plans before there is a mask: as if all tiles were live."""
     return pl.CostEstimate(
         flops=2 * rows * blocks.line.size * math.prod(tile),
         bytes_accessed=sum(x.size * x.dtype.itemsize for x in operands)

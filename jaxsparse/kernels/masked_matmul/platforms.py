@@ -1,6 +1,7 @@
-"""An error where a kernel is compiled for a platform that it is not for.
+"""An error for kernels that are compiled for the wrong platform.
 
-Said when a program is lowered, not when it is traced: so kernels compile ahead of time for a device that is not there.
+It is raised when a program is lowered, not when it is traced, so that kernels can be compiled ahead of time for a
+device that is not present.
 """
 
 import jax
@@ -19,12 +20,12 @@ _only_on.def_abstract_eval(lambda x, **_: x)
 
 
 def only_on(platform: str, implementation: str, x: jax.Array) -> jax.Array:
-    """``x``; compiled for any other platform, a ValueError that says why ``implementation`` cannot run there.
+    """Return ``x``, and raise a ValueError when compiled for any other platform, where the kernel cannot run.
 
     Args:
       platform: "tpu" or "cuda".
-      implementation: as the user named it.
-      x: an array that the kernel needs.
+      implementation: the name that the user chose, for the message.
+      x: an operand of the kernel.
     """
     return _only_on.bind(x, platform=platform, implementation=implementation)
 

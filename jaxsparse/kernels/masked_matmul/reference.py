@@ -1,4 +1,4 @@
-"""What the product is, for every backend."""
+"""The definition of the product, with which all backends are compared."""
 
 import jax
 import jax.numpy as jnp
@@ -7,13 +7,13 @@ __all__ = ["block_sparse_matmul", "masked_matmul"]
 
 
 def masked_matmul(x: jax.Array, w: jax.Array, mask: jax.Array) -> jax.Array:
-    """``x @ (w * mask)``, summed in float32. What ``w`` has where ``mask`` is False does not count, NaN neither."""
+    """``x @ (w * mask)``, accumulated in float32; weights where ``mask`` is False are ignored, even NaN."""
     dtype = jnp.result_type(x, w)
     w = jnp.where(mask, w, jnp.zeros_like(w))
     return jnp.matmul(x, w, precision="highest", preferred_element_type=jnp.float32).astype(dtype)
 
 
 def block_sparse_matmul(x: jax.Array, w: jax.Array, block_mask: jax.Array, block: tuple[int, int]) -> jax.Array:
-    """The same, with a mask of blocks; the last ones may be cut off by the edges of ``w``."""
+    """The product with a mask of blocks; the edges of ``w`` may cut off the last ones."""
     mask = jnp.repeat(jnp.repeat(block_mask, block[0], 0), block[1], 1)[: w.shape[0], : w.shape[1]]
     return masked_matmul(x, w, mask)

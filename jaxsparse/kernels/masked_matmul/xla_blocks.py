@@ -1,7 +1,7 @@
-"""The product by XLA, visiting live blocks only: less work where they are few, on a CPU.
+"""The product by XLA, visiting only live blocks: less work on a CPU if they are few.
 
-Loops over the live blocks column by column; the number of rounds is a traced number, so the work is that of the live
-blocks and no column is padded to the fullest. A column's sum stays in the cache until it is whole.
+It loops over the live blocks column by column. The number of iterations is traced, so the work is that of the live
+blocks, and no column is padded to the fullest one. The sum of a column stays in the cache until it is complete.
 """
 
 import jax
@@ -58,9 +58,9 @@ def backward_w(x, dy, mask, info: BlockInfo, config: Config, dtype):
 
 
 def _zeros(shape, dtype, natural):
-    """Zeros for a loop to write to, made from a number that is not negative, another one for each loop.
+    """Zeros for a loop to write to, made from a traced number that is not negative, a different one for each loop.
 
-    Of constant zeros XLA makes one array, which it then copies for each loop that writes to it.
+    XLA would make constant zeros once, and copy them for each loop that writes to them.
     """
     return jnp.full(shape, jnp.minimum(natural, 0), dtype)
 

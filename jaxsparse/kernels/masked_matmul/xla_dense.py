@@ -1,4 +1,4 @@
-"""The product by XLA's dense one, with a masked copy of the weights: what every device has."""
+"""The product by XLA's dense product with a masked copy of the weights, for all devices."""
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +22,13 @@ def backward_x(dy, w, mask, info: BlockInfo | None, config: Config, dtype):
 
 
 def backward_w(x, dy, mask, info: BlockInfo | None, config: Config, dtype):
-    """``(x.T @ dy) * mask``; all of ``x.T @ dy`` where the mask is None."""
+    """``(x.T @ dy) * mask``; with the mask None, ``x.T @ dy``."""
     del info
     dw = dot(x, dy, (0, 0), config).astype(dtype)
     return dw if mask is None else jnp.where(mask, dw, jnp.zeros_like(dw))
 
 
 def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int], config: Config) -> jax.Array:
-    """``a`` times ``b`` summed over these axes, in float32."""
+    """``a`` times ``b``, summed over one axis of each, in float32."""
     dims = (((axes[0],), (axes[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dims, precision=config.precision, preferred_element_type=jnp.float32)

@@ -1,0 +1,167 @@
+"""Writes the tables of methods from their docstrings: ``python -m docs.tables``; ``--check`` only says which are stale.
+
+A method is a public function in ``jaxsparse/methods/`` that returns a gradient transformation. The first line of its
+docstring is its goal, with the paper in brackets; the first address under "References" is that of the paper.
+"""
+
+import argparse
+import importlib
+import inspect
+import pkgutil
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, get_args, get_origin
+
+import jaxsparse
+from jaxsparse import methods
+
+ROOT = Path(__file__).parents[1]
+PAGES = ROOT / "docs" / "methods"
+BEGIN = "<!-- Written by python -m docs.tables -->"
+END = "<!-- End of the tables -->"
+FIRST_LINE = re.compile(
+    r"(?P<goal>.*?)(?: \((?P<paper>[^()]*\d{4})\))?\.(?: An? (?:link|wrapper)\b.*)?"
+)
+
+
+class Method(NamedTuple):
+    """A row: the name of a method, its goal, its paper and the address of that, its page in docs/methods ("": none)."""
+
+    name: str
+    goal: str
+    paper: str
+    address: str
+    page: str
+
+
+def modules() -> list[ModuleType]:
+    """The modules of ``jaxsparse.methods``, by name."""
+    names = sorted(module.name for module in pkgutil.iter_modules(methods.__path__))
+    return [importlib.import_module(f"{methods.__name__}.{name}") for name in names]
+
+
+def all_methods() -> list[Method]:
+    """All methods, sorted by goal."""
+    found = [
+        method_of(name, getattr(module, name), module)
+        for module in modules()
+        for name in module.__all__
+        if returns_transformation(getattr(module, name))
+    ]
+    return sorted(found, key=lambda method: method.goal)
+
+
+def returns_transformation(value: Any) -> bool:
+    """Whether a value is a function that, by its annotation, returns a gradient transformation."""
+    return inspect.isfunction(value) and "GradientTransformation" in str(
+        value.__annotations__.get("return")
+    )
+
+
+def method_of(name: str, function: Callable, module: ModuleType) -> Method:
+    """The row of a method. A first line without a full stop, or a paper without an address, is a ValueError."""
+    text = inspect.getdoc(function) or ""
+    line = text.partition("\n")[0]
+    read = FIRST_LINE.fullmatch(line)
+    if read is None:
+        raise ValueError(
+            f"{name}: the docstring should begin 'Goal (Authors, year).', got {line!r}"
+        )
+    paper = read["paper"] or ""
+    address = re.search(r"<(https://[^>]+)>", text.partition("References:")[2])
+    if paper and address is None:
+        raise ValueError(f"{name}: the docstring has no address of {paper} under 'References:'")
+    pages = [f"{name}.md", f"{module.__name__.rpartition('.')[2]}.md"]
+    page = next((page for page in pages if (PAGES / page).exists()), "")
+    return Method(name, read["goal"], paper, address[1] if address else "", page)
+
+
+def table(folder: str, *, addresses: bool) -> str:
+    """The table of all methods, for a page from which docs/methods is ``folder``."""
+    lines = ["| goal | method | paper |", "| --- | --- | --- |"]
+    for method in all_methods():
+        name = f"`{method.name}`"
+        name = f"[{name}]({folder}{method.page})" if method.page else name
+        paper = method.paper
+        paper = f"[{paper}]({method.address})" if paper and addresses else paper
+        lines.append(f"| {method.goal} | {name} | {paper or '-'} |")
+    return "\n".join(lines)
+
+
+def reference() -> str:
+    """The reference of all modules of methods: one section each, with its docstring up to the colon as its title."""
+    sections = []
+    for module in modules():
+        title = re.split("[:.]", inspect.getdoc(module) or "")[0]
+        lines = [f"## {title}", "", "```{eval-rst}"]
+        for name in module.__all__:
+            value = getattr(module, name)
+            kind = "autoclass" if inspect.isclass(value) else "autofunction"
+            is_top = getattr(jaxsparse, name, None) is value
+            if not is_top and not inspect.isclass(value):
+                continue  # shared by methods, but no name for users
+            lines.append(f".. {kind}:: {'jaxsparse' if is_top else module.__name__}.{name}")
+        sections.append("\n".join([*lines, *options(module), "```"]))
+    return "\n\n".join(sections)
+
+
+def options(module: ModuleType) -> list[str]:
+    """The entries of the public names of a module that stand for a choice of strings, such as ``Growth``."""
+    lines = []
+    for name in module.__annotations__:  # an alias that is imported has none
+        value = getattr(module, name)
+        if name[0].isupper() and get_origin(value) is Literal:
+            *most, last = (f'``"{option}"``' for option in get_args(value))
+            lines += ["", f".. py:data:: {name}", "", f"   {', '.join(most)} or {last}."]
+    if lines:
+        lines = [
+            "",
+            f".. currentmodule:: {module.__name__}",
+            *lines,
+            "",
+            ".. currentmodule:: jaxsparse",
+        ]
+    return lines
+
+
+TABLES = {
+    ROOT / "README.md": lambda: table("docs/methods/", addresses=False),
+    PAGES / "index.md": lambda: table("", addresses=True),
+    ROOT / "docs" / "api" / "methods.md": reference,
+}
+
+
+def written(page: Path, make: Callable[[], str]) -> str:
+    """The page with its part written anew."""
+    before, begin, rest = page.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{page} should have the lines {BEGIN!r} and {END!r}")
+    return f"{before}{BEGIN}\n\n{make()}\n\n{END}{after}"
+
+
+def stale() -> list[Path]:
+    """The pages that differ from what would be written."""
+    return [page for page, make in TABLES.items() if page.read_text() != written(page, make)]
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing, fail if a page is stale"
+    )
+    check = parser.parse_args().check
+    for page in (pages := stale()):
+        if not check:
+            page.write_text(written(page, TABLES[page]))
+        print(f"{page.relative_to(ROOT)}: {'stale' if check else 'written'}")
+    if check and pages:
+        sys.exit("run: python -m docs.tables")
+
+
+if __name__ == "__main__":
+    main()

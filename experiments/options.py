@@ -1,0 +1,89 @@
+"""Options of a config as a whole: the changes of a smoke run, and checks of its numbers."""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+SEEDS = 2**32  # how many there are: PRNG keys are made of 32 bits
+
+
+def choose(options: Mapping[str, Any], name: str, key: str) -> Any:
+    """``options[name]``, or a ValueError that lists the options."""
+    if name not in options:
+        raise ValueError(f"{key} is one of {', '.join(map(repr, options))}, got {name!r}")
+    return options[name]
+
+
+def small(config: ConfigDict) -> ConfigDict:
+    """A copy made small, to see that it runs, by the values of ``config.smoke_overrides``."""
+    config = copy.deepcopy(config)  # ConfigDict(config) would share the placeholders
+    with config.unlocked():
+        config.update(config.smoke_overrides)
+        del config.smoke_overrides
+    return config
+
+
+def for_run(config: ConfigDict, changed: Mapping[str, Any]) -> ConfigDict:
+    """The config that is run: made small by ``config.smoke``, but for the keys that the command line ``changed``."""
+    config = copy.deepcopy(config)  # ConfigDict(config) would share the placeholders
+    changed = {key: value for key, value in changed.items() if not key.startswith("smoke_overrides.")}
+    if config.smoke:
+        config = small(config)
+        config.update_from_flattened_dict(changed)
+    else:
+        with config.unlocked():
+            del config.smoke_overrides
+    return config
+
+
+def with_seed(config: ConfigDict, seed: int) -> ConfigDict:
+    """A copy of the config with another seed."""
+    config = copy.deepcopy(config)  # ConfigDict(config) would share the placeholders
+    config.seed = seed
+    return config
+
+
+def check_config(config: ConfigDict, num_examples: int) -> None:
+    """Raises a ValueError for numbers out of range that nothing else would notice."""
+    for key in ("epochs", "eval_every_epochs", "checkpoint_every_epochs", "log_every_steps"):
+        if config[key] < 1:
+            raise ValueError(f"config.{key} is at least 1, got {config[key]}")
+    if "stages" in config:
+        raise ValueError("config.stages is for experiments.stages, which trains one stage after another")
+    if not 0 <= config.seed < SEEDS:
+        raise ValueError(f"config.seed is from 0 to 2^32 - 1, got {config.seed}")
+    if config.data.classes is not None and not config.data.streamed:
+        raise ValueError("config.data.classes is for streamed images, config.data.streamed")
+    if not 1 <= config.data.batch_size <= num_examples:
+        raise ValueError(
+            f"config.data.batch_size is between 1 and the {num_examples} train examples, got {config.data.batch_size}"
+        )
+
+
+def refuse_idle(config: ConfigDict, changed: Iterable[str]) -> None:
+    """Raises a ValueError if one of the keys ``changed``, such as "data.workers", has no effect in this run."""
+    methods = [key for key in changed if key.startswith("method.")]
+    needs = {  # what is needed: whether it is there, and the keys that need it
+        "config.data.streamed": (config.data.streamed, ["data.image_size", "data.workers", "data.classes"]),
+        "config.data.pad": (config.data.pad, ["data.pad_mode"]),
+        "config.masks_from": (config.masks_from, ["start"]),
+        "a method: with config.masks_from the masks are fixed": (not config.masks_from, methods),
+    }
+    for what, (there, keys) in needs.items():
+        if not there and (idle := sorted(set(keys) & set(changed))):
+            raise ValueError(f"config.{idle[0]} has no effect without {what}")
+
+
+def as_seeds(texts: Sequence[str]) -> list[int]:
+    """The seeds that a flag names."""
+    try:
+        seeds = [int(text) for text in texts]
+    except ValueError:
+        seeds = []
+    if not seeds or len(set(seeds)) < len(seeds) or not 0 <= min(seeds) <= max(seeds) < SEEDS:
+        raise ValueError(
+            f"--seeds takes different whole numbers from 0 to 2^32 - 1, such as 0,1,2, got {','.join(texts)!r}"
+        )
+    return seeds

@@ -1,0 +1,84 @@
+"""The outputs of a run: the lines of its metrics, its pictures, and its result."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+import jaxsparse
+from experiments.program import Program, TrainState
+from experiments.workdir import Workdir
+from jaxsparse import inspect, models
+from jaxsparse.groups import group_sizes
+
+
+def chunk_metrics(chunk: Mapping[str, Any], updated: bool) -> dict[str, Any]:
+    """The metrics to log for a chunk of steps; the flips only if masks were updated in it."""
+    metrics = {
+        "train_loss": chunk["losses"].mean(dtype=float),
+        "train_accuracy": chunk["accuracies"].mean(dtype=float),
+        "density": round(float(chunk["density"]), 6),
+    }
+    metrics |= {name: round(float(share), 6) for name, share in chunk["remaining"].items()}
+    if chunk["layer_density"]:
+        metrics["layer_density"] = {path: round(float(share), 6) for path, share in chunk["layer_density"].items()}
+        flips = {path: int(flips) for path, flips in chunk["flips"].items()}
+        if updated or any(flips.values()):
+            metrics["flips"] = flips
+    return metrics
+
+
+def draw(run: Workdir, state: TrainState, program: Program) -> None:
+    """The pictures of a run, as far as it has come."""
+    history = inspect.read_history(run.path)
+    inspect.plot_history(history).savefig(run.path / "learning_curve.png")
+    if run.config.dense:
+        return
+    masks = inspect.current_masks(state.opt_state, state.params)
+    inspect.plot_layer_densities(history).savefig(run.path / "layer_densities.png")
+    inspect.plot_masks(masks).savefig(run.path / "masks.png")
+    if program.optimizer.groups is None:
+        params = jaxsparse.eval_params(state.opt_state, state.params)
+        inspect.plot_weights(masks, params).savefig(run.path / "weights.png")
+    image_shape = program.image_shape
+    for mask in jax.tree.leaves(masks):
+        if mask.shape == (np.prod(image_shape),):  # gates on the pixels
+            mask = mask[:, None]
+        of_pixels = mask.ndim == 2 and len(mask) == np.prod(image_shape)
+        if of_pixels or (mask.ndim == 4 and mask.shape[2] == image_shape[2]):
+            inspect.plot_receptive_fields(mask, image_shape).savefig(run.path / "receptive_fields.png")
+            break
+
+
+def finish(run: Workdir, state: TrainState, program: Program) -> None:
+    """Checks the masks, writes and prints the result; with gates, that of the model without its closed channels."""
+    model, groups = program.model, program.optimizer.groups
+    if not run.config.dense:
+        jaxsparse.check(state.opt_state, state.params)
+    lines = run.metrics()
+    result = {"dense": run.config.dense, "seed": run.config.seed, "steps": lines[-1]["step"]}
+    names = ("density", "validation", "test", "multiply_adds")
+    result |= {name: value for name, value in lines[-1].items() if name.startswith(names)}
+    result["seconds"] = sum(line["seconds"] for line in lines)
+    masks, widths = inspect.current_masks(state.opt_state, state.params), ""
+    places = models.positions(model, program.image_shape)
+    if groups is not None:
+        params = jaxsparse.eval_params(state.opt_state, state.params)
+        small, slim_params, _ = models.slim(model, params, state.model_state.get("batch_stats"))
+        sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (slim_params, params)]
+        result["density"] = sizes[0] / sizes[1]
+        result["widths"] = list(group_sizes(models.channel_groups(small), slim_params))
+        widths = f" ({'-'.join(map(str, result['widths']))})"
+        print(jaxsparse.remaining(state.params, groups, masks, places))
+        jaxsparse.save_sparse(run.path / "sparse.safetensors", params)
+    else:
+        print(jaxsparse.summary(masks, state.params, positions=places))
+        if not run.config.dense:
+            params = jaxsparse.eval_params(state.opt_state, state.params)
+            jaxsparse.save_sparse(run.path / "sparse.safetensors", params, masks)
+    run.finish(result)
+    print(
+        f"test accuracy {result['test_accuracy']:.2%} at density {result['density']:g}{widths}, "
+        f"{result['seconds']:.1f} s; see {run.path}"
+    )

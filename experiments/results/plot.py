@@ -1,0 +1,90 @@
+"""The picture of a paper's table."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from experiments.results.paper import beside_paper
+from experiments.results.published import PaperTable
+from jaxsparse.inspect import plots
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLOURS = (*plots.COLOURS, "#000000")  # these pictures have a white ground
+
+
+def picture(table: PaperTable, found: "pd.DataFrame") -> Figure:
+    """The test errors of a paper's table: ours, the paper's and those of other methods.
+
+    ``found`` is as for :func:`experiments.results.paper.beside_paper`.
+    """
+    ours: dict[str, dict[Any, tuple[float, float]]] = {}
+    paper: dict[str, dict[Any, tuple[float, float]]] = {}
+    baselines: dict[str, float] = {}
+    for row in beside_paper(table, found).itertuples():
+        if row.seeds and row.x == "dense":
+            baselines[f"{row.series}, dense, ours"] = row.test_error
+        elif row.seeds:
+            x = round(row.kept, 2) if table.against_kept else row.x
+            ours.setdefault(f"{row.series}, ours", {})[x] = row.test_error, row.test_error_error
+        if not math.isnan(row.published) and row.x != "dense":
+            paper.setdefault(f"{row.series}, paper", {})[row.x] = row.published, row.published_error
+    others = {label: {x: (error, math.nan) for x, error in points.items()} for label, points in table.others.items()}
+    xlabel = "weights kept (%)" if table.against_kept else table.x
+    return errors_against(xlabel, {**ours, **paper, **others}, baselines, table.title.partition(". ")[0])
+
+
+def errors_against(
+    xlabel: str, series: Mapping[str, Mapping[Any, tuple[float, float]]], baselines: Mapping[str, float], title: str
+) -> Figure:
+    """Draws test error against another quantity, with error bars.
+
+    Args:
+      xlabel: name of the quantity. Numbers over a wide range get a logarithmic axis.
+      series: label -> {x: (error in %, standard error)}; x is a number or a name, the standard error may be NaN.
+      baselines: label -> error in %, drawn as horizontal lines.
+      title: of the picture.
+    """
+    figure = Figure(figsize=(10, 5.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set(xlabel=xlabel, ylabel="test error (%)")
+    axes.grid(alpha=0.3)
+    names = list(dict.fromkeys(x for points in series.values() for x in points))
+    named = any(isinstance(x, str) for x in names)
+    position = {x: names.index(x) if named else x for x in names}
+    for i, (label, points) in enumerate(series.items()):
+        xs = list(points) if named else sorted(points)
+        means, errors = zip(*(points[x] for x in xs), strict=True)
+        style = {"label": label, "marker": plots.MARKERS[i % 7], "color": COLOURS[i % len(COLOURS)], "capsize": 3}
+        places = [position[x] + (0.06 * i if named else 0) for x in xs]
+        axes.errorbar(places, means, np.nan_to_num(errors), linestyle="" if named else "-", **style)
+    for i, (label, error) in enumerate(baselines.items()):
+        axes.axhline(error, label=label, color=COLOURS[i % len(COLOURS)], linestyle="--", linewidth=1)
+    figure.suptitle(title)
+    if not named and max(names, default=1) >= 10 * min(names, default=1):
+        axes.set_xscale("log")
+    if not named:
+        scale = np.log if axes.get_xscale() == "log" else np.asarray
+        position = {x: x for x in _apart(sorted(position), scale)}
+    axes.xaxis.set_major_locator(FixedLocator(list(position.values())))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticklabels([f"{x}".replace(" + ", "\n+ ") for x in position])
+    if series or baselines:
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    return figure
+
+
+def _apart(xs: Sequence[float], scale: Callable[[Any], Any]) -> list[float]:
+    """Those of the increasing numbers whose labels have room beside the label before."""
+    kept: list[float] = []
+    for x in xs:
+        if not kept or scale(x) - scale(kept[-1]) > 0.04 * (scale(xs[-1]) - scale(xs[0])):
+            kept.append(x)
+    return kept

@@ -1,0 +1,301 @@
+"""The common part of methods that hold masks and change them on some steps.
+
+A method says where its masks start and how they change, the rest is :func:`mask_link`: pruned weights stay at 0, masks
+change on the steps on which they are due and cost nothing on the others, and what went wrong is counted in the state.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from jaxsparse.allocation import check_total
+from jaxsparse.layouts import LayoutLike
+from jaxsparse.masks import as_key, copied_masks, validate_masks
+from jaxsparse.placement import is_abstract, varying_like
+from jaxsparse.prunable import prunable_leaves
+from jaxsparse.selection import count_true
+from jaxsparse.structures import StructureLike, check_units, leaf_structures, mask_structures
+from jaxsparse.transforms.checks import (
+    check_budget,
+    check_steps,
+    check_zeros,
+    refuse_replicated,
+    require_bool,
+    require_params,
+)
+from jaxsparse.transforms.landing import land_on_masks, on_update_steps
+from jaxsparse.transforms.layers import Layer, each, layers_of
+from jaxsparse.trees import is_masked_node, leaf_paths
+
+__all__ = ["MaskState", "Watched", "dense_start", "every", "given_masks", "mask_link"]
+
+Start = Callable[[Any, jax.Array | None], Any]
+Change = Callable[[list[Layer], "MaskState"], tuple[Sequence[jax.Array], ArrayLike, jax.Array | None]]
+
+
+class Watched(NamedTuple):
+    """The layers that move, for a link that watches.
+
+    Attributes:
+      fingerprints: (sparse leaves,), uint32: of each one's weights when its mask was last chosen. One that still has
+        the same weights at the next mask update is frozen.
+      resting: (sparse leaves,), bool: which kept their masks in the last mask update, since they are frozen or
+        without any signal.
+    """
+
+    fingerprints: jax.Array
+    resting: jax.Array
+
+
+class _Fields(NamedTuple):
+    count: jax.Array  # type: ignore[assignment]  # the name that Optax gives it
+    masks: Any
+    kept: jax.Array
+    nan_scores: jax.Array
+    key: Any = ()
+    own: Any = ()
+    watched: Any = ()
+
+
+class MaskState(_Fields):
+    """State of a method that holds masks; a subclass names the method.
+
+    Attributes:
+      count: (), int32: the updates so far.
+      masks: like the params: bool arrays, ``optax.MaskedNode()`` for dense leaves.
+      kept: (), int32: how many weights the masks keep.
+      nan_scores: (), int32: NaNs met among the weights and signals that masks were chosen by.
+      key: (), typed PRNG key: for the random choices of the next mask update; () if a method makes none.
+      own: what the method keeps beside, such as its own average of the gradients; () if nothing.
+      watched: :class:`Watched`; () for a link that does not watch.
+    """
+
+    method: ClassVar[str] = "masks"
+    needs_momentum: ClassVar[bool] = False
+
+    def sparse_masks(self) -> Any:
+        """The masks in the form of a state."""
+        return self.masks
+
+    def wants_momentum(self) -> bool:
+        """Whether the momentum has to come from an optimizer before this link."""
+        return self.needs_momentum and not jax.tree.leaves(self.own)
+
+    def problems(self, params: Any | None) -> list[str]:
+        """NaN scores seen, masks off their count, pruned weights that are not zero."""
+        found = check_budget(self.masks, self.kept, self.method)
+        nans = int(jnp.max(jax.tree.leaves(self.nan_scores)[0]))  # flax.nnx wraps the leaves of an optimizer state
+        if nans:
+            found.append(
+                f"{self.method}: {nans} NaN among the weights and signals when masks were updated. They rank last, so "
+                "the masks are valid, but the training has diverged"
+            )
+        return found + ([] if params is None else check_zeros(self.masks, params, self.method))
+
+    def notes(self) -> list[str]:
+        """Layers that took no part in the last mask update."""
+        if not jax.tree.leaves(self.watched):
+            return []
+        resting = jax.device_get(jax.tree.leaves(self.watched.resting)[0])
+        resting = resting.any(axis=tuple(range(resting.ndim - 1)))
+        return [
+            f"{self.method}: {path} kept its mask in the last mask update, because it does not move or has no "
+            "momentum: it is frozen, or no gradient reaches it. If it is meant to be frozen, leave it out, or it stays "
+            f"as sparse as it was at the start: prunable=jaxsparse.all_but({path!r})"
+            for path, rests in zip(leaf_paths(self.masks), resting, strict=True)
+            if rests
+        ]
+
+
+def every(steps: ArrayLike, *, start_at: ArrayLike = 0, stop_at: ArrayLike | None = None) -> Callable[..., jax.Array]:
+    """The steps on which masks change: the positive multiples of ``steps`` in [start_at, stop_at).
+
+    Args:
+      steps: int >= 1.
+      start_at, stop_at: steps, ints >= 0; ``stop_at=None``: no end.
+
+    Returns:
+      From a step, an int32, to whether masks change on it.
+
+    Raises:
+      ValueError: for what is not a whole number of steps, or out of range.
+
+    Examples:
+      >>> due = every(10, stop_at=30)
+      >>> [step for step in range(50) if due(step)]
+      [10, 20]
+    """
+    check_steps("update_every", steps, 1)
+    check_steps("start_at", start_at, 0)
+    check_steps("stop_at", stop_at, 0)
+
+    def due(count):
+        now = (count > 0) & (count % steps == 0) & (count >= start_at)
+        return now if stop_at is None else now & (count < stop_at)
+
+    return due
+
+
+def given_masks(masks: Any, structure: StructureLike = "weight", layout: LayoutLike = None) -> Start:
+    """A start from given masks, checked against the params, and copied, for the state may be donated."""
+
+    def start(params, key):
+        del key
+        checked = validate_masks(masks, params)
+        check_units(checked, mask_structures(structure, params, checked, layout=layout))
+        return copied_masks(checked, params)
+
+    return start
+
+
+def dense_start(structure: StructureLike = "weight", prunable: Any = None, layout: LayoutLike = None) -> Start:
+    """A start with every weight of the prunable leaves kept; warns of leaves that do not fit the structure."""
+
+    def start(params, key):
+        del key
+        chosen = prunable_leaves(params, prunable, layout=layout)
+        leaf_structures(structure, params, chosen, layout=layout)  # warns of what does not fit, once
+        return jax.tree.map(lambda p, c: jnp.ones_like(p, bool) if c else jnp.ones((), bool), params, chosen)
+
+    return start
+
+
+def mask_link(
+    state: type[MaskState],
+    start: Start,
+    change: Change | None = None,
+    *,
+    when: Callable[[jax.Array], jax.Array] | None = None,
+    signal: Callable[..., Any] | None = None,
+    own: Callable[[Any, Any], Any] | None = None,
+    own_update: Callable[..., Any] | None = None,
+    watch: bool = False,
+    structure: StructureLike = "weight",
+    layout: LayoutLike = None,
+    key: ArrayLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """A link that keeps pruned weights at exactly 0 and changes its masks on some steps.
+
+    Args:
+      state: a subclass of :class:`MaskState` with the name of the ``method``.
+      start: (params, key) -> the first masks, in the form of :func:`jaxsparse.random_masks` or of a state.
+      change: (layers, state) -> (their new masks, in their order; how many weights these keep; which layers rest, or
+        None). It sees the state as it is at that step, with ``watched.resting`` saying which layers are frozen. None:
+        the masks stay. What it computes of each layer by itself it computes by :func:`each`.
+      when: step -> whether masks change on it, such as :func:`every`.
+      signal: (updates, own, extra args) -> what ``change`` sees as ``Layer.signal``: a tree like the params, or a
+        function that makes one. It is made on the steps on which masks change, only.
+      own: (params, masks) -> the first ``MaskState.own``.
+      own_update: (own, updates, params, extra args) -> the next one, on every step.
+      watch: keep track of the layers that do not move, in ``MaskState.watched``.
+      structure, layout: as the method got them.
+      key: an int or PRNG key; None for a method that makes no random choice.
+
+    Returns:
+      A gradient transformation. Its ``update`` needs the params.
+    """
+    who = state.method
+
+    def init_fn(params):
+        refuse_replicated(params, who)
+        start_key, next_key = (None, ()) if key is None else jax.random.split(as_key(key))
+        masks = validate_masks(start(params, start_key), params)
+        flat, weights = jax.tree.leaves(masks), _masked_leaves(params, masks)
+        check_total(mask.size for mask in flat)
+        # Each field has a buffer of its own, for the state may be donated.
+        watched: Any = ()
+        if watch:
+            unknown = any(map(is_abstract, weights))
+            watched = Watched(
+                jnp.zeros(len(flat), jnp.uint32) if unknown else fingerprints(weights, flat),
+                varying_like(jnp.zeros(len(flat), bool), params),
+            )
+        return state(
+            count=jnp.zeros([], jnp.int32),
+            masks=masks,
+            kept=sum(map(count_true, flat), jnp.zeros([], jnp.int32)),
+            nan_scores=varying_like(jnp.zeros([], jnp.int32), params),
+            key=next_key,
+            own=() if own is None else own(params, masks),
+            watched=watched,
+        )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        require_params(params, who)
+        require_bool(state.masks, who)
+        if own_update is not None:
+            state = state._replace(own=own_update(state.own, updates, params, extra_args))
+        if change is not None and when is not None:
+            seen = None if signal is None else signal(updates, state.own, extra_args)
+            old = state.masks, state.kept, state.nan_scores, state.key, state.watched
+
+            def changed(old):
+                masks, kept, nan_scores, next_key, watched = old
+                next_key, draw = (next_key, None) if key is None else jax.random.split(next_key)
+                layers = layers_of(params, seen, masks, structure=structure, layout=layout, key=draw)
+                nans, *prints = each(layers, _looked_at if watch else _nans)
+                nan_scores += jnp.sum(nans)
+                if watch:
+                    watched = Watched(prints[0], prints[0] == watched.fingerprints)
+                new, kept, resting = change(layers, state._replace(kept=kept, watched=watched))
+                if watch:
+                    resting = watched.resting if resting is None else resting
+                    watched = Watched(each(layers, _prints, new), resting)
+                return jax.tree.structure(masks).unflatten(new), kept, nan_scores, next_key, watched
+
+            masks, kept, nan_scores, next_key, watched = on_update_steps(when(state.count), changed, old)
+            state = state._replace(masks=masks, kept=kept, nan_scores=nan_scores, key=next_key, watched=watched)
+        landing = land_on_masks(updates, params, state.masks)
+        return landing, state._replace(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@jax.jit
+def fingerprints(weights: list[jax.Array], masks: list[jax.Array]) -> jax.Array:
+    """One number for the weights that each leaf keeps, (leaves,), uint32: equal as long as no bit of them changes."""
+    prints = [_fingerprint(*leaf) for leaf in zip(weights, masks, strict=True)]
+    return jnp.stack(prints) if prints else jnp.zeros(0, jnp.uint32)
+
+
+def _prints(layers: list[Layer], masks: list[jax.Array]) -> jax.Array:
+    return fingerprints([layer.weight for layer in layers], masks)
+
+
+def _looked_at(layers: list[Layer]) -> tuple[jax.Array, jax.Array]:
+    return *_nans(layers), _prints(layers, [layer.mask for layer in layers])
+
+
+def _nans(layers: list[Layer]) -> tuple[jax.Array]:
+    """How many NaN there are in each layer: a weight and its signal count as one. Pruned weights are 0."""
+    found = [
+        jnp.isnan(layer.weight) if layer.given is None else jnp.isnan(layer.weight) | jnp.isnan(layer.signal)
+        for layer in layers
+    ]
+    return (jnp.stack(list(map(count_true, found))) if found else jnp.zeros(0, jnp.int32),)
+
+
+def _fingerprint(w: jax.Array, mask: jax.Array) -> jax.Array:
+    rows = w.size // max(w.shape[-1], 1)
+    if w.dtype == jnp.float32 and 1 << 8 <= rows <= 1 << 16:
+        # Sums of floats, which are twice as fast on a CPU, and exact: of eight bits of each weight.
+        kept = (mask.astype(jnp.uint8) != 0) & (w != 0)  # which leaves out the sign of a zero
+        bits = jax.lax.bitcast_convert_type(jnp.where(kept, w, 0), jnp.int32)
+        few = ((bits ^ (bits >> 9) ^ (bits >> 20)) & 255).astype(jnp.float32)
+        return jnp.sum(jnp.sum(few, axis=range(w.ndim - 1)).astype(jnp.uint32), dtype=jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(w, {1: jnp.uint8, 2: jnp.uint16}.get(w.dtype.itemsize, jnp.uint32))
+    kept = mask & (w != 0)
+    kept = kept.reshape(kept.shape + (1,) * (bits.ndim - kept.ndim))  # a float64 has two of 32 bits
+    bits = bits.astype(jnp.uint32)
+    # Nearly the squares: of the bits themselves, one weight a step up and another a step down would cancel.
+    return jnp.sum(bits * (bits | 1), where=kept, dtype=jnp.uint32)
+
+
+def _masked_leaves(params: Any, masks: Any) -> list[jax.Array]:
+    """The leaves of the params that have masks."""
+    leaves, treedef = jax.tree.flatten(params)
+    return [leaf for leaf, mask in zip(leaves, treedef.flatten_up_to(masks), strict=True) if not is_masked_node(mask)]
