@@ -152,7 +152,7 @@ def score_masks(
       at_least, prunable, layout: as for :func:`random_masks`.
       structure: as for :func:`random_masks`. A unit of several weights ranks by the mean (or the sum) of their scores.
       per_output: rank the weights of every output by themselves, so that all outputs of a layer keep equally many
-        (within one of its share, rounded), as Wanda does. For single weights, ranked by layer.
+        (rounded, and at least one if ``at_least`` asks for any), as Wanda does. For single weights, ranked by layer.
 
     Returns:
       A pytree like ``params``: bool arrays, the scalar True for dense leaves.
@@ -365,7 +365,7 @@ def _best_masks(
         )
         if per_output:
             layouts = leaf_layouts(params, layout)
-            best = [_best_of_outputs(scores[path], counts[i], layouts[path]) for i, path in enumerate(scores)]
+            best = [_best_of_outputs(scores[path], counts[i], at_least, layouts[path]) for i, path in enumerate(scores)]
         else:
             best = top_k_masks(list(scores.values()), counts, absolute=absolute)
     for (path, leaf), units in zip(free.items(), best, strict=True):
@@ -375,12 +375,13 @@ def _best_masks(
     return treedef.unflatten([kept.get(path, jnp.ones((), bool)) for path in leaf_paths(params)])
 
 
-def _best_of_outputs(scores: jax.Array, kept: jax.Array, layout: Any) -> jax.Array:
-    """Marks the largest scores of every output, which share what the layer keeps, rounded."""
+def _best_of_outputs(scores: jax.Array, kept: jax.Array, at_least: ArrayLike, layout: Any) -> jax.Array:
+    """Marks the largest scores of every output, which share the weights that the layer keeps, rounded."""
     matrices = layout.to_matrices(scores)
     stack = tuple(range(len(layout.stack)))
     outputs = int(np.prod([matrices.shape[axis] for axis in (*stack, -1)]))
-    of_output = (kept + outputs // 2) // outputs
+    fewest = jnp.minimum(jnp.asarray(at_least, jnp.int32), scores.size)
+    of_output = jnp.maximum((kept + outputs // 2) // outputs, -(-fewest // outputs))
     marked = top_k_mask(matrices, of_output, axis=(*stack, matrices.ndim - 1))
     return layout.from_matrices(marked, scores)
 

@@ -180,6 +180,15 @@ def test_per_output_every_output_keeps_equally_many(shape):
     np.testing.assert_array_equal(mask.reshape(12, 5), np.asarray(scores).reshape(12, 5) >= best)
 
 
+def test_per_output_at_least_some_weights_stay():
+    params = {"w": jax.random.normal(jax.random.key(0), (10, 8))}
+    for at_least, of_output in ((1, 1), (9, 2)):
+        mask = jaxsparse.score_masks(params, params, 0.99, per_output=True, at_least=at_least)["w"]
+        assert (mask.sum(0) == of_output).all()
+    with pytest.warns(UserWarning, match=r"no weight is left in w \(of 80 weights\)"):
+        jaxsparse.score_masks(params, params, 0.99, per_output=True)
+
+
 def test_per_output_of_heads_and_stacks():
     scores = jax.random.normal(jax.random.key(0), (3, 8, 2, 4))  # stacked layers, inputs, heads, outputs of a head
     params, layout = {"w": scores}, {"w": jaxsparse.Layout(inputs=(1,), outputs=(2, 3), stack=(0,))}

@@ -14,7 +14,7 @@ from jaxsparse.structures import Structure, StructureLike, mask_structures, unit
 from jaxsparse.transforms.chain import Signal, signals_of
 from jaxsparse.trees import is_masked_node, leaf_paths
 
-__all__ = ["Layer", "Rule", "alike", "each", "layers_of", "on_units", "stacks"]
+__all__ = ["Layer", "Rule", "each", "layers_of", "on_units", "stacks"]
 
 _REPEATED = 3  # layers of one kind, from which on they compile faster as a stack
 
@@ -166,26 +166,23 @@ def each(layers: Sequence[Layer], function: Callable[..., Any], *columns: Any) -
     return results if isinstance(found[0][1], tuple) else results[0]
 
 
-def alike(layers: Sequence[Layer]) -> list[list[int]]:
-    """The numbers of layers that repeat one another, together: leaves alike whose paths differ in numbers alone.
+def stacks(layers: Sequence[Layer]) -> list[list[int]]:
+    """The numbers of the layers that repeat one another often enough to be stacked, kind by kind.
 
-    By their paths, since leaves of one shape that are sharded in different ways would have to move between devices.
-    Outside of jit, where nothing is compiled for all of them, and on meshes with explicit axes each layer is by itself.
+    Layers of one kind have the same shapes and types, and paths that differ in numbers alone: by their shapes only,
+    leaves that are sharded in different ways would have to move between devices.
+    None outside of jit, where nothing is compiled for all of them, nor on meshes with explicit axes.
     """
     kinds: dict[Hashable, list[int]] = {}
     for i, layer in enumerate(layers):
         arrays = [layer.weight, layer.mask, *(layer.given.parts if layer.given else ())]
-        kind = re.sub(r"\d+", "#", layer.path), layer.structure, layer.layout, layer.kind, *map(jax.typeof, arrays)
         traced = any(isinstance(leaf, jax.core.Tracer) for leaf in arrays)
         # A loop that is vmapped refuses carries with explicit shardings.
-        explicit = any(any(jax.typeof(leaf).sharding.spec) for leaf in arrays)
-        kinds.setdefault(kind if traced and not explicit else i, []).append(i)
-    return list(kinds.values())
-
-
-def stacks(layers: Sequence[Layer]) -> list[list[int]]:
-    """The numbers of the layers that are better stacked: those of :func:`alike` that are many."""
-    return [members for members in alike(layers) if len(members) >= _REPEATED]
+        if traced and not any(any(jax.typeof(leaf).sharding.spec) for leaf in arrays):
+            path = re.sub(r"\d+", "#", layer.path)
+            kind = path, layer.structure, layer.layout, layer.kind, *map(jax.typeof, arrays)
+            kinds.setdefault(kind, []).append(i)
+    return [members for members in kinds.values() if len(members) >= _REPEATED]
 
 
 def _side_by_side(layers: list[Layer], function: Callable[..., Any], columns: list[Any]) -> Any:
@@ -217,8 +214,7 @@ def _side_by_side(layers: list[Layer], function: Callable[..., Any], columns: li
 
 
 def _entries(columns: Sequence[Any], members: list[int]) -> list[Any]:
-    if all(i == member for i, member in enumerate(members)) and all(len(column) == len(members) for column in columns):
-        return list(columns)
+    """The entries of some layers in every column."""
     return [[column[i] for i in members] if isinstance(column, list) else column[np.asarray(members, int)]
             for column in columns]  # fmt: skip
 
@@ -231,23 +227,17 @@ def _joined(parts: Sequence[Any], order: np.ndarray) -> Any:
 
 
 def _in_units(layers: list[Layer]) -> list[Layer]:
-    structures = [dataclasses.replace(layer.structure, score="mean") for layer in layers]
+    layers = [layer._replace(structure=dataclasses.replace(layer.structure, score="mean")) for layer in layers]
 
     def scored(layers):
-        units = [dataclasses.replace(layer.structure, score="mean") for layer in layers]
-        leaves = list(zip(units, layers, strict=True))
-        weights = [unit_scores(unit, layer.weight) for unit, layer in leaves]
-        masks = [unit.units(layer.mask) for unit, layer in leaves]
+        weights = [unit_scores(layer.structure, layer.weight) for layer in layers]
+        masks = [layer.structure.units(layer.mask) for layer in layers]
         if layers[0].given is None:
             return weights, masks
-        return weights, masks, [unit_scores(unit, layer.signal) for unit, layer in leaves]
+        return weights, masks, [unit_scores(layer.structure, layer.signal) for layer in layers]
 
     weights, masks, *signals = each(layers, scored)
-    given: list[Signal | None] = [None] * len(layers)
-    if signals:
-        given = [Signal((signal,), layer.kind)
-                 for signal, layer in zip(signals[0], layers, strict=True)]  # fmt: skip
-    return [
-        layer._replace(weight=weight, mask=mask, given=signal, structure=unit)
-        for layer, weight, mask, signal, unit in zip(layers, weights, masks, given, structures, strict=True)
-    ]
+    units = [layer._replace(weight=w, mask=mask) for layer, w, mask in zip(layers, weights, masks, strict=True)]
+    if not signals:
+        return units
+    return [unit._replace(given=Signal((signal,), unit.kind)) for unit, signal in zip(units, signals[0], strict=True)]
