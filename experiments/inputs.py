@@ -19,18 +19,19 @@ PADDINGS = {"zeros": "constant", "reflect": "reflect"}
 
 def open_dataset(config: ConfigDict) -> data.Dataset:
     """The images of ``config.data``: as arrays, or if they are streamed as sources that are read while training."""
+    mean, std = (None if given == (None,) else given for given in (config.data.mean, config.data.std))  # =None, as read
     if not config.data.streamed:
         return data.load(
             config.data.name,
             config.data_dir,
             validation=config.data.validation,
-            mean=config.data.mean,
-            std=config.data.std,
+            mean=mean,
+            std=std,
             examples=config.data.examples,
         )
     from experiments import streams  # takes a while, and small sets do without
 
-    for key, given in (("mean", config.data.mean), ("std", config.data.std)):
+    for key, given in (("mean", mean), ("std", std)):
         if given is None or len(given) not in (1, 3):
             raise ValueError(f"config.data.{key} of streamed images has one number or one for each colour, got {given}")
     images = streams.open_set(
@@ -40,7 +41,7 @@ def open_dataset(config: ConfigDict) -> data.Dataset:
         examples=config.data.examples,
         classes=config.data.classes,
     )
-    mean, std = (np.broadcast_to(255 * np.asarray(x, np.float32), (3,)) for x in (config.data.mean, config.data.std))
+    mean, std = (np.broadcast_to(255 * np.asarray(x, np.float32), (3,)) for x in (mean, std))
     return data.Dataset(images.train, images.validation, images.test, images.num_classes, mean, std)
 
 

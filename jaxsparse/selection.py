@@ -15,7 +15,6 @@ of integers, therefore
 NaN ranks below every number: it is selected only when nothing else is left.
 """
 
-import functools
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -25,10 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-__all__ = ["count_true", "global_top_k_masks", "random_scores", "top_k_mask", "top_k_masks"]
+from jaxsparse.bisection import count_true, select
 
-# float32 holds every integer up to here, so sums of zeros and ones are exact.
-_EXACT_IN_FLOAT32 = 1 << 24
+__all__ = ["count_true", "global_top_k_masks", "random_scores", "top_k_mask", "top_k_masks"]
 
 
 def top_k_mask(
@@ -73,10 +71,10 @@ def top_k_mask(
     kept = [range(scores.ndim)[d] for d in ([axis] if isinstance(axis, int) else axis)]
     others = tuple(d for d in range(scores.ndim) if d not in kept)
     ks = jnp.expand_dims(jnp.broadcast_to(jnp.asarray(k, jnp.int32), [scores.shape[d] for d in kept]), others)
-    return _select([[_checked(scores, where)]], [ks], absolute, others)[0][0]
+    return select([[_checked(scores, where)]], [ks], absolute, others)[0][0]
 
 
-def top_k_masks(scores: Any, ks: Any, *, where: Any | None = None, absolute: bool = False) -> Any:
+def top_k_masks(scores: Any, ks: Any, *, where: Any | None = None, absolute: bool = False, enough: bool = False) -> Any:
     """Marks the ``k`` largest entries of every leaf, each leaf with its own ``k``.
 
     The same as :func:`top_k_mask` leaf by leaf, but all leaves share one loop,
@@ -88,6 +86,7 @@ def top_k_masks(scores: Any, ks: Any, *, where: Any | None = None, absolute: boo
         array of shape (number of leaves,).
       where: a pytree like ``scores`` of bool arrays: only these may be marked.
       absolute: rank by absolute value.
+      enough: the caller knows that ``where`` marks at least ``ks``, which saves counting them.
 
     Returns:
       A pytree like ``scores`` of bool arrays.
@@ -106,7 +105,7 @@ def top_k_masks(scores: Any, ks: Any, *, where: Any | None = None, absolute: boo
     ks = list(ks) if isinstance(ks, (jax.Array, np.ndarray)) else treedef.flatten_up_to(ks)
     groups = [[_checked(x, w)] for x, w in zip(leaves, eligible, strict=True)]
     ks = [_checked_k(k, group[0][0].size) for k, group in zip(ks, groups, strict=True)]
-    return treedef.unflatten([masks[0] for masks in _select(groups, ks, absolute)])
+    return treedef.unflatten([masks[0] for masks in select(groups, ks, absolute, enough=enough)])
 
 
 def global_top_k_masks(
@@ -117,7 +116,6 @@ def global_top_k_masks(
     absolute: bool = False,
     sizes: Any | None = None,
     at_least: ArrayLike = 0,
-    stacks: Sequence[Sequence[int]] = (),
 ) -> Any:
     """Marks the ``k`` largest entries of a whole tree, all leaves ranked together.
 
@@ -132,8 +130,6 @@ def global_top_k_masks(
         the same measure, up to the sum of size times entries.
       at_least: mark this many, the largest, of every leaf in any case (all, of a leaf that has fewer), and give only
         the rest of ``k`` to the largest of the whole tree. A ``k`` too small for that is exceeded. Possibly traced.
-      stacks: numbers of leaves (in the order of ``jax.tree.leaves``) of one shape and size, to be stacked. That copies
-        them, compiles once for all of a stack, and changes no result.
 
     Returns:
       A pytree like ``scores`` of bool arrays with exactly ``k`` entries True in
@@ -159,23 +155,83 @@ def global_top_k_masks(
     leaves, treedef = jax.tree.flatten(scores)
     if not leaves:
         return scores
-    eligible = [None] * len(leaves) if where is None else treedef.flatten_up_to(where)
+    where = None if where is None else treedef.flatten_up_to(where)
+    sizes = (1,) * len(leaves) if sizes is None else tuple(map(operator.index, treedef.flatten_up_to(sizes)))
+    starts = tuple(np.cumsum([0, *(np.size(x) for x in leaves)])[:-1].tolist())
+    return treedef.unflatten(top_k_of_all(leaves, k, where, starts, sizes, absolute=absolute, at_least=at_least))
+
+
+def top_k_of_all(
+    arrays: Sequence[jax.Array],
+    k: ArrayLike,
+    where: Sequence[jax.Array] | None,
+    starts: tuple[int | tuple[int, ...], ...],
+    sizes: tuple[int, ...],
+    *,
+    absolute: bool = False,
+    at_least: ArrayLike = 0,
+) -> list[jax.Array]:
+    """:func:`global_top_k_masks` of arrays and stacks of arrays.
+
+    Args:
+      arrays: floats.
+      k, absolute, at_least: as for :func:`global_top_k_masks`.
+      where: for each array bool of its shape: only these may be marked.
+      starts: for each array, the index of its first entry among those of all; of a stack, of each member's first entry.
+      sizes: for each array, how much an entry counts.
+    """
     with jax.numpy_dtype_promotion("standard"):
-        dtype = jnp.result_type(*leaves)
-    group = [_checked(jnp.asarray(x, dtype), w) for x, w in zip(leaves, eligible, strict=True)]
-    counted = (1,) * len(leaves) if sizes is None else tuple(map(operator.index, treedef.flatten_up_to(sizes)))
-    if min(counted) < 1:
-        raise ValueError(f"sizes must be at least 1, got {list(counted)}")
-    k = _checked_k(k, sum(size * x.size for size, (x, _) in zip(counted, group, strict=True)))
+        dtype = jnp.result_type(*arrays)
+    eligible = [None] * len(arrays) if where is None else where
+    group = [_checked(jnp.asarray(x, dtype), w) for x, w in zip(arrays, eligible, strict=True)]
+    if min(sizes) < 1:
+        raise ValueError(f"sizes must be at least 1, got {list(sizes)}")
+    k = _checked_k(k, sum(size * x.size for size, (x, _) in zip(sizes, group, strict=True)))
+    first = None
     if isinstance(at_least, jax.core.Tracer) or at_least:
         fewest = jnp.asarray(at_least, jnp.int32)
-        first = _select([[each] for each in group], [jnp.minimum(fewest, x.size) for x, _ in group], absolute)
-        first = [marked[0] for marked in first]  # (not stacked: it is seldom asked for)
-        k = jnp.maximum(k - sum(size * count_true(marked) for size, marked in zip(counted, first, strict=True)), 0)
-        group = [(x, ~marked if w is None else w & ~marked) for (x, w), marked in zip(group, first, strict=True)]
-        rest = _select_stacked(group, k, absolute, counted, stacks)
-        return treedef.unflatten([a | b for a, b in zip(first, rest, strict=True)])
-    return treedef.unflatten(_select_stacked(group, k, absolute, counted, stacks))
+        rows = [pair if isinstance(start, tuple) else jax.tree.map(lambda leaf: leaf[None], pair)
+                for pair, start in zip(group, starts, strict=True)]  # fmt: skip
+        ks = [jnp.full(len(x), jnp.minimum(fewest, x[0].size)) for x, _ in rows]
+        marked = select([[row] for row in rows], ks, absolute, rows=True)
+        first = [mask.reshape(x.shape) for (mask,), (x, _) in zip(marked, group, strict=True)]
+        k = jnp.maximum(k - sum(size * count_true(mask) for size, mask in zip(sizes, first, strict=True)), 0)
+        group = [(x, ~mask if w is None else w & ~mask) for (x, w), mask in zip(group, first, strict=True)]
+    rest = select([group], [k], absolute, sizes=sizes, starts=starts)[0]
+    return rest if first is None else [a | b for a, b in zip(first, rest, strict=True)]
+
+
+def top_k_of_stacks(
+    stacks: Sequence[jax.Array],
+    ks: jax.Array,
+    where: Sequence[jax.Array | None],
+    *,
+    absolute: bool = False,
+    enough: bool = False,
+) -> list[jax.Array]:
+    """:func:`top_k_masks` of the members of stacks: arrays of shape (members, ...), compiled as one computation.
+
+    Args:
+      stacks: floats.
+      ks: int32, an entry for every member of every stack.
+      where: for each stack None or bool of its shape: only these may be marked.
+      absolute, enough: as for :func:`top_k_masks`.
+    """
+    kinds: dict[Any, list[int]] = {}
+    for i, stack in enumerate(stacks):
+        kinds.setdefault(stack.dtype, []).append(i)
+    ends = np.cumsum([len(stack) for stack in stacks])
+    groups = [[_checked(stacks[i], where[i]) for i in members] for members in kinds.values()]
+    if len(kinds) > 1:
+        each = [np.concatenate([np.arange(ends[i] - len(stacks[i]), ends[i]) for i in members])
+                for members in kinds.values()]  # fmt: skip
+        split = [ks[chosen] for chosen in each]
+    else:
+        split = [ks]
+    found = select(groups, split, absolute, rows=True, enough=enough)
+    masks = dict(pair for members, new in zip(kinds.values(), found, strict=True)
+                 for pair in zip(members, new, strict=True))  # fmt: skip
+    return [masks[i] for i in range(len(stacks))]
 
 
 def random_scores(key: jax.Array, shape: Sequence[int], sharding: jax.sharding.Sharding | None = None) -> jax.Array:
@@ -205,24 +261,6 @@ def random_scores(key: jax.Array, shape: Sequence[int], sharding: jax.sharding.S
     return draw(key) if sharding is None or traced else jax.jit(draw, out_shardings=sharding)(key)
 
 
-def count_true(mask: jax.Array, axis: tuple[int, ...] | None = None) -> jax.Array:
-    """Counts True entries as int32, exactly; several times faster than an integer sum.
-
-    Args:
-      mask: bool, any shape.
-      axis: axes to sum over, which are kept with length 1; ``None`` for all of
-        them and a scalar result.
-    """
-    keepdims = axis is not None
-    reduced = mask.shape if axis is None else [mask.shape[d] for d in axis]
-    if np.prod(reduced, dtype=np.int64) <= _EXACT_IN_FLOAT32:
-        return jnp.sum(mask, axis=axis, keepdims=keepdims, dtype=jnp.float32).astype(jnp.int32)
-    if axis is None and mask.ndim > 1 and mask.size // mask.shape[-1] <= _EXACT_IN_FLOAT32:
-        columns = jnp.sum(mask, axis=tuple(range(mask.ndim - 1)), dtype=jnp.float32)
-        return jnp.sum(columns.astype(jnp.int32))
-    return jnp.sum(mask, axis=axis, keepdims=keepdims, dtype=jnp.int32)
-
-
 def _checked_k(k: ArrayLike, size: int) -> jax.Array:
     if size >= 1 << 31:
         raise ValueError(f"selection counts in int32 and can rank fewer than 2**31 entries at once, got {size}")
@@ -243,174 +281,3 @@ def _checked(scores: ArrayLike, where: ArrayLike | None) -> tuple[jax.Array, jax
             f"where must be bool of the scores' shape {scores.shape}, got {where.dtype} of shape {where.shape}"
         )
     return scores, where
-
-
-def _keys(scores: jax.Array, where: jax.Array | None, absolute: bool) -> jax.Array:
-    """Integers ordered like the scores; NaN is the lowest but one, ineligible the lowest."""
-    integer = _integer(scores)
-    lowest = jnp.iinfo(integer).min
-    bits = jax.lax.bitcast_convert_type(scores, integer)
-    # Sign and magnitude to two's complement: -0.0 and 0.0 both become 0.
-    keys = bits & ~lowest if absolute else jnp.where(bits < 0, lowest - bits, bits)
-    keys = jnp.where(jnp.isnan(scores), jnp.asarray(lowest + 1, integer), keys)
-    if where is None:
-        return keys
-    # Compared as a byte: on a CPU, XLA's select on a stored bool is not vectorised.
-    return jnp.where(where.astype(jnp.uint8) != 0, keys, jnp.asarray(lowest, integer))
-
-
-def _select_stacked(
-    group: list[tuple], k: jax.Array, absolute: bool, sizes: tuple[int, ...], stacks: Sequence[Sequence[int]]
-) -> list[jax.Array]:
-    """:func:`_select` of one group, some of whose arrays are stacked meanwhile."""
-    starts = np.cumsum([0, *(x.size for x, _ in group)])
-    stacked = {i for stack in stacks for i in stack}
-    members = [*stacks, *([i] for i in range(len(group)) if i not in stacked)]
-    arrays: list[Any] = []
-    begins: list[Any] = []
-    for stack in members:
-        if len(stack) == 1:
-            arrays.append(group[stack[0]])
-            begins.append(int(starts[stack[0]]))
-        else:
-            arrays.append(jax.tree.map(lambda *leaves: jnp.stack(leaves), *(group[i] for i in stack)))
-            begins.append(tuple(int(starts[i]) for i in stack))
-    counted = tuple(sizes[stack[0]] for stack in members)
-    found = _select([arrays], [k], absolute, sizes=counted, starts=tuple(begins))[0]
-    masks: list[Any] = [None] * len(group)
-    for stack, mask in zip(members, found, strict=True):
-        for i, part in zip(stack, [mask] if len(stack) == 1 else list(mask), strict=True):
-            masks[i] = part
-    return masks
-
-
-# Jitted: an eager call compiles once for a shape.
-@functools.partial(jax.jit, static_argnames=("absolute", "axes", "sizes", "starts"))
-def _select(
-    groups: list[list[tuple]],
-    ks: list[jax.Array],
-    absolute: bool,
-    axes: tuple[int, ...] | None = None,
-    sizes: tuple[int, ...] | None = None,
-    starts: tuple[int | tuple[int, ...], ...] | None = None,
-):
-    """Masks of the ``ks[g]`` largest of each group of (scores, where); a group's arrays are ranked together.
-
-    ``sizes``, for each array of a group, is how much an entry counts. Then there may be no threshold, or no cut among
-    the ties, that gives ``ks[g]`` exactly: the searches end at the last that does not exceed it.
-
-    With ``axes`` the arrays are reduced over those axes only, and ``ks[g]`` has
-    the reduced shape (axes kept): one selection for each remaining index.
-
-    ``starts``, for each array of a single group, is the index of its first entry; of a stack, of each array's in it.
-    """
-    if not groups:
-        return []
-    extents = [[_extent(scores.shape, axes) for scores, _ in group] for group in groups]
-    groups = [
-        [(scores, where, sum(extent[:i]) if starts is None else np.asarray(starts[i], np.int32))
-         for i, (scores, where) in enumerate(group)]
-        for group, extent in zip(groups, extents, strict=True)
-    ]  # fmt: skip
-
-    def count(group, hit, at):
-        """How many entries satisfy ``hit(key, index, at)``.
-
-        Keys and indices are made anew in each pass, which costs less than to hold them in memory. The barrier binds
-        them to the candidate, or XLA would lift them out of the loop.
-        """
-        hits = []
-        for i, (scores, where, start) in enumerate(group):
-            scores, where, start, at = jax.lax.optimization_barrier((scores, where, start, at))
-            hits.append(count_true(hit(_keys(scores, where, absolute), _index(scores.shape, axes, start), at), axes))
-            if sizes is not None and sizes[i] > 1:
-                hits[-1] = hits[-1] * sizes[i]
-        return sum(hits[1:], hits[0])
-
-    # The threshold: the highest that at least k entries reach; the search ends early where exactly k do.
-    low, high, wanted = [], [], []
-    for group, k in zip(groups, ks, strict=True):
-        integer = _integer(group[0][0])
-        lowest, highest = (jnp.asarray(end, integer) for end in (jnp.iinfo(integer).min, jnp.iinfo(integer).max))
-        eligible = count(group, lambda key, _, at: key > at, lowest)
-        k = jnp.clip(k, 0, eligible)
-        # Not even infinity reaches the highest; all that is eligible, NaN too, reaches the lowest but one.
-        low.append(jnp.where(k == 0, highest, lowest + 1))
-        high.append(jnp.where(k == eligible, low[-1], highest))
-        wanted.append(k)
-    low, high, above = _search(
-        lambda i, at: count(groups[i], lambda key, _, at: key >= at, at), jnp.greater, wanted, low, high
-    )
-
-    # Where more than k reach it, those equal to it compete for what is left: the lowest indices win.
-    tied = [lo < hi for lo, hi in zip(low, high, strict=True)]
-    room = [k - n for k, n in zip(wanted, above, strict=True)]
-    every = [jnp.full_like(k, sum(extent)) for k, extent in zip(wanted, extents, strict=True)]
-    cut, _, _ = _search(
-        lambda i, at: count(groups[i], lambda key, index, at: (key == low[i]) & (index < at), at),
-        jnp.less,
-        room,
-        [jnp.where(t, 0, n) for t, n in zip(tied, every, strict=True)],
-        [jnp.where(t, n + 1, n) for t, n in zip(tied, every, strict=True)],
-    )
-
-    masks: list[list[jax.Array]] = []
-    for group, threshold, end in zip(groups, low, cut, strict=True):
-        masks.append([])
-        for scores, where, start in group:
-            key = _keys(scores, where, absolute)
-            masks[-1].append((key > threshold) | ((key == threshold) & (_index(scores.shape, axes, start) < end)))
-    return masks
-
-
-def _search(count, further, targets, low, high):
-    """Bisects integers between each ``low`` and ``high`` for where ``count(i, at)`` is the target.
-
-    Args:
-      count: the count of group i at a candidate, monotone in it.
-      further: ``further(n, target)``: whether to look above a candidate with count n.
-      targets, low, high: one array a group, all of one shape; nothing is sought where low >= high - 1.
-
-    Returns:
-      low, high, and the count at high. Where some candidate has the target's count, low == high, else low + 1 == high.
-    """
-
-    def sought(bounds):
-        return jnp.any(jnp.stack([jnp.any(lo < hi - 1) for lo, hi in zip(bounds[0], bounds[1], strict=True)]))
-
-    def narrow(bounds):
-        narrower = []
-        for i, (target, lo, hi, at_high) in enumerate(zip(targets, *bounds, strict=True)):
-            going = lo < hi - 1  # (lo + 1 could overflow)
-            middle = (lo & hi) + ((lo ^ hi) >> 1)  # the mean, without overflow
-            # Groups that are done are not counted while others go on.
-            n = jax.lax.cond(jnp.any(going), lambda i=i, at=middle: count(i, at), lambda n=at_high: n)
-            found, up = going & (n == target), going & further(n, target)
-            down = going & ~up
-            narrower.append(
-                (jnp.where(found | up, middle, lo), jnp.where(down, middle, hi), jnp.where(down, n, at_high))
-            )
-        return tuple(list(column) for column in zip(*narrower, strict=True))
-
-    return jax.lax.while_loop(sought, narrow, (low, high, [jnp.zeros_like(t) for t in targets]))
-
-
-def _integer(scores: jax.Array) -> np.dtype:
-    """The integers of the same width as the scores."""
-    return jnp.dtype(f"int{8 * scores.dtype.itemsize}")
-
-
-def _extent(shape: tuple[int, ...], axes: tuple[int, ...] | None) -> int:
-    return int(np.prod(shape if axes is None else [shape[d] for d in axes], dtype=np.int64))
-
-
-def _index(shape: tuple[int, ...], axes: tuple[int, ...] | None, start: int | jax.Array) -> jax.Array:
-    """Row-major index within the group, built from iotas: nothing moves between devices."""
-    axes = tuple(range(len(shape))) if axes is None else axes
-    if jnp.ndim(start):  # one for each array of a stack
-        start, axes = jnp.expand_dims(start, range(1, len(shape))), axes[1:]
-    index, stride = jnp.full(shape, start, jnp.int32), 1
-    for d in reversed(axes):
-        index = index + stride * jax.lax.broadcasted_iota(jnp.int32, shape, d)
-        stride *= shape[d]
-    return index

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxsparse.selection import count_true, global_top_k_masks, random_scores, top_k_mask, top_k_masks
+from jaxsparse.selection import (
+    count_true,
+    global_top_k_masks,
+    random_scores,
+    top_k_mask,
+    top_k_masks,
+    top_k_of_all,
+    top_k_of_stacks,
+)
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 
@@ -206,11 +214,40 @@ def test_sharded_selection_gathers_nothing(spec):
     np.testing.assert_array_equal(select(sharded, 1000), top_k_mask(scores, 1000))
 
 
-def test_stacks_of_leaves_change_no_result_ties_included():
+def with_ties():
     leaves = [jnp.round(2 * jax.random.normal(jax.random.key(i), (6, 5))) for i in range(5)] + [jnp.ones((4, 4))]
-    where = [leaf < 2 for leaf in leaves]
+    return leaves, [leaf < 2 for leaf in leaves]
+
+
+def test_stacks_ranked_with_all_give_what_the_leaves_do_ties_included():
+    leaves, where = with_ties()
+    stacks = [jnp.stack([leaves[i] for i in (0, 2, 4)]), jnp.stack([leaves[i] for i in (1, 3)]), leaves[5]]
+    starts = ((0, 60, 120), (30, 90), 150)
+    cases = [(None, (1, 1, 1), 0), (where, (1, 1, 1), 0), (None, (3, 3, 1), 0), (None, (1, 1, 1), 2)]
     for k in (0, 1, 17, 60, 166):
-        for options in ({}, {"where": where}, {"sizes": [3, 3, 3, 3, 3, 1]}, {"at_least": 2}):
-            plain = global_top_k_masks(leaves, k, absolute=True, **options)
-            stacked = global_top_k_masks(leaves, k, absolute=True, stacks=[[0, 2, 4], [1, 3]], **options)
-            jax.tree.map(np.testing.assert_array_equal, stacked, plain)
+        for allowed, sizes, least in cases:
+            plain = global_top_k_masks(
+                leaves, k, absolute=True, where=allowed, sizes=[sizes[0]] * 5 + [sizes[2]], at_least=least
+            )
+            free = allowed and [stack < 2 for stack in stacks]
+            found = top_k_of_all(stacks, k, free, starts, sizes, absolute=True, at_least=least)
+            for stack, members in zip(found, ((0, 2, 4), (1, 3)), strict=False):
+                for mask, i in zip(stack, members, strict=True):
+                    np.testing.assert_array_equal(mask, plain[i])
+            np.testing.assert_array_equal(found[2], plain[5])
+
+
+@pytest.mark.parametrize("enough", [False, True])
+def test_members_of_stacks_are_ranked_by_themselves(enough):
+    leaves, where = with_ties()
+    half = leaves[1].astype(jnp.bfloat16)
+    stacks = [jnp.stack(leaves[:3]), jnp.stack([half, -half]), jnp.stack(leaves[3:5])]
+    given = [jnp.stack(where[:3]), None, jnp.stack(where[3:5])]
+    members = [*leaves[:3], half, -half, *leaves[3:5]]
+    eligible = [*where[:3], half == half, half == half, *where[3:5]]
+    counts = [int(free.sum()) for free in eligible]
+    ks = [jnp.int32(min(4 * i, n) if enough else 5 * i) for i, n in enumerate(counts)]
+    found = top_k_of_stacks(stacks, jnp.stack(ks), given, absolute=True, enough=enough)
+    masks = [mask for stack in found for mask in stack]
+    for mask, leaf, k, free in zip(masks, members, ks, eligible, strict=True):
+        np.testing.assert_array_equal(mask, top_k_mask(leaf, k, where=free, absolute=True))

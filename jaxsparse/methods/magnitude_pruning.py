@@ -17,12 +17,12 @@ from jax.typing import ArrayLike
 
 from jaxsparse.layouts import LayoutLike
 from jaxsparse.saliency import lamp_scores
-from jaxsparse.selection import global_top_k_masks
 from jaxsparse.structures import StructureLike, check_structure, unit_scores
 from jaxsparse.transforms.checks import check_range, check_steps
-from jaxsparse.transforms.layers import Layer, each, stacks
+from jaxsparse.transforms.layers import Layer, each
 from jaxsparse.transforms.mask_link import MaskState, dense_start, mask_link
 from jaxsparse.transforms.prune import prune_globally, prune_layers
+from jaxsparse.transforms.ranking import rank_globally
 from jaxsparse.transforms.regrow import counts
 
 __all__ = ["MagnitudePruningState", "magnitude_pruning"]
@@ -189,7 +189,7 @@ def _together(layers, of_layers, of_all, scores, at_least):
 
 def _lamp(
     layers: Sequence[Layer], of_layers: Any, of_all: jax.Array, scores: Sequence[jax.Array] | None, at_least: ArrayLike
-) -> tuple[list[jax.Array], jax.Array]:
+) -> tuple[Sequence[jax.Array], jax.Array]:
     """The scores say how many units each layer keeps, magnitude (or the method's score) which."""
     del of_layers
     values = [layer.weight for layer in layers] if scores is None else list(scores)
@@ -201,8 +201,8 @@ def _lamp(
 
     lamp, masks = each(layers, scored, values)
     sizes = [layer.structure.unit_size(layer.mask.shape) for layer in layers]
-    chosen = global_top_k_masks(lamp, of_all, where=masks, sizes=sizes, at_least=at_least, stacks=stacks(layers))
-    return prune_layers(layers, each(layers, counts, chosen), scores=scores)
+    chosen = rank_globally(layers, lamp, of_all, where=masks, sizes=sizes, at_least=at_least)
+    return prune_layers(layers, counts(layers, chosen), scores=scores)
 
 
 _SCOPES = {"layer": _each_layer, "global": _together, "lamp": _lamp}

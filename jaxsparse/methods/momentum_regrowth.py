@@ -122,21 +122,17 @@ def exchange(
     """The mask update as a rule for :func:`jaxsparse.transforms.on_units`, of layers and which of them are frozen."""
 
     def shares_of(layers):
-        values = [_SHARES[redistribution](layer) for layer in layers]
-        return jnp.stack(values), regrow.counts(layers)
-
-    def exchanged(layers, lost, gains):
-        return _GROWTH[growth](layers, _PRUNE[prune](layers, lost), gains)
+        return jnp.stack([_SHARES[redistribution](layer) for layer in layers])
 
     def rule(layers, frozen):
         rate, sizes = jnp.asarray(prune_rate, jnp.float32), regrow.sizes(layers)
-        values, kept = each(layers, shares_of)
+        kept = regrow.counts(layers)
         if not layers[0].structure.exchanges:  # every group of n of m regrows what it lost
             lose = jnp.where(frozen, 0, regrow.losses(kept, rate))
-            return each(layers, exchanged, lose, lose), frozen
+            return _GROWTH[growth](layers, _PRUNE[prune](layers, kept, lose), lose), frozen
 
         # 1. Shares of the regrowth, on the masks before pruning.
-        values = jnp.where(frozen, 0, values)
+        values = jnp.where(frozen, 0, each(layers, shares_of))
         if redistribution == "momentum" and len({layer.kind for layer in layers}) > 1:
             values /= _scales(layers, jnp.where(values > 0, sizes, 0))
         total = exact_sum(values)
@@ -152,10 +148,11 @@ def exchange(
 
         # 3. Prune. Exactly ceil(rate * kept) of each layer, or of the whole.
         if prune == "global_magnitude":
-            survivors = regrow.drop_globally(layers, rate, resting)
-            lost = kept - each(layers, regrow.counts, survivors)
+            survivors = regrow.drop_globally(layers, kept, rate, resting)
+            lost = kept - regrow.counts(layers, survivors)
         else:
             lost = jnp.where(resting, 0, regrow.losses(kept, rates))
+            survivors = _PRUNE[prune](layers, kept, lost)
         surviving = kept - lost
 
         # 4. How many return to each layer: the shares, with what overflows spread over the rest. Rounded up, as in the
@@ -170,9 +167,7 @@ def exchange(
             gains = with_floor(gains, jnp.clip(at_least - surviving, 0, free))
 
         # 5. Which ones return.
-        if prune == "global_magnitude":
-            return each(layers, _GROWTH[growth], survivors, gains), resting
-        return each(layers, exchanged, lost, gains), resting
+        return _GROWTH[growth](layers, survivors, gains), resting
 
     return rule
 

@@ -212,6 +212,7 @@ def sparse_momentum(
         structure=structure,
         layout=layout,
         key=key,
+        draws=growth == "random",
     )
 
 

@@ -33,6 +33,7 @@ class Structure:
     # What methods may ask of a structure.
     has_sign: ClassVar[bool] = False  # units are single weights, of which there are negative ones
     splits_outputs: ClassVar[bool] = True  # an output has several units, so it can be given a share of what grows
+    positional: ClassVar[bool] = True  # units depend on where in its leaf a weight is
     exchanges: ClassVar[bool] = True  # how many units a leaf keeps is free: one may give some of its own to another
 
     score: Literal["mean", "sum"] = "mean"

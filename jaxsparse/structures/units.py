@@ -15,6 +15,7 @@ class weight(Structure):  # noqa: N801  (lower case, for it is called like the f
     """Every weight by itself."""
 
     has_sign: ClassVar[bool] = True
+    positional: ClassVar[bool] = False
 
     def axes(self, rank: int) -> tuple[int, ...]:
         """A weight extends over no axis."""

@@ -4,6 +4,7 @@ A method says where its masks start and how they change, the rest is :func:`mask
 change on the steps on which they are due and cost nothing on the others, and what went wrong is counted in the state.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -32,6 +33,8 @@ from jaxsparse.transforms.layers import Layer, each, layers_of
 from jaxsparse.trees import is_masked_node, leaf_paths
 
 __all__ = ["MaskState", "Watched", "dense_start", "every", "given_masks", "mask_link"]
+
+_LARGE = 4096  # weights of a layer, from which on its fingerprint is of sums of floats
 
 Start = Callable[[Any, jax.Array | None], Any]
 Change = Callable[[list[Layer], "MaskState"], tuple[Sequence[jax.Array], ArrayLike, jax.Array | None]]
@@ -177,6 +180,7 @@ def mask_link(
     structure: StructureLike = "weight",
     layout: LayoutLike = None,
     key: ArrayLike | None = None,
+    draws: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """A link that keeps pruned weights at exactly 0 and changes its masks on some steps.
 
@@ -194,6 +198,7 @@ def mask_link(
       watch: keep track of the layers that do not move, in ``MaskState.watched``.
       structure, layout: as the method got them.
       key: an int or PRNG key; None for a method that makes no random choice.
+      draws: whether ``change`` makes random choices, by ``Layer.key``. If not, only ``start`` has the key.
 
     Returns:
       A gradient transformation. Its ``update`` needs the params.
@@ -202,7 +207,7 @@ def mask_link(
 
     def init_fn(params):
         refuse_replicated(params, who)
-        start_key, next_key = (None, ()) if key is None else jax.random.split(as_key(key))
+        start_key, next_key = (None, None) if key is None else jax.random.split(as_key(key))
         masks = validate_masks(start(params, start_key), params)
         flat, weights = jax.tree.leaves(masks), _masked_leaves(params, masks)
         check_total(mask.size for mask in flat)
@@ -219,7 +224,7 @@ def mask_link(
             masks=masks,
             kept=sum(map(count_true, flat), jnp.zeros([], jnp.int32)),
             nan_scores=varying_like(jnp.zeros([], jnp.int32), params),
-            key=next_key,
+            key=next_key if draws and key is not None else (),
             own=() if own is None else own(params, masks),
             watched=watched,
         )
@@ -235,7 +240,7 @@ def mask_link(
 
             def changed(old):
                 masks, kept, nan_scores, next_key, watched = old
-                next_key, draw = (next_key, None) if key is None else jax.random.split(next_key)
+                next_key, draw = jax.random.split(next_key) if draws and key is not None else ((), None)
                 layers = layers_of(params, seen, masks, structure=structure, layout=layout, key=draw)
                 nans, *prints = each(layers, _looked_at if watch else _nans)
                 nan_scores += jnp.sum(nans)
@@ -280,13 +285,17 @@ def _nans(layers: list[Layer]) -> tuple[jax.Array]:
 
 
 def _fingerprint(w: jax.Array, mask: jax.Array) -> jax.Array:
-    rows = w.size // max(w.shape[-1], 1)
-    if w.dtype == jnp.float32 and 1 << 8 <= rows <= 1 << 16:
-        # Sums of floats, which are twice as fast on a CPU, and exact: of eight bits of each weight.
+    if w.dtype == jnp.float32 and w.size >= _LARGE:
+        # Eight bits of each weight, of which sums of floats are exact, and twice as fast on a CPU.
         kept = (mask.astype(jnp.uint8) != 0) & (w != 0)  # which leaves out the sign of a zero
         bits = jax.lax.bitcast_convert_type(jnp.where(kept, w, 0), jnp.int32)
-        few = ((bits ^ (bits >> 9) ^ (bits >> 20)) & 255).astype(jnp.float32)
-        return jnp.sum(jnp.sum(few, axis=range(w.ndim - 1)).astype(jnp.uint32), dtype=jnp.uint32)
+        few = (bits ^ (bits >> 9) ^ (bits >> 20)) & 255
+        if w.ndim == 1:
+            few = few.reshape(-1, math.gcd(w.size, 1024))
+        if few.size // max(few.shape[-1], 1) > 1 << 16:
+            return jnp.sum(few.astype(jnp.uint32), dtype=jnp.uint32)
+        columns = jnp.sum(few.astype(jnp.float32), axis=range(few.ndim - 1))
+        return jnp.sum(columns.astype(jnp.uint32), dtype=jnp.uint32)
     bits = jax.lax.bitcast_convert_type(w, {1: jnp.uint8, 2: jnp.uint16}.get(w.dtype.itemsize, jnp.uint32))
     kept = mask & (w != 0)
     kept = kept.reshape(kept.shape + (1,) * (bits.ndim - kept.ndim))  # a float64 has two of 32 bits

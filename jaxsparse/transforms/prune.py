@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxsparse.selection import count_true, global_top_k_masks, top_k_masks
+from jaxsparse.selection import count_true
 from jaxsparse.structures import unit_scores
-from jaxsparse.transforms.layers import Layer, each, stacks
+from jaxsparse.transforms.layers import Layer, as_layers, counts, each, joined
+from jaxsparse.transforms.ranking import rank_globally, rank_layers
 
 __all__ = ["prune_globally", "prune_layers"]
 
@@ -20,7 +21,7 @@ def prune_globally(
     *,
     scores: Sequence[jax.Array] | None = None,
     at_least: ArrayLike = 0,
-) -> tuple[list[jax.Array], jax.Array]:
+) -> tuple[Sequence[jax.Array], jax.Array]:
     """Keeps the units of largest score of all layers together, at most ``left`` weights.
 
     Args:
@@ -56,18 +57,16 @@ def prune_globally(
                for leaf, mask, free in zip(layers, masks, where, strict=True)]  # fmt: skip
         return jnp.stack(list(map(count_true, masks))), new
 
-    reserved, ranked, where = each(layers, looked_at, *([] if scores is None else [list(scores)]))
+    reserved, ranked, where = each(layers, looked_at, *([] if scores is None else [scores]))
     room = jnp.maximum(jnp.asarray(left, jnp.int32) - jnp.sum(reserved), 0)
-    chosen = global_top_k_masks(
-        ranked, room, where=where, absolute=by_magnitude, sizes=tiles, at_least=at_least, stacks=stacks(layers)
-    )
+    chosen = rank_globally(layers, ranked, room, where=where, sizes=tiles, absolute=by_magnitude, at_least=at_least)
     counts, new = each(layers, renewed, chosen, where)
     return new, jnp.sum(reserved) + jnp.sum(counts * np.asarray(tiles, np.int32))
 
 
 def prune_layers(
     layers: Sequence[Layer], left: ArrayLike, *, scores: Sequence[jax.Array] | None = None
-) -> tuple[list[jax.Array], jax.Array]:
+) -> tuple[Sequence[jax.Array], jax.Array]:
     """Keeps the units of largest score of each layer, with a given number for each.
 
     Args:
@@ -78,23 +77,36 @@ def prune_layers(
     Returns:
       The new masks, and how many weights they keep, int32.
     """
-    by_magnitude = scores is None
-
-    def pruned(layers, left, *scores):
-        leaves = _leaves(layers, *scores)
-        new = [leaf.structure.reserved(value, leaf.mask, absolute=by_magnitude) for leaf, value in leaves]
-        free = [i for i, fixed in enumerate(new) if fixed is None]
-        ranked = [unit_scores(leaves[i][0].structure, leaves[i][1], signed=not by_magnitude) for i in free]
-        where = [layers[i].structure.units(layers[i].mask) for i in free]
-        chosen = top_k_masks(ranked, [left[i] for i in free], where=where, absolute=by_magnitude)
-        for i, mask in zip(free, chosen, strict=True):
-            new[i] = layers[i].structure.expand(mask, layers[i].mask)
-        return jnp.stack(list(map(count_true, new))), new
-
     if not layers:
         return [], jnp.int32(0)
-    counts, new = each(layers, pruned, jnp.asarray(left, jnp.int32), *([] if scores is None else [list(scores)]))
-    return new, jnp.sum(counts)
+    layers, by_magnitude = as_layers(layers), scores is None
+
+    def looked_at(layers, *scores):
+        leaves = _leaves(layers, *scores)
+        ranked = [unit_scores(leaf.structure, value, signed=not by_magnitude) for leaf, value in leaves]
+        return ranked, [layer.structure.units(layer.mask) for layer in layers]
+
+    def reserved(layers, *scores):
+        return [leaf.structure.reserved(value, leaf.mask, absolute=by_magnitude)
+                for leaf, value in _leaves(layers, *scores)]  # fmt: skip
+
+    def expanded(layers, masks):
+        return [layer.structure.expand(mask, layer.mask) for layer, mask in zip(layers, masks, strict=True)]
+
+    given = [] if scores is None else [layers.column(scores)]
+    free = [i for i, layer in enumerate(layers) if layer.structure.exchanges]
+    fixed = [i for i, layer in enumerate(layers) if not layer.structure.exchanges]
+    found = []
+    if free:
+        some, few = layers.some(free), jnp.asarray(left, jnp.int32)[np.asarray(free)]
+        ranked, where = each(some, looked_at, *(values.some(free) for values in given))
+        chosen = rank_layers(some, ranked, few, where=where, absolute=by_magnitude)
+        found.append((free, some.column(each(some, expanded, chosen))))
+    if fixed:
+        some = layers.some(fixed)
+        found.append((fixed, some.column(each(some, reserved, *(values.some(fixed) for values in given)))))
+    new = joined(found)
+    return new, jnp.sum(counts(layers, new))
 
 
 def _leaves(layers: Sequence[Layer], scores: Sequence[jax.Array] | None = None) -> list[tuple[Layer, jax.Array]]:

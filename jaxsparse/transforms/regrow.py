@@ -1,8 +1,7 @@
 """Drop and grow, the steps of dynamic sparse training, with exact counts.
 
 Each is a function of layers of one unit size, as :func:`jaxsparse.transforms.on_units` hands them to a rule, and
-returns a mask for each layer. Counts are int32 arrays of shape (layers,). In a deep network, call them by
-:func:`jaxsparse.transforms.each`, all but :func:`drop_globally`.
+returns a mask for each layer. Counts are int32 arrays of shape (layers,).
 """
 
 from collections.abc import Sequence
@@ -13,8 +12,9 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxsparse.allocation import exact_mean, exact_sum
-from jaxsparse.selection import count_true, global_top_k_masks, random_scores, top_k_mask, top_k_masks
-from jaxsparse.transforms.layers import Layer, each, stacks
+from jaxsparse.selection import count_true, random_scores, top_k_mask
+from jaxsparse.transforms.layers import Layer, as_layers, counts, each
+from jaxsparse.transforms.ranking import rank_globally, rank_layers
 
 __all__ = [
     "counts", "drop_globally", "drop_smallest", "drop_smallest_and_most_negative", "grow_by_output", "grow_largest",
@@ -30,34 +30,26 @@ def sizes(layers: Sequence[Layer]) -> np.ndarray:
     return np.asarray([layer.size for layer in layers], np.int32)
 
 
-def counts(layers: Sequence[Layer], masks: Sequence[jax.Array] | None = None) -> jax.Array:
-    """The number of weights that the mask of each layer, or another mask for each, keeps."""
-    masks = [layer.mask for layer in layers] if masks is None else masks
-    return jnp.stack(list(map(count_true, masks))) if masks else jnp.zeros(0, jnp.int32)
-
-
 def losses(kept: jax.Array, rates: ArrayLike) -> jax.Array:
     """The number of kept weights to drop at a drop fraction: ceil(rate * kept), at most all."""
     return jnp.minimum(jnp.ceil(jnp.asarray(rates, jnp.float32) * kept.astype(jnp.float32)).astype(jnp.int32), kept)
 
 
-def drop_smallest(layers: Sequence[Layer], lose: jax.Array) -> list[jax.Array]:
-    """Drops the ``lose`` weights of smallest magnitude of each layer."""
-    weights, masks = [layer.weight for layer in layers], [layer.mask for layer in layers]
-    return top_k_masks(weights, counts(layers) - lose, where=masks, absolute=True)
+def drop_smallest(layers: Sequence[Layer], kept: jax.Array, lose: jax.Array) -> Sequence[jax.Array]:
+    """Drops the ``lose`` weights of smallest magnitude of each layer, of the ``kept`` that its mask has."""
+    return rank_layers(layers, _weights(layers), kept - lose, where=_masks(layers), absolute=True, enough=True)
 
 
-def drop_smallest_and_most_negative(layers: Sequence[Layer], lose: jax.Array) -> list[jax.Array]:
+def drop_smallest_and_most_negative(layers: Sequence[Layer], kept: jax.Array, lose: jax.Array) -> Sequence[jax.Array]:
     """Drops half of ``lose`` by smallest magnitude, the other half from the most negative of what is left."""
     # The authors of sparse momentum keep only the most negative in the second half, a slip; this is what was meant.
-    weights, kept = [layer.weight for layer in layers], counts(layers)
-    survivors = drop_smallest(layers, (lose + 1) // 2)
-    return top_k_masks(weights, kept - lose, where=survivors)
+    survivors = drop_smallest(layers, kept, (lose + 1) // 2)
+    return rank_layers(layers, _weights(layers), kept - lose, where=survivors, enough=True)
 
 
-def drop_globally(layers: Sequence[Layer], rate: ArrayLike, resting: jax.Array) -> list[jax.Array]:
+def drop_globally(layers: Sequence[Layer], kept: jax.Array, rate: ArrayLike, resting: jax.Array) -> Sequence[jax.Array]:
     """Drops the ceil(rate * kept) smallest weights of all layers that do not rest, ranked together."""
-    everything = jnp.sum(each(layers, counts), where=~resting)
+    everything = jnp.sum(kept, where=~resting)
 
     def taking_part(layers, rests):
         return [layer.mask & ~rest for layer, rest in zip(layers, rests, strict=True)]
@@ -66,42 +58,66 @@ def drop_globally(layers: Sequence[Layer], rate: ArrayLike, resting: jax.Array) 
         return [left | (layer.mask & rest) for layer, rest, left in zip(layers, rests, survivors, strict=True)]
 
     ranked = each(layers, taking_part, resting)
-    weights = [layer.weight for layer in layers]
-    survivors = global_top_k_masks(
-        weights, everything - losses(everything, rate), where=ranked, absolute=True, stacks=stacks(layers)
-    )
+    leave = everything - losses(everything, rate)
+    survivors = rank_globally(layers, _weights(layers), leave, where=ranked, absolute=True)
     return each(layers, with_resting, resting, survivors)
 
 
-def grow_largest(layers: Sequence[Layer], survivors: Sequence[jax.Array], gains: jax.Array) -> list[jax.Array]:
-    """Grows the ``gains`` missing weights of each layer whose signals are the largest."""
-    return _grow(layers, survivors, gains, [layer.signal for layer in layers])
+def grow_largest(layers: Sequence[Layer], survivors: Sequence[jax.Array], gains: jax.Array) -> Sequence[jax.Array]:
+    """Grows the ``gains`` missing weights of each layer whose signals are the largest; there must be as many."""
+    return _grow(layers, survivors, gains, each(layers, lambda layers: [layer.signal for layer in layers]))
 
 
-def grow_random(layers: Sequence[Layer], survivors: Sequence[jax.Array], gains: jax.Array) -> list[jax.Array]:
+def grow_random(layers: Sequence[Layer], survivors: Sequence[jax.Array], gains: jax.Array) -> Sequence[jax.Array]:
     """Grows ``gains`` missing weights of each layer at random."""
-    draws = [random_scores(jax.random.fold_in(layer.key, layer.index), layer.mask.shape) for layer in layers]
-    return _grow(layers, survivors, gains, draws)
+
+    def draw(layer):
+        key = jax.random.fold_in(layer.key, layer.index)
+        if jax.typeof(layer.mask).sharding.mesh.empty:  # the same numbers, drawn flat, compile twice as fast
+            return random_scores(key, (layer.size,)).reshape(layer.mask.shape)
+        return random_scores(key, layer.mask.shape)
+
+    def draws(layers):
+        return [draw(layer) for layer in layers]
+
+    return _grow(layers, survivors, gains, each(layers, draws))
 
 
-def grow_by_output(layers: Sequence[Layer], survivors: Sequence[jax.Array], gains: jax.Array) -> list[jax.Array]:
+def grow_by_output(layers: Sequence[Layer], survivors: Sequence[jax.Array], gains: jax.Array) -> Sequence[jax.Array]:
     """Grows each output by its share of the layer's mean signal; the rest goes to the largest remaining signals."""
-    grown = []
-    for layer, left, gain in zip(layers, survivors, gains, strict=True):
-        if layer.layout is None:
-            grown.append(left | _by_output(layer.signal, ~left, gain))
-        else:
-            seen = _by_output(layer.layout.to_matrices(layer.signal), layer.layout.to_matrices(~left), gain)
-            grown.append(left | layer.layout.from_matrices(seen, left))
-    return grown
+
+    def grown(layers, survivors, gains):
+        new = []
+        for layer, left, gain in zip(layers, survivors, gains, strict=True):
+            if layer.layout is None:
+                new.append(left | _by_output(layer.signal, ~left, gain))
+            else:
+                seen = _by_output(layer.layout.to_matrices(layer.signal), layer.layout.to_matrices(~left), gain)
+                new.append(left | layer.layout.from_matrices(seen, left))
+        return new
+
+    return each(as_layers(layers).shaped, grown, survivors, gains)
 
 
 def _grow(layers, survivors, gains, scores):
     if not layers[0].structure.exchanges:
-        rows = zip(layers, scores, survivors, gains, strict=True)
-        return [layer.structure.grow(score, layer.mask, left, gain) for layer, score, left, gain in rows]
-    grown = top_k_masks(scores, gains, where=[~left for left in survivors], absolute=True)
-    return [left | new for left, new in zip(survivors, grown, strict=True)]
+
+        def grown(layers, scores, survivors, gains):
+            rows = zip(layers, scores, survivors, gains, strict=True)
+            return [layer.structure.grow(score, layer.mask, left, gain) for layer, score, left, gain in rows]
+
+        return each(layers, grown, scores, survivors, gains)
+    missing = each(layers, lambda _, survivors: [~left for left in survivors], survivors)
+    new = rank_layers(layers, scores, gains, where=missing, absolute=True, enough=True)
+    return each(layers, lambda _, *both: [left | more for left, more in zip(*both, strict=True)], survivors, new)
+
+
+def _weights(layers: Sequence[Layer]) -> Sequence[jax.Array]:
+    return each(layers, lambda layers: [layer.weight for layer in layers])
+
+
+def _masks(layers: Sequence[Layer]) -> Sequence[jax.Array]:
+    return each(layers, lambda layers: [layer.mask for layer in layers])
 
 
 def _by_output(signal: jax.Array, missing: jax.Array, gain: jax.Array) -> jax.Array:

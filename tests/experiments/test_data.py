@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from sklearn import datasets
 
+from configs import common
 from experiments import data
+from experiments.inputs import open_dataset
 from tests.experiments import tiny_sets
 
 
@@ -41,6 +43,13 @@ def test_normalised_by_the_train_images(digits):
     images = data.normalise(digits.train.images, digits)
     chex.assert_type(images, np.float32)
     np.testing.assert_allclose([images.mean(), images.std()], [0, 1], atol=1e-5)
+
+
+def test_none_on_the_command_line_takes_the_mean_of_the_train_images(digits):
+    config = common.training()
+    config.data.name = "digits"
+    config.data.mean, config.data.std = (None,), (None,)  # as ``--config.data.mean=None`` is read
+    np.testing.assert_array_equal(open_dataset(config).mean, digits.mean)
 
 
 def test_digits_train_and_test_make_up_the_whole(digits):

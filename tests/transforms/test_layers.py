@@ -7,7 +7,6 @@ import pytest
 import jaxsparse
 from jaxsparse.masks import validate_masks
 from jaxsparse.transforms import each, layers_of
-from jaxsparse.transforms.layers import stacks
 
 
 def deep_params():
@@ -21,16 +20,53 @@ def layers_in_jit(params, masks):
     return layers_of(params, None, validate_masks(masks, params))
 
 
-def test_layers_whose_paths_differ_in_numbers_are_stacked_under_jit_alone():
+def stacked_paths(layers):
+    return [[layers[i].path for i in stack.members] for stack in layers.stacks]
+
+
+def test_layers_of_one_size_are_stacked_under_jit_alone():
     params = deep_params()
     masks = jaxsparse.random_masks(params, 0.5)
     found = []
-    jax.eval_shape(lambda params: found.append(stacks(layers_in_jit(params, masks))), params)
-    paths = list(jax.tree.leaves({path: path for path in params}))
-    assert [[paths[i] for i in members] for members in found[0]] == [
-        [f"block{i}/{name}/kernel" for i in range(4)] for name in ("in", "out")
-    ]
-    assert stacks(layers_in_jit(params, masks)) == []
+
+    def look(params):
+        layers = layers_in_jit(params, masks)
+        found.extend([stacked_paths(layers), stacked_paths(layers.shaped)])
+        assert layers.stacks[0].layer.weight.shape == (9, 3, 16)
+
+    jax.eval_shape(look, params)
+    alike = [[f"block{i}/{name}/kernel" for i in range(4)] for name in ("in", "out")]
+    assert found == [[sorted([*alike[0], *alike[1], "head/kernel"])], [[*alike[0], "head/kernel"], alike[1]]]
+    assert layers_in_jit(params, masks).stacks == []
+
+
+def test_on_a_mesh_the_paths_of_a_stack_differ_in_numbers_alone():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
+    params = jax.device_put(deep_params(), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    masks = jaxsparse.random_masks(params, 0.5)
+    found = []
+    jax.jit(lambda params: found.append(stacked_paths(layers_in_jit(params, masks))))(params)
+    assert found == [[[f"block{i}/{name}/kernel" for i in range(4)] for name in ("in", "out")]]
+
+
+def test_columns_are_lists_whatever_their_form():
+    params = deep_params()
+    masks = jaxsparse.random_masks(params, 0.5)
+
+    def compute(params):
+        layers = layers_in_jit(params, masks)
+        column = each(layers, lambda layers: [2 * layer.weight for layer in layers])
+        other = each(layers.shaped, lambda layers, twice: [x + 1 for x in twice], column)
+        return list(column), [column[i] for i in range(len(layers))], column[2:4], list(other), len(column)
+
+    listed, one_by_one, some, other, length = jax.jit(compute)(params)
+    leaves = jax.tree.leaves(params)
+    for i, leaf in enumerate(leaves):
+        np.testing.assert_array_equal(listed[i], 2 * leaf)
+        np.testing.assert_array_equal(one_by_one[i], 2 * leaf)
+        np.testing.assert_array_equal(other[i], 2 * leaf + 1)
+    np.testing.assert_array_equal(some[1], 2 * leaves[3])
+    assert length == len(leaves)
 
 
 def test_each_gives_every_layer_its_own_entries_in_order():
@@ -45,9 +81,10 @@ def test_each_gives_every_layer_its_own_entries_in_order():
             return sums, [layer.weight + shift for layer, shift in zip(layers, shifts, strict=True)]
 
         shifts = [jnp.full(layer.weight.shape, i) for i, layer in enumerate(layers)]
-        return each(layers, function, jnp.arange(10.0), shifts), each(layers, lambda layers: [x.mask for x in layers])
+        sums, moved = each(layers, function, jnp.arange(10.0), shifts)
+        return sums, list(moved), list(each(layers, lambda layers: [x.mask for x in layers]))
 
-    (sums, moved), kept = jax.jit(compute)(params)
+    sums, moved, kept = jax.jit(compute)(params)
     for i, leaf in enumerate(jax.tree.leaves(params)):
         np.testing.assert_allclose(sums[i], i * leaf.sum(), rtol=1e-5)
         np.testing.assert_array_equal(moved[i], leaf + i)
