@@ -30,7 +30,7 @@ def close(model, params, share, random):
     groups, leaves = models.channel_groups(model), by_path(params)
     for group, size in zip(groups, group_sizes(groups, params), strict=True):
         gates = jnp.asarray(random.permutation(size) >= share * size, jnp.float32)
-        for path, axis in group.multiplies.items():
+        for path, axis, _ in group.multiplies:
             shape = [1] * leaves[path].ndim
             shape[axis] = -1
             leaves[path] = leaves[path] * gates.reshape(shape)

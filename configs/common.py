@@ -25,6 +25,9 @@ def training() -> ConfigDict:
     config.checkpoint_every_epochs = 1
     config.log_every_steps = 500
 
+    # Take the channels whose gates are closed out of the network for good, every so many epochs; None: never. For "l0".
+    config.prune_while_training_epochs = config_dict.placeholder(int)
+
     config.label_smoothing = 0.0  # share of every target that is spread over all classes
     config.init = "model"  # where the weights start: as the model has it, or "he_normal": by fan-in, with biases of 0
     # The file of a sparse model, such as WORKDIR/sparse.safetensors of another run: its masks are kept, in place of the

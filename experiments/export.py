@@ -88,10 +88,17 @@ def restore(workdir: Path, data_dir: str | None = None) -> tuple[Any, Any]:
     if not folder.is_dir():
         raise OSError(f"{str(workdir)!r} has no checkpoint")
     config.data_dir = data_dir or config.data_dir
-    program = make_program(config, open_dataset(config), side_by_side=seeds is not None)
-    shapes = jax.eval_shape(program.init, np.asarray(config.seed if seeds is None else seeds, np.uint32))
+    dataset, seed = open_dataset(config), np.asarray(config.seed if seeds is None else seeds, np.uint32)
+    program = make_program(config, dataset, side_by_side=seeds is not None)
+
+    def shapes(about):
+        nonlocal program
+        if about.get("pruned"):
+            program = make_program(config, dataset, pruned=about["pruned"])
+        return program.layout.collected_shapes(jax.eval_shape(program.init, seed), about.get("devices"))
+
     with closing(Checkpoints(folder)) as checkpoints:
-        restored = checkpoints.restore(lambda about: program.layout.collected_shapes(shapes, about.get("devices")))
+        restored = checkpoints.restore(shapes)
     if restored is None:
         raise OSError(f"{str(workdir)!r} has no checkpoint")
     state = one_a_run(restored[1], seeds)[0 if seeds is None else list(seeds).index(config.seed)]

@@ -1,6 +1,7 @@
 """The networks of a run, and the weights that they start with."""
 
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import jaxsparse
 from experiments.options import choose
 from jaxsparse import models
 from jaxsparse.parallel import DeviceLayout
+from jaxsparse.trace import multiply_adds
 from jaxsparse.trees import by_path, path_name
 
 MODELS = {
@@ -52,6 +54,19 @@ def make_model(config: ConfigDict, num_classes: int, layout: DeviceLayout | None
             )
         model = model.clone(axis_name=layout.axis_name)
     return model
+
+
+def positions(model: Any, image_shape: Sequence[int]) -> dict[str, int | float]:
+    """The number of positions of an image at which each kernel is applied, by path.
+
+    It is that of the model as it is written, on any device: the form for CPUs may multiply more zeros to pool at once.
+    """
+    plain = model.clone(implementation="xla") if hasattr(model, "implementation") else model
+    example = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    variables = dict(jax.eval_shape(plain.init, jax.random.key(0), example))
+    params = variables.pop("params")
+    counts = multiply_adds(lambda p, rest, x: plain.apply({"params": p, **rest}, x), params, variables, example)
+    return counts.positions(batch=1)
 
 
 def he_normal(params: Any, key: jax.Array) -> Any:

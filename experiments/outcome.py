@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 import jaxsparse
+from experiments.networks import positions
 from experiments.program import Program, TrainState
 from experiments.workdir import Workdir
 from jaxsparse import inspect, models
@@ -62,12 +63,12 @@ def finish(run: Workdir, state: TrainState, program: Program) -> None:
     result |= {name: value for name, value in lines[-1].items() if name.startswith(names)}
     result["seconds"] = sum(line["seconds"] for line in lines)
     masks, widths = inspect.current_masks(state.opt_state, state.params), ""
-    places = models.positions(model, program.image_shape)
+    places = positions(model, program.image_shape)
     if groups is not None:
         params = jaxsparse.eval_params(state.opt_state, state.params)
         small, slim_params, _ = models.slim(model, params, state.model_state.get("batch_stats"))
         sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (slim_params, params)]
-        result["density"] = sizes[0] / sizes[1]
+        result["density"] = sizes[0] / sizes[1] * program.left["params"]
         result["widths"] = list(group_sizes(models.channel_groups(small), slim_params))
         widths = f" ({'-'.join(map(str, result['widths']))})"
         print(jaxsparse.remaining(state.params, groups, masks, places))

@@ -2,7 +2,7 @@
 
 import abc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,9 +16,10 @@ import jaxsparse
 from experiments import data
 from experiments.build import make_optimizer, update_every
 from experiments.inputs import batches, in_batches, make_augmentation
-from experiments.networks import INITS, STARTS, check_fits, load_start, make_model
+from experiments.networks import INITS, STARTS, check_fits, load_start, make_model, positions
 from experiments.options import choose
-from jaxsparse import inspect, models
+from jaxsparse import inspect
+from jaxsparse.models.channels import narrowed
 from jaxsparse.parallel import DeviceLayout, device_layout
 from jaxsparse.trees import by_path
 
@@ -47,10 +48,15 @@ def make_program(
     dataset: data.Dataset,
     side_by_side: bool = False,
     devices: Sequence[jax.Device] | None = None,
+    pruned: Sequence[Mapping[str, str]] = (),
 ) -> "Program":
-    """The computations of a run, or with ``side_by_side`` those of several seeds in one; on all or on these devices."""
+    """The computations of a run, or with ``side_by_side`` those of several seeds in one; on all or on these devices.
+
+    With ``pruned`` they are of the network without the channels that went while it trained: for each time which ones
+    stayed, see :func:`experiments.prune_while_training.open_gates`.
+    """
     kind = StreamedProgram if config.data.streamed else ResidentProgram
-    return kind(config, dataset, side_by_side, devices)
+    return kind(config, dataset, side_by_side, devices, pruned)
 
 
 class Program(abc.ABC):
@@ -61,10 +67,17 @@ class Program(abc.ABC):
       layout: how devices share the steps; ``train_chunk`` and ``evaluate`` take states that it has placed.
       optimizer: with its method.
       image_shape: (height, width, channels) of the images that the model sees.
+      pruned: for each time that channels left the network, which ones stayed.
+      left: how much of the network is left since then: the shares of "params" and "multiply_adds".
     """
 
     def __init__(
-        self, config: ConfigDict, dataset: data.Dataset, side_by_side: bool, devices: Sequence[jax.Device] | None
+        self,
+        config: ConfigDict,
+        dataset: data.Dataset,
+        side_by_side: bool,
+        devices: Sequence[jax.Device] | None,
+        pruned: Sequence[Mapping[str, str]],
     ):
         self.layout = make_layout(config, devices)
         if side_by_side and self.layout.name != "one_device":
@@ -79,6 +92,9 @@ class Program(abc.ABC):
             )
         self.model = make_model(config, dataset.num_classes, self.layout)
         self.image_shape = data.image_shape(dataset, config.data.image_size)
+        self.pruned, whole = tuple(pruned), self.model
+        for stays in pruned:
+            self.model = narrowed(self.model, {name: np.array(list(bits)) == "1" for name, bits in stays.items()})
         self._config, self._dataset, self._side_by_side = config, dataset, side_by_side
         self._steps_per_epoch = num_examples // batch_size  # the rest of an epoch is dropped
         self._augmented = make_augmentation(config)
@@ -86,7 +102,8 @@ class Program(abc.ABC):
         self._start = None if config.dense or not config.masks_from else load_start(config)
         self.optimizer = make_optimizer(config, self._steps_per_epoch, self.model)
         self._tx = self.optimizer.make(masks=self._start and self._start[1])
-        self._positions = models.positions(self.model, self.image_shape) if self.optimizer.groups else None
+        self._positions = positions(self.model, self.image_shape) if self.optimizer.groups else None
+        self.left = self._left_of(whole) if pruned else {"params": 1.0, "multiply_adds": 1.0}
         # Layers that skip dead blocks take the masks; to others pruned weights are zeros among the rest.
         self._takes_masks = not config.dense and bool(config.model.get("blocks"))
         self._dense_gradient_steps = None if config.dense else config.get("dense_gradient_steps")
@@ -188,8 +205,24 @@ class Program(abc.ABC):
         found = inspect.measure(
             state.opt_state, state.params, self._positions, groups=self.optimizer.groups, before=before
         )
+        if self.pruned:  # of the network as it was
+            remaining = {
+                name: share * self.left["params" if name.endswith("params") else "multiply_adds"]
+                for name, share in found.remaining.items()
+            }
+            found = found._replace(density=found.density * self.left["params"], remaining=remaining)
         finite = {path: jnp.all(jnp.isfinite(leaf)) for path, leaf in by_path(state.params).items()}
         return {"losses": losses, "accuracies": accuracies, **found._asdict(), "finite": finite}
+
+    def _left_of(self, whole):
+        sizes = []
+        for model in (self.model, whole):
+            shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *self.image_shape)))["params"]
+            leaves = {path: leaf.size for path, leaf in by_path(shapes).items()}
+            adds = sum(n * leaves[path] for path, n in positions(model, self.image_shape).items())
+            sizes.append((sum(leaves.values()), adds))
+        (params, adds), (all_params, all_adds) = sizes
+        return {"params": params / all_params, "multiply_adds": adds / all_adds}
 
     def _sums(self, state):
         """A function of (images, labels, which are real): the sums of losses and of hits, and how many are real."""

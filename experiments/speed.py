@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
+from experiments.networks import positions
 from experiments.program import Program, TrainState
-from jaxsparse import models
 from jaxsparse.trees import by_path
 
 # Of one device, in operations a second with 16-bit floats, as their makers give them.
@@ -29,7 +29,7 @@ def speedometer(config: ConfigDict, program: Program, shapes: TrainState) -> Cal
     kind, layout = program.layout.devices[0].device_kind, program.layout
     peak = next((peak for name, peak in PEAKS.items() if kind.startswith(name)), None)
     if peak is not None:
-        places = models.positions(program.model, program.image_shape)
+        places = positions(program.model, program.image_shape)
         sizes = {path: leaf.size for path, leaf in by_path(shapes.params).items()}
         operations = 6 * sum(places[path] * sizes[path] for path in places)  # multiply and add; forward, and twice back
 

@@ -52,6 +52,7 @@ from experiments.inputs import open_dataset, open_source, report_replaced
 from experiments.options import as_seeds, check_config, for_run, refuse_idle, with_seed
 from experiments.outcome import chunk_metrics, draw, finish
 from experiments.program import TrainState, make_program
+from experiments.prune_while_training import Gain, check_pruning, open_gates, without
 from experiments.results.table import mean_and_error
 from experiments.speed import speedometer
 from experiments.stopping import Stopped, stop_signals, stop_unless_finite
@@ -100,6 +101,7 @@ def train(
         dataset = open_dataset(config)
         check_config(config, num_examples=data.count(dataset.train))
         program = make_program(config, dataset, side_by_side=seeds is not None)
+        check_pruning(config, program, side_by_side=seeds is not None)
         seed = np.asarray(config.seed if seeds is None else seeds, np.uint32)
         shapes = jax.eval_shape(program.init, seed)  # what does not fit together is found here, before writing
     layout = program.layout
@@ -108,8 +110,14 @@ def train(
     eval_every = config.eval_every_epochs * steps_per_epoch
     checkpoint_every = config.checkpoint_every_epochs * steps_per_epoch
     masks_change_every = update_every(config, steps_per_epoch)  # on the first step after each multiple of this
-    grid = chunk_grid(total_steps, config.log_every_steps, eval_every, checkpoint_every)
-    speed = speedometer(config, program, shapes)
+    prune_every = (config.get("prune_while_training_epochs") or config.epochs) * steps_per_epoch
+    grid = chunk_grid(total_steps, config.log_every_steps, eval_every, checkpoint_every, prune_every)
+
+    def for_checkpoint(about: dict[str, Any]) -> Any:  # its network may have lost channels
+        nonlocal program
+        if about.get("pruned", []) != list(program.pruned):
+            program = make_program(config, dataset, pruned=about["pruned"])
+        return layout.collected_shapes(jax.eval_shape(program.init, seed), about.get("devices"))
 
     with ExitStack() as stack:
         with together():
@@ -118,7 +126,8 @@ def train(
         with together():
             if leads:
                 require_space(workdir, (KEPT + 1 - len(checkpoints.steps())) * size_in_bytes(shapes) + 2**20)
-        restored = checkpoints.restore(lambda about: layout.collected_shapes(shapes, about.get("devices")))
+        restored, gain = checkpoints.restore(for_checkpoint), Gain()
+        speed = speedometer(config, program, jax.eval_shape(program.init, seed))
         if restored and restored[0] == total_steps and not any_process(not all(run.result for run in runs)):
             if leads:
                 print(f"finished before, see {workdir}")
@@ -147,6 +156,7 @@ def train(
             if stop % eval_every == 0 or stop == total_steps:
                 losses = {name: program.evaluate(state, split) for name, split in splits.items()}
                 evaluated = one_a_run(jax.device_get(losses), seeds)
+            prunes = open_gates(program, state) if stop % prune_every == 0 and stop < total_steps else {}
             updated = (stop - 1) // masks_change_every > max(start - 1, 0) // masks_change_every
             for run, chunk, losses in zip(runs, measured, evaluated, strict=True):
                 of_run = "" if seeds is None else f" of {run.path.name}"
@@ -162,7 +172,15 @@ def train(
                     stop_unless_finite(path + of_run, [0.0 if finite else np.nan], first_step=stop)
                 metrics |= {"seconds": seconds, "steps_per_second": (stop - start) / seconds}
                 waited = chunk.get("input_wait", 0.0)
-                run.log(metrics | {"speed": speed(stop - start, seconds, waited)})
+                logged = metrics | {"speed": speed(stop - start, seconds, waited) | gain.chunk(stop - start, seconds)}
+                if prunes:
+                    logged["pruned_channels"] = {name: bits.count("0") for name, bits in prunes.items()}
+                run.log(logged)
+            if prunes:
+                state = without(state, program.optimizer.groups, prunes)
+                program = make_program(config, dataset, pruned=(*program.pruned, prunes))
+                speed = speedometer(config, program, jax.eval_shape(program.init, seed))
+                gain.pruned()
             bar.set_postfix(
                 {name: f"{metrics[name]:.4g}" for name in ("train_loss", "train_accuracy", "density")}, refresh=False
             )
@@ -170,7 +188,9 @@ def train(
             stopping = any_process(bool(told_to_stop))  # the signal may have come to another host
             if stop % checkpoint_every == 0 or stop == total_steps or stopping:
                 position = source.get_state() if config.data.streamed else None
-                checkpoints.save(stop, layout.collect(state), devices=layout.size, stream=position)
+                checkpoints.save(
+                    stop, layout.collect(state), devices=layout.size, stream=position, pruned=program.pruned
+                )
             if stopping:
                 break
         else:

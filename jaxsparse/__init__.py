@@ -19,8 +19,9 @@ from jaxsparse import (
 from jaxsparse._version import __version__
 from jaxsparse.allocation import erdos_renyi
 from jaxsparse.artifacts import ArtifactError, formats, load_sparse, save_sparse
+from jaxsparse.counts import remaining
 from jaxsparse.gates import Penalty, dependent_logits, hard_concrete, hard_concrete_mean, prob_open
-from jaxsparse.groups import Group, remaining
+from jaxsparse.groups import Group
 from jaxsparse.inspect import (
     SparsityError,
     check,
@@ -68,4 +69,6 @@ def __getattr__(name: str):
             return importlib.import_module(f"jaxsparse.{name}")
         except ImportError as error:
             raise AttributeError(f'jaxsparse.{name} needs Flax: pip install "jaxsparse[train]", or flax') from error
+    if name == "trace":  # which not every program needs
+        return importlib.import_module("jaxsparse.trace")
     raise AttributeError(f"module 'jaxsparse' has no attribute {name!r}")

@@ -84,26 +84,28 @@ def select(
         def if_going(some, compute, like):
             if going is None:
                 return compute()
-            return jax.lax.cond(jnp.any(some), compute, lambda: jnp.zeros_like(like))
+            return jax.lax.cond(jnp.any(some), compute, lambda: jnp.zeros_like(like, jnp.int32))
 
         numbers = range(len(groups[g]))
         if rows:
-            counted = [if_going(part(g, i, going), lambda i=i: of(i), part(g, i, ks[g]).reshape(-1)) for i in numbers]
+            counted = [if_going(part(g, i, going), lambda i=i: of(i), part(g, i, at).reshape(-1)) for i in numbers]
             return counted[0] if len(counted) == 1 else jnp.concatenate(counted)
-        return if_going(going, lambda: functools.reduce(operator.add, map(of, numbers)), ks[g])
+        return if_going(going, lambda: functools.reduce(operator.add, map(of, numbers)), at)
 
     # The threshold: the highest that at least k entries reach; the search ends early where exactly k do.
     low, high, wanted = [], [], []
     for g, k in enumerate(ks):
         integer = _integer(groups[g][0][0])
-        lowest, highest = (jnp.full_like(k, end, integer) for end in (jnp.iinfo(integer).min, jnp.iinfo(integer).max))
+        lowest, highest = (jnp.asarray(end, integer) for end in (jnp.iinfo(integer).min, jnp.iinfo(integer).max))
         # Not even infinity reaches the highest; all that is eligible, NaN too, reaches the lowest but one.
-        if not enough:
-            eligible = count(g, lambda _, key, __, at: key > at, lowest)
+        if enough:
+            high.append(jnp.full_like(k, highest, integer))
+        else:
+            at_first = jnp.full_like(k, lowest, integer) if rows else lowest
+            eligible = count(g, lambda _, key, __, at: key > at, at_first)
             k = jnp.clip(k, 0, eligible)
-            highest = jnp.where(k == eligible, lowest + 1, highest)
-        low.append(jnp.where(k == 0, highest, lowest + 1))
-        high.append(highest)
+            high.append(jnp.where(k == eligible, lowest + 1, highest))
+        low.append(jnp.where(k == 0, high[-1], lowest + 1))
         wanted.append(k)
     low, high, above = _search(
         lambda g, at, going: count(g, lambda _, key, __, at: key >= at, at, going), jnp.greater, wanted, low, high

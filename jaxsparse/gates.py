@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxsparse.groups import Group, expected_counts
+from jaxsparse.counts import expected_counts
+from jaxsparse.groups import Group, Slice, entries, of_entries
 from jaxsparse.placement import placed_like
 from jaxsparse.transforms.checks import check_range
 from jaxsparse.trees import by_path
@@ -72,8 +73,8 @@ class Penalty:
         check_range("weight_decay", self.weight_decay, 0)
         check_range("examples", self.examples, 1)
 
-    def kernels(self, groups: Sequence[Group], params: Any) -> list[tuple[str, int]]:
-        """The path of the kernel of each group and the axis of its channels there; empty if none are counted.
+    def kernels(self, groups: Sequence[Group], params: Any) -> list[Slice]:
+        """The kernel of each group, with the axis of its channels there; empty if none are counted.
 
         Raises:
           ValueError: for groups that the penalty cannot count.
@@ -83,11 +84,16 @@ class Penalty:
         leaves = by_path(params)
         found = [_kernel(group, leaves) for group in groups]
         if self.counts == "neighbours":
-            for group, (path, axis) in zip(groups, found, strict=True):
-                if axis % leaves[path].ndim != leaves[path].ndim - 1:
+            for group, (path, axis, channels) in zip(groups, found, strict=True):
+                if axis not in (-1, leaves[path].ndim - 1):
                     raise ValueError(
                         f"counts='neighbours' is for channels that a kernel makes, but group {group.name!r} gates the "
                         f"inputs of {path}: take counts='all'"
+                    )
+                if channels is not None or group.size not in (None, leaves[path].shape[-1]):
+                    raise ValueError(
+                        f"counts='neighbours' is for kernels with an output per channel, but group {group.name!r} is "
+                        f"not all of the {leaves[path].shape[-1]} outputs of {path}: take counts='all'"
                     )
         return found
 
@@ -99,21 +105,27 @@ class Penalty:
         is_open = [prob_open(log_alpha) for log_alpha in logits]
         total = jnp.zeros(())
         if self.counts == "all":
-            shapes = {path: leaves[path].shape for group in groups for path in group.removes if path in leaves}
+            paths = dict.fromkeys(which.path for group in groups for which in group.removes)
+            shapes = {path: leaves[path].shape for path in paths if path in leaves}
             chances = {group.name: of_group for group, of_group in zip(groups, is_open, strict=True)}
             total += self.strength * sum(expected_counts(groups, shapes, chances).values())
         else:
-            before = leaves[kernels[0][0]].shape[-2]  # E_0
-            for strength, (path, axis), chances in zip(strengths, kernels, is_open, strict=True):
-                shape = leaves[path].shape
+            before = leaves[kernels[0].path].shape[-2]  # E_0
+            for strength, kernel, chances in zip(strengths, kernels, is_open, strict=True):
+                shape = leaves[kernel.path].shape
                 if self.counts == "alone":
-                    total += strength * (math.prod(shape) / shape[axis]) * chances.sum()
+                    axes, numbers = entries(kernel, shape, chances.size)
+                    weights = math.prod(shape) / math.prod(shape[axis] for axis in axes)
+                    if not one_each(numbers, chances.size):
+                        number = np.bincount(numbers[numbers >= 0], minlength=chances.size)
+                        chances = times(chances, jnp.asarray(number, chances.dtype))
+                    total += strength * weights * chances.sum()
                 else:
                     total += strength * math.prod(shape[:-2]) * before * chances.sum()
                     before = chances.sum()
         if self.weight_decay:
-            for (path, axis), chances in zip(kernels, is_open, strict=True):
-                norms = jnp.sum(jnp.square(leaves[path]), other_axes(axis, leaves[path].ndim))
+            for kernel, chances in zip(kernels, is_open, strict=True):
+                norms = of_channels(jnp.square(leaves[kernel.path]), kernel, chances.size)
                 total += self.weight_decay / 2 * jnp.sum(times(chances, placed_like(norms, chances)))
         return total / self.examples
 
@@ -217,9 +229,30 @@ def check_direction(direction: str) -> None:
         raise ValueError(f"direction must be 'forward' or 'backward', got {direction!r}")
 
 
-def other_axes(axis: int, rank: int) -> list[int]:
-    """All axes but one."""
-    return [i for i in range(rank) if i != axis % rank]
+def one_each(numbers: np.ndarray, size: int) -> bool:
+    """Whether the entries are the channels, one by one."""
+    return numbers.size == size and bool((numbers.ravel() == np.arange(size)).all())
+
+
+def spread(channels: jax.Array, which: Slice, shape: Sequence[int]) -> jax.Array:
+    """Values of channels in the rank of a leaf, with size 1 along the other axes; 1 for entries of no channel."""
+    axes, numbers = entries(which, shape, channels.size)
+    if not one_each(numbers, channels.size) or len(axes) > 1:
+        channels = of_entries(channels, numbers)
+    return jnp.expand_dims(channels, _others(axes, len(shape)))
+
+
+def of_channels(leaf: jax.Array, which: Slice, size: int) -> jax.Array:
+    """The sum over all entries of each channel, (size,)."""
+    axes, numbers = entries(which, leaf.shape, size)
+    sums = jnp.sum(leaf, _others(axes, leaf.ndim))
+    if one_each(numbers, size):
+        return sums.reshape(size)
+    return jnp.zeros(size + 1, sums.dtype).at[numbers.ravel()].add(sums.ravel())[:-1]  # the last one is for -1
+
+
+def _others(axes: tuple[int, ...], rank: int) -> list[int]:
+    return [i for i in range(rank) if i not in axes]
 
 
 def times(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -228,14 +261,15 @@ def times(a: jax.Array, b: jax.Array) -> jax.Array:
     return a.astype(dtype) * b.astype(dtype)
 
 
-def _kernel(group: Group, leaves: Any) -> tuple[str, int]:
-    """The kernel of a group and the axis of its channels there."""
+def _kernel(group: Group, leaves: Any) -> Slice:
+    """The kernel of a group, with the axis of its channels there."""
     if group.kernel is not None:
-        return group.kernel, group.multiplies.get(group.kernel, -1)
-    for path, axis in group.multiplies.items():
-        if leaves[path].ndim > 1:
-            return path, axis
-    for path, removed in group.removes.items():
-        if path in leaves and leaves[path].ndim > 1 and removed in (-1, leaves[path].ndim - 1):
-            return path, -1
+        named = [which for which in (*group.multiplies, *group.removes) if which.path == group.kernel]
+        return named[0] if named else Slice(group.kernel, -1)
+    for which in group.multiplies:
+        if leaves[which.path].ndim > 1:
+            return which
+    for which in group.removes:
+        if which.path in leaves and leaves[which.path].ndim > 1 and which.axis in (-1, leaves[which.path].ndim - 1):
+            return which
     raise ValueError(f"the penalty counts the weights of a kernel: say which, kernel=..., for group {group.name!r}")

@@ -8,24 +8,51 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
-from jaxsparse.tables import Table, Tabular
-from jaxsparse.trees import by_path, is_masked_node, natural_order
+from jaxsparse.trees import by_path, is_masked_node
 
-__all__ = ["Group", "Remaining", "entries", "expected_counts", "group_sizes", "remaining"]
+__all__ = ["Group", "Slice", "entries", "group_sizes"]
 
 
-@dataclasses.dataclass(frozen=True)
+class Slice(NamedTuple):
+    """The entries of one leaf along an axis, with the channel to which each belongs.
+
+    Attributes:
+      path: the path of the leaf.
+      axis: the axis, or several in rising order: of a leaf with stacked layers (layers, inputs, outputs), (0, 2) has
+        channels of its own for every layer.
+      channels: the channel of each entry along the axis, -1 for an entry of no channel of this group. For several axes,
+        of all their combinations, of which the last axis varies fastest. None: 0, 1, ..., size - 1, again and again.
+    """
+
+    path: str
+    axis: int | tuple[int, ...]
+    channels: tuple[int, ...] | None = None
+
+    def __repr__(self) -> str:
+        channels = self.channels
+        if channels is not None and len(channels) > 8:
+            shown = f"({', '.join(map(str, channels[:3]))}, ..., {channels[-1]})"
+        else:
+            shown = repr(channels)
+        return f"Slice({self.path!r}, {self.axis!r}{'' if channels is None else f', {shown}'})"
+
+
+Slices: TypeAlias = tuple[Slice, ...]
+SlicesLike: TypeAlias = Mapping[str, int | tuple[int, Sequence[int]]] | Sequence[Slice | tuple]
+
+
+@dataclasses.dataclass(frozen=True, init=False)
 class Group:
     """The channels at one point of a network, each with one gate.
 
-    To multiply the output of a channel, *multiply* these slices:
+    :func:`jaxsparse.trace.channel_groups` derives the groups of any model. To write one by hand, *multiply* these
+    slices to multiply the output of a channel:
 
     * with batch normalisation: its scale and its bias (before a ReLU this is the same as after it);
     * without batch normalisation: the filter, the last axis of the kernel, and its bias;
@@ -35,13 +62,19 @@ class Group:
 
     Attributes:
       name: the name of the group, such as ``"conv1"``, unique among the groups.
-      multiplies: leaf path -> the axis along which the gates multiply it. All these axes have the size of the group.
-      removes: leaf path -> the axis from which closed channels are removed, and along which they are counted. Its
-        length may be a multiple of the group's size, as after flattening images (height, width, channels), where
-        channels vary fastest. For any other order use (axis, channels), with the channel of each entry. List leaves
+      multiplies: what the gates multiply: leaf path -> axis, or :class:`Slice` objects, which may also name several
+        axes of one leaf and the channel of each entry. Kept as a tuple of them.
+      removes: that from which closed channels are removed, and along which they are counted, in the same form. An axis
+        may be a multiple of the group's size, as after flattening images (height, width, channels), where channels
+        vary fastest. For any other order use path -> (axis, channels), with the channel of each entry. List leaves
         that are multiplied here too if they shrink.
       kernel: the path of the kernel whose weights a penalty counts: the one that makes the channels, or, if inputs are
         gated, the one that reads them. None: the kernel that is multiplied, or else the first that loses outputs.
+      size: the number of channels. None: the length of the first axis that is multiplied.
+      closed_by: choices of slices: a channel whose slices of any one choice are zero counts for nothing. None: all that
+        is multiplied.
+      sums: the places of the program where the channels are summed, as for a mean, which is over their full number.
+      exact: whether a walk through the program has shown that ``closed_by`` holds.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -57,12 +90,52 @@ class Group:
       ... )
       >>> group_sizes([group], params)
       (8,)
+      >>> heads = Group("heads", [Slice("out", 0, (0, 0, 1, 1, -1))])  # the last row has no gate
+      >>> group_sizes([heads], {"out": jnp.ones((5, 3))})
+      (2,)
     """
 
     name: str
-    multiplies: Mapping[str, int]
-    removes: Mapping[str, int | tuple[int, Sequence[int]]] = dataclasses.field(default_factory=dict)
-    kernel: str | None = None
+    multiplies: Slices
+    removes: Slices
+    kernel: str | None
+    size: int | None
+    closed_by: tuple[Slices, ...]
+    sums: tuple[str, ...]
+    exact: bool
+
+    def __init__(
+        self,
+        name: str,
+        multiplies: SlicesLike,
+        removes: SlicesLike = (),
+        kernel: str | None = None,
+        size: int | None = None,
+        closed_by: Sequence[SlicesLike] | None = None,
+        sums: Sequence[str] = (),
+        exact: bool = False,
+    ):
+        who = f"group {name!r}"
+        gated = _slices(multiplies, f"{who}: multiplies")
+        choices = (gated,) if closed_by is None else tuple(_slices(one, f"{who}: closed_by") for one in closed_by)
+        fields = (name, gated, _slices(removes, f"{who}: removes"), kernel, size, choices, tuple(sums), exact)
+        for field, value in zip(dataclasses.fields(self), fields, strict=True):
+            object.__setattr__(self, field.name, value)
+
+
+def _slices(given: SlicesLike, who: str) -> Slices:
+    """Slices of a mapping or a sequence of them."""
+    if isinstance(given, Mapping):
+        given = [(path, *axis) if isinstance(axis, tuple) else (path, axis) for path, axis in given.items()]
+    found = []
+    for one in given:
+        if not isinstance(one, tuple) or not 2 <= len(one) <= 3 or not isinstance(one[0], str):
+            raise ValueError(f"{who} must map paths to axes, or be jaxsparse.groups.Slice objects, got {one!r}")
+        path, axis, channels = Slice(*one)
+        if channels is not None:
+            channels = tuple(np.asarray(channels, np.int64).ravel().tolist())
+        found.append(Slice(path, tuple(axis) if isinstance(axis, list | tuple) else axis, channels))
+    return tuple(found)
 
 
 def group_sizes(groups: Sequence[Group], params: Any) -> tuple[int, ...]:
@@ -88,210 +161,131 @@ def group_sizes(groups: Sequence[Group], params: Any) -> tuple[int, ...]:
     names = [group.name for group in groups]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two groups have the name {', '.join(map(repr, twice))}")
-    multiplied: dict[str, str] = {}
+    multiplied: dict[tuple, list[tuple[str, np.ndarray]]] = {}
     sizes = []
     for group in groups:
         who = f"group {group.name!r}"
         if not group.multiplies:
             raise ValueError(f"{who} multiplies nothing: its gates would have no effect")
-        lengths = {path: _length(leaves, path, axis, who) for path, axis in group.multiplies.items()}
-        first, size = next(iter(lengths.items()))
-        if not size:
-            raise ValueError(f"{who} has no channels: {first} has shape {tuple(leaves[first].shape)}")
-        for path, length in lengths.items():
-            if path in multiplied:
-                raise ValueError(f"{who} and group {multiplied[path]!r} overlap: both multiply {path}")
-            if not jnp.issubdtype(leaves[path].dtype, jnp.floating):
-                raise ValueError(f"{who} multiplies {path} of dtype {leaves[path].dtype}: only floats have gates")
-            if length != size:
-                raise ValueError(f"{who}: {path} has {length} channels where it is multiplied, but {first} has {size}")
-            multiplied[path] = group.name
-        for path, axis in group.removes.items():
-            if partial and path not in leaves:
-                continue
-            axis, channels = axis if isinstance(axis, tuple) else (axis, None)
-            length = _length(leaves, path, axis, who)
-            if channels is not None and (len(channels) != length or min(channels) < 0 or max(channels) >= size):
+        size = _size(group, leaves, who)
+        for which in group.multiplies:
+            if not jnp.issubdtype(leaves[which.path].dtype, jnp.floating):
                 raise ValueError(
-                    f"{who}: axis {axis} of {path} has {length} entries, so it needs {length} channel numbers "
-                    f"from 0 to {size - 1}, got {len(channels)} from {min(channels)} to {max(channels)}"
+                    f"{who} multiplies {which.path} of dtype {leaves[which.path].dtype}: only floats have gates"
                 )
-            if channels is None and length % size:
-                raise ValueError(
-                    f"{who} has {size} channels, but axis {axis} of {path}, from which they are removed, has length "
-                    f"{length}, which is not a multiple of {size}"
-                )
+            axes, channels = entries(which, leaves[which.path].shape, size)
+            for other, theirs in multiplied.setdefault((which.path, axes), []):
+                if _overlap(channels, theirs):
+                    raise ValueError(f"{who} and group {other!r} overlap: both multiply {which.path}")
+            multiplied[which.path, axes].append((group.name, channels))
+        for which in group.removes:
+            if not partial or which.path in leaves:
+                _check_channels(which, leaves, size, who, ", from which they are removed,")
         if group.kernel is not None:
-            _length(leaves, group.kernel, -1, who)
-        _refuse_filters_before_a_norm(group, leaves, who)
+            _lengths(leaves, Slice(group.kernel, -1), who)
+        if not group.exact:
+            _refuse_filters_before_a_norm(group, leaves, who)
         sizes.append(size)
     return tuple(sizes)
 
 
-def entries(group: Group, path: str, shape: Sequence[int], size: int) -> tuple[int, np.ndarray]:
-    """The axis of a leaf from which a group removes channels, >= 0, and the channel of each entry along it."""
-    removed = group.removes[path]
-    axis, channels = removed if isinstance(removed, tuple) else (removed, None)
-    axis %= len(shape)
-    return axis, np.arange(shape[axis]) % size if channels is None else np.asarray(channels)
+def _size(group: Group, leaves: Mapping[str, Any], who: str) -> int:
+    """The number of channels of a group, whose multiplied slices agree on it."""
+    first, *others = group.multiplies
+    length = math.prod(_lengths(leaves, first, who))
+    size = group.size or (length if first.channels is None else max(first.channels, default=-1) + 1)
+    if not size:
+        raise ValueError(f"{who} has no channels: {first.path} has shape {tuple(leaves[first.path].shape)}")
+    for which in others:
+        length = math.prod(_lengths(leaves, which, who))
+        if which.channels is None and (length % size or not length):
+            raise ValueError(
+                f"{who}: {which.path} has {length} channels where it is multiplied, but {first.path} has {size}"
+            )
+    for which in group.multiplies:
+        _check_channels(which, leaves, size, who, " where it is multiplied")
+    return size
 
 
-def expected_counts(
-    groups: Sequence[Group], shapes: Mapping[str, Sequence[int]], open_channels: Mapping[str, ArrayLike]
-) -> dict[str, jax.Array]:
-    """Count the entries of every leaf that stay, or compute their expected number.
-
-    Args:
-      groups: the groups.
-      shapes: the shapes of the leaves to count, by path.
-      open_channels: for every group, by its name, the probability that each channel is open, or 0 and 1; (size,).
-
-    Returns:
-      path -> (), float32. Channels are assumed to be independent, so expected numbers are exact unless a group is on
-      two axes of one leaf.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> group = Group("hidden", {"fc2": 0}, {"fc1": -1, "fc2": 0})
-      >>> counts = expected_counts([group], {"fc1": (5, 4), "fc2": (4, 3)}, {"hidden": jnp.array([1, 1, 0.5, 0])})
-      >>> {path: float(number) for path, number in counts.items()}
-      {'fc1': 12.5, 'fc2': 7.5}
-    """
-    chances = {name: jnp.asarray(value, jnp.float32) for name, value in open_channels.items()}
-    return {path: jnp.asarray(kept, jnp.float32) for path, kept in _kept(groups, shapes, chances).items()}
+def _check_channels(which: Slice, leaves: Mapping[str, Any], size: int, who: str, where: str) -> None:
+    """Refuse channel numbers that do not fit the leaf or the size of the group."""
+    length, channels = math.prod(_lengths(leaves, which, who)), which.channels
+    if channels is not None and (len(channels) != length or min(channels) < -1 or max(channels) >= size):
+        raise ValueError(
+            f"{who}: axis {which.axis} of {which.path} has {length} entries, so it needs {length} channel numbers "
+            f"from 0 to {size - 1}, got {len(channels)} from {min(channels)} to {max(channels)} (-1: no channel)"
+        )
+    if channels is None and length % size:
+        raise ValueError(
+            f"{who} has {size} channels, but axis {which.axis} of {which.path}{where} has length {length}, which is "
+            f"not a multiple of {size}"
+        )
 
 
-def _kept(
-    groups: Sequence[Group], shapes: Mapping[str, Sequence[int]], open_channels: Mapping[str, Any]
-) -> dict[str, Any]:
-    """As :func:`expected_counts`, but in the precision of ``open_channels``, arrays of NumPy or JAX."""
-    along: dict[tuple[str, int], Any] = {}
-    for group in groups:
-        channels = open_channels[group.name]
-        for path in group.removes:
-            if path in shapes:
-                axis, numbers = entries(group, path, shapes[path], channels.size)
-                along[path, axis] = along.get((path, axis), 1) * channels[numbers]
-    counts = {}
-    for path, shape in shapes.items():
-        others = math.prod(size for axis, size in enumerate(shape) if (path, axis) not in along)
-        counts[path] = float(others) * math.prod(chances.sum() for (p, _), chances in along.items() if p == path)
-    return counts
+def _overlap(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two groups have the same channels where both have any: heads and their inner dimensions do not."""
+    both = (a >= 0) & (b >= 0)
+    return bool(both.any()) and bool((first_places(a[both]) == first_places(b[both])).all())
 
 
-class LayerRemaining(NamedTuple):
-    """One line of :class:`Remaining`: the params and MACs of a leaf, and how many of them are kept."""
-
-    path: str
-    params: int
-    kept_params: float
-    macs: int
-    kept_macs: float
+def first_places(numbers: np.ndarray) -> np.ndarray:
+    """For each entry the place where its number comes first: the same for numbers that are only renamed."""
+    _, first, inverse = np.unique(numbers, return_index=True, return_inverse=True)
+    return first[inverse.reshape(-1)]
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
-class Remaining(Tabular):
-    """The result of :func:`remaining`; prints as a table, and as HTML in a notebook.
-
-    Attributes:
-      layers: one :class:`LayerRemaining` per leaf.
-    """
-
-    layers: tuple[LayerRemaining, ...]
-
-    @property
-    def params(self) -> float:
-        """The share of the params that is kept."""
-        return _share(self.layers, "kept_params", "params")
-
-    @property
-    def macs(self) -> float:
-        """The share of the multiply-accumulate operations that is kept; NaN if none were counted."""
-        return _share(self.layers, "kept_macs", "macs")
-
-    def table(self) -> Table:
-        """The cells of the table."""
-        columns = [[getattr(row, name) for row in self.layers] for name in LayerRemaining._fields[1:]]
-        lines = [["layer", "params", "kept", "", "MACs", "kept", ""]]
-        total = LayerRemaining("all", *(sum(column) for column in columns))
-        for path, params, kept, macs, kept_macs in [*self.layers, total]:
-            numbers = [f"{params:,}", f"{kept:,.0f}", f"{kept / max(params, 1):.1%}"]
-            numbers += [f"{macs:,}", f"{kept_macs:,.0f}", f"{kept_macs / macs:.1%}"] if macs else ["", "", ""]
-            lines.append([path, *numbers])
-        if not total.macs:
-            lines = [line[:4] for line in lines]
-        header, *rows, last = map(tuple, lines)
-        return Table(header, tuple(rows), (last,))
-
-
-def remaining(
-    params: Any,
-    groups: Sequence[Group],
-    open_channels: Mapping[str, ArrayLike],
-    positions: Mapping[str, int] | None = None,
-) -> Remaining:
-    """Count the params and MACs that are left when closed channels are removed, as a table.
+def entries(which: Slice, shape: Sequence[int], size: int) -> tuple[tuple[int, ...], np.ndarray]:
+    """The axes of a :class:`Slice` and the channel of each of their entries.
 
     Args:
-      params: the params or their shapes.
-      groups: the groups.
-      open_channels: for every group, by its name, the probability that each channel is open, or 0 and 1; (size,).
-      positions: the number of output positions of an example at which each kernel is applied, by path: output height x
-        width for a convolution, 1 for a dense layer; see :func:`jaxsparse.models.positions`. None counts only params.
+      which: the slice.
+      shape: the shape of its leaf.
+      size: the number of channels of its group.
 
     Returns:
-      A :class:`Remaining`. Print it for a table.
-
-    Raises:
-      ValueError: for groups that do not fit the params, and for channels and positions that do not fit the groups.
+      (axes, channels): the axes, >= 0, mostly one; the channels, int, an axis for each of them; -1 for none.
 
     Examples:
-      >>> import jax.numpy as jnp
-      >>> params = {"fc1": {"kernel": jnp.ones((5, 4))}, "fc2": {"kernel": jnp.ones((4, 3))}}
-      >>> group = Group("hidden", {"fc2/kernel": 0}, {"fc1/kernel": -1, "fc2/kernel": 0})
-      >>> print(remaining(params, [group], {"hidden": jnp.array([1, 0, 0, 1])}, {"fc1/kernel": 1, "fc2/kernel": 1}))
-      layer       params  kept         MACs  kept
-      ----------  ------  ----  -----  ----  ----  -----
-      fc1/kernel      20    10  50.0%    20    10  50.0%
-      fc2/kernel      12     6  50.0%    12     6  50.0%
-      ----------  ------  ----  -----  ----  ----  -----
-      all             32    16  50.0%    32    16  50.0%
+      >>> entries(Slice("fc/kernel", -2), (6, 5), 3)
+      ((0,), array([0, 1, 2, 0, 1, 2]))
     """
-    for group, size in zip(groups, group_sizes(groups, params), strict=True):
-        found = jnp.shape(open_channels.get(group.name))
-        if found != (size,):
-            raise ValueError(f"group {group.name!r} has {size} channels, but open_channels has shape {found} for it")
-    shapes = {path: tuple(leaf.shape) for path, leaf in by_path(params).items()}
-    if unknown := sorted(set(positions or {}) - set(shapes)):
-        raise ValueError(f"positions names {', '.join(unknown)}, which the params do not have")
-    chances = {group.name: np.asarray(open_channels[group.name], np.float64) for group in groups}
-    counts = _kept(groups, shapes, chances)  # float32 counts only to 2**24
-    rows = []
-    for path in sorted(shapes, key=natural_order):
-        size, kept = math.prod(shapes[path]), float(counts[path])
-        applied = (positions or {}).get(path, 0)
-        rows.append(LayerRemaining(path, size, kept, applied * size, applied * kept))
-    return Remaining(tuple(rows))
+    axes = tuple(axis % len(shape) for axis in (which.axis if isinstance(which.axis, tuple) else (which.axis,)))
+    lengths = [shape[axis] for axis in axes]
+    channels = np.arange(math.prod(lengths)) % size if which.channels is None else np.asarray(which.channels)
+    return axes, channels.reshape(lengths)
 
 
-def _share(rows: Sequence[LayerRemaining], kept: str, whole: str) -> float:
-    total = sum(getattr(row, whole) for row in rows)
-    return sum(getattr(row, kept) for row in rows) / total if total else float("nan")
+def of_entries(channels: Any, numbers: np.ndarray) -> Any:
+    """Values of channels, for each entry, and 1 for entries of no channel; arrays of NumPy or JAX."""
+    if (numbers >= 0).all():
+        return channels[numbers]
+    xp: Any = np if isinstance(channels, np.ndarray) else jnp
+    return xp.append(channels, xp.ones(1, channels.dtype))[numbers]
 
 
-def _length(leaves: Mapping[str, Any], path: str, axis: int, who: str) -> int:
+def _lengths(leaves: Mapping[str, Any], which: Slice, who: str) -> list[int]:
+    """The lengths of the axes of a slice, which must be there."""
+    path, axis, _ = which
     if path not in leaves:
         near = difflib.get_close_matches(path, leaves, n=3, cutoff=0.4) or list(leaves)[:3]
         raise ValueError(f"{who} names {path!r}, which the params do not have; they have {', '.join(near)}, ...")
-    shape = leaves[path].shape
-    if isinstance(axis, bool) or not isinstance(axis, int) or not -len(shape) <= axis < len(shape):
-        raise ValueError(f"{who} names axis {axis!r} of {path}, whose shape is {tuple(shape)}")
-    return shape[axis]
+    shape, axes = leaves[path].shape, axis if isinstance(axis, tuple) else (axis,)
+    for one in axes:
+        if isinstance(one, bool) or not isinstance(one, int) or not -len(shape) <= one < len(shape):
+            raise ValueError(f"{who} names axis {one!r} of {path}, whose shape is {tuple(shape)}")
+    places = [one % len(shape) for one in axes]
+    if not axes or places != sorted(set(places)):
+        raise ValueError(f"{who} names axes {axes} of {path}: several axes must be in rising order")
+    return [shape[one] for one in places]
 
 
 def _refuse_filters_before_a_norm(group: Group, leaves: Mapping[str, Any], who: str) -> None:
-    filters = [p for p, axis in group.multiplies.items() if leaves[p].ndim > 1 and axis % leaves[p].ndim > 0]
-    norms = [p for p in [*group.removes, *group.multiplies] if p.rpartition("/")[2] == "scale"]
+    filters = [
+        path
+        for path, axis, _ in group.multiplies
+        if leaves[path].ndim > 1 and isinstance(axis, int) and axis % leaves[path].ndim > 0
+    ]
+    norms = [path for path, *_ in [*group.removes, *group.multiplies] if path.rpartition("/")[2] == "scale"]
     if filters and norms:
         raise ValueError(
             f"{who} multiplies the filters {filters[0]}, but their outputs are normalised ({norms[0]}), which "

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,8 @@ import pytest
 from flax import nnx
 
 import jaxsparse
-from jaxsparse.groups import Group, expected_counts, group_sizes, remaining
+from jaxsparse.counts import expected_counts, remaining
+from jaxsparse.groups import Group, Slice, entries, group_sizes
 
 PARAMS = {
     "conv": {"bias": jnp.zeros(4), "kernel": jnp.ones((3, 3, 2, 4))},
@@ -132,3 +135,83 @@ def test_names_are_taken_as_they_are():
     # The variables of flax.nnx add nothing to the names.
     state = nnx.state(nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
     assert group_sizes([Group("units", {"kernel": -1, "bias": 0})], state) == (4,)
+
+
+HALF = tuple([0, 0, 1, 1] + 4 * [-1])
+WIDE = {
+    "qkv": jnp.ones((3, 8)),
+    "wh": jnp.ones((4, 4)),
+    "stack": jnp.ones((2, 5, 3)),
+    "flat": jnp.ones((8, 2)),
+}
+WIDE_GROUPS = (
+    Group("heads", [("qkv", 1, HALF)], [("qkv", 1, HALF)]),
+    Group("inner", [Slice("qkv", -1, (0, 1, 0, 1, -1, -1, -1, -1))], [("qkv", 1, (0, 1, 0, 1, -1, -1, -1, -1))]),
+    Group("units", [("wh", 0), ("wh", 1)], [("wh", 0), ("wh", 1), ("flat", 0)]),
+    Group("layers", [("stack", (0, 2))], [("stack", (0, 2))]),
+    Group("shared", [("stack", 1)], [("stack", 1)]),
+)
+
+
+def test_groups_of_several_axes_of_entries_without_channel_and_of_stacked_layers():
+    assert group_sizes(WIDE_GROUPS, WIDE) == (2, 2, 4, 6, 5)
+    assert hash(WIDE_GROUPS[0]) == hash(dataclasses.replace(WIDE_GROUPS[0]))
+    assert WIDE_GROUPS[0].closed_by == (WIDE_GROUPS[0].multiplies,)
+    assert not WIDE_GROUPS[0].exact
+    is_open = {
+        "heads": np.array([1, 0]),
+        "inner": np.array([0, 1]),
+        "units": np.array([1, 0, 1, 1]),
+        "layers": np.array([1, 1, 0, 0, 0, 1]),
+        "shared": np.array([1, 0, 1, 1, 1]),
+    }
+    counted = {}
+    for path, leaf in WIDE.items():
+        mask = np.ones(leaf.shape, bool)
+        for group in WIDE_GROUPS:
+            for which in group.removes:
+                if which.path == path:
+                    axes, channels = entries(which, leaf.shape, is_open[group.name].size)
+                    kept = np.append(is_open[group.name], 1)[channels].astype(bool)
+                    mask &= np.expand_dims(kept, [i for i in range(leaf.ndim) if i not in axes])
+        counted[path] = mask.sum()
+    assert counted == {"qkv": 3 * (1 + 4), "wh": 9, "stack": 3 * 4, "flat": 12}
+    shapes = {path: leaf.shape for path, leaf in WIDE.items()}
+    found = expected_counts(WIDE_GROUPS, shapes, is_open)
+    assert {path: float(n) for path, n in found.items()} == counted
+    rows = remaining(WIDE, WIDE_GROUPS, is_open).layers
+    assert {row.path: row.kept_params for row in rows} == counted
+
+
+def test_expected_counts_of_stacked_layers_are_means_over_all_gates():
+    half = Group("half", [("stack", (0, 2))], [("stack", (0, 2))]), Group("rows", [("stack", 1)], [("stack", 1)])
+    chances = {"half": np.linspace(0.1, 0.9, 6), "rows": np.linspace(0.2, 0.6, 5)}
+    found = expected_counts(half, {"stack": (2, 5, 3)}, chances)
+    assert float(found["stack"]) == pytest.approx(chances["half"].sum() * chances["rows"].sum())
+    lines = Group("lines", [("stack", (0, 1))], [("stack", (0, 1))])
+    chances["lines"] = np.linspace(0.3, 0.5, 10)
+    found = expected_counts([half[0], lines], {"stack": (2, 5, 3)}, chances)
+    by_layer = chances["half"].reshape(2, 3).sum(1) * chances["lines"].reshape(2, 5).sum(1)
+    assert float(found["stack"]) == pytest.approx(by_layer.sum())
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([Group("a", [("stack", (2, 0))])], r"names axes \(2, 0\) of stack: several axes must be in rising order"),
+        ([Group("a", [("stack", (0, 3))])], r"names axis 3 of stack, whose shape is \(2, 5, 3\)"),
+        ([Group("a", [("qkv", 1, (0, 1))])], "has 8 entries, so it needs 8 channel numbers from 0 to 1, got 2"),
+        ([Group("a", [("qkv", 1, (*HALF[:-1], -2))])], r"from -2 to 1 \(-1: no channel\)"),
+        ([Group("a", [("qkv", 1, 8 * (-1,))])], "group 'a' has no channels"),
+        ([WIDE_GROUPS[0], Group("a", [("qkv", 1, (0, 0, 1, 1, 2, 2, 2, 2))])], "overlap: both multiply qkv"),
+        ([Group("a", [("wh", 0)], size=3)], "has 3 channels, but axis 0 of wh where it is multiplied has length 4"),
+    ],
+)
+def test_bad_slices_are_refused(groups, message):
+    with pytest.raises(ValueError, match=message):
+        group_sizes(groups, WIDE)
+
+
+def test_what_is_no_slice_is_refused():
+    with pytest.raises(ValueError, match=r"group 'a': multiplies must map paths to axes.*got 'kernel'"):
+        Group("a", ["kernel"])

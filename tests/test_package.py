@@ -25,6 +25,11 @@ def test_models_and_layers_come_when_they_are_asked_for():
         _ = jaxsparse.sparse_momentom
 
 
+def test_tracing_comes_when_it_is_asked_for():
+    code = "import sys, jaxsparse; print('jaxsparse.trace' in sys.modules, jaxsparse.trace.multiply_adds.__name__)"
+    assert printed(code) == "False multiply_adds\n"
+
+
 def test_without_flax_it_is_said_what_is_missing():
     code = """
 import sys

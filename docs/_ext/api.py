@@ -21,6 +21,7 @@ MODULES = (
     "jaxsparse.allocation",
     "jaxsparse.artifacts",
     "jaxsparse.artifacts.formats",
+    "jaxsparse.counts",
     "jaxsparse.groups",
     "jaxsparse.inspect",
     "jaxsparse.kernels",
@@ -32,6 +33,7 @@ MODULES = (
     "jaxsparse.schedules",
     "jaxsparse.selection",
     "jaxsparse.structures",
+    "jaxsparse.trace",
     "jaxsparse.transforms",
     "jaxsparse.transforms.regrow",
 )

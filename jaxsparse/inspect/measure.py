@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxsparse.counts import expected_counts
 from jaxsparse.gates import prob_open
-from jaxsparse.groups import Group, expected_counts
+from jaxsparse.groups import Group
 from jaxsparse.inspect.states import get_log_alpha, get_masks, open_channels
 from jaxsparse.masks import density
 from jaxsparse.transforms.protocols import HasGates, link_states
@@ -64,7 +65,7 @@ def current_masks(opt_state: Any, params: Any) -> Any:
 def measure(
     opt_state: Any,
     params: Any,
-    positions: Mapping[str, int] | None = None,
+    positions: Mapping[str, float] | None = None,
     *,
     groups: Sequence[Group] | None = None,
     before: Any = None,
@@ -77,7 +78,7 @@ def measure(
       opt_state: any optimizer state, with sparse links in it or without.
       params: the params.
       positions: for the kernels, by path, at how many places of an example they are applied, to count multiply-adds;
-        see :func:`jaxsparse.models.positions`. None leaves them out.
+        see :meth:`jaxsparse.trace.MultiplyAdds.positions`. None leaves them out.
       groups: of a network with gates, the groups that its method was given.
       before: earlier masks, from :func:`current_masks`, to count flips against.
 
@@ -120,7 +121,7 @@ def _shares(
     leaves: Mapping[str, Any],
     groups: Sequence[Group],
     open_channels: Mapping[str, ArrayLike],
-    positions: Mapping[str, int] | None,
+    positions: Mapping[str, float] | None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The fraction of the params that is left, or expected to be, and that of the multiply-adds."""
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
@@ -130,7 +131,7 @@ def _shares(
 
 
 def _multiply_adds(
-    kept: Mapping[str, Any], sizes: Mapping[str, int], positions: Mapping[str, int] | None
+    kept: Mapping[str, Any], sizes: Mapping[str, int], positions: Mapping[str, float] | None
 ) -> dict[str, jax.Array]:
     """The fraction of the multiply-adds that is left, by its name; nothing without positions."""
     if not positions:

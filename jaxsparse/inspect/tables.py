@@ -42,10 +42,10 @@ class LayerSummary(NamedTuple):
     mean_abs: float | None = None
     dead_inputs: int | None = None
     dead_outputs: int | None = None
-    positions: int | None = None
+    positions: float | None = None
 
     @property
-    def macs(self) -> int | None:
+    def macs(self) -> float | None:
         """The multiply-accumulate operations of the kept weights for one example; None if unknown."""
         return None if self.positions is None else self.kept * self.positions
 
@@ -74,7 +74,7 @@ class Summary(Tabular):
                 "" if row.mean_abs is None else f"{row.mean_abs:.3g}",
                 "" if row.dead_inputs is None else f"{row.dead_inputs:,}",
                 "" if row.dead_outputs is None else f"{row.dead_outputs:,}",
-                "" if row.macs is None else f"{row.macs:,}",
+                "" if row.macs is None else f"{row.macs:,.0f}",
             )
             for row in self.layers
         ]
@@ -83,14 +83,14 @@ class Summary(Tabular):
             weights, kept = sum(row.weights for row in layers), sum(row.kept for row in layers)
             of_kept = sum(row.macs or 0 for row in layers)
             of_all = sum(row.weights * (row.positions or 0) for row in layers)
-            macs = f"{of_kept:,} ({of_kept / of_all:.1%})" if of_all else ""
+            macs = f"{of_kept:,.0f} ({of_kept / of_all:.1%})" if of_all else ""
             density = _density(kept, weights, bool(sparse))
             totals.append((name, "", f"{weights:,}", f"{kept:,}", density, "", "", "", macs))
         return Table(header, tuple(rows), tuple(totals), left=(0, 1)).without_empty_columns(keep=5)
 
 
 def summary(
-    opt_state_or_masks: Any, params: Any, *, positions: Mapping[str, int] | None = None, layout: LayoutLike = None
+    opt_state_or_masks: Any, params: Any, *, positions: Mapping[str, float] | None = None, layout: LayoutLike = None
 ) -> Summary:
     """Count the weights that every layer keeps, as a table.
 
@@ -102,8 +102,7 @@ def summary(
       params: the params, or their shapes (``jax.eval_shape``), which have no mean.
       positions: the number of output positions of an example at which each kernel is applied, by path: 1 for a dense
         layer, height times width of its output for a convolution. Adds a column with MACs, which are weights times
-        positions. ``jaxsparse.models.positions(model, (28, 28, 1))`` computes them for a Flax model and the shape of
-        its inputs.
+        positions. :func:`jaxsparse.trace.multiply_adds` counts them for any model.
       layout: which axes of leaves are inputs, outputs and stacked layers, where names and shapes leave it open
         (:func:`jaxsparse.layouts.leaf_layouts`): pattern -> :class:`jaxsparse.Layout`. For a stack, the dead inputs and
         outputs of all its layers are counted.
@@ -129,7 +128,7 @@ def summary(
     """
     masks = masks_for(opt_state_or_masks, params)
     leaves = by_path(params)
-    positions = {path: int(number) for path, number in (positions or {}).items()}
+    positions = positions or {}
     if unknown := sorted(set(positions) - set(leaves)):
         raise ValueError(
             f"positions name leaves that the params lack: {', '.join(unknown)}; there are {', '.join(leaves)}"
@@ -140,7 +139,7 @@ def summary(
     return Summary(tuple(sorted(rows, key=lambda row: natural_order(row.path))))
 
 
-def _layer(path: str, leaf: Any, mask: np.ndarray, positions: int | None, layout: Layout) -> LayerSummary:
+def _layer(path: str, leaf: Any, mask: np.ndarray, positions: float | None, layout: Layout) -> LayerSummary:
     weights, sparse = math.prod(leaf.shape), mask.ndim > 0
     kept = int(np.count_nonzero(mask)) if sparse else weights
     mean_abs = None

@@ -55,8 +55,8 @@ def l0(
 
     Args:
       inner: the optimizer of the weights, with its weight decay and schedules.
-      groups: which channels have gates, and what they multiply; see :class:`jaxsparse.Group` and, for the models of the
-        library, :func:`jaxsparse.models.channel_groups`.
+      groups: which channels have gates, and what they multiply: the groups that :func:`jaxsparse.trace.channel_groups`
+        derives from a model, those of :func:`jaxsparse.models.channel_groups`, or any :class:`jaxsparse.Group`.
       penalty: a :class:`jaxsparse.Penalty`; a float is its strength, with ``counts="alone"``.
       log_alpha: the mean of the first log_alpha, or one for each group; the standard deviation is 0.01. For a drop rate
         p it is log((1 - p) / p): 0 for 0.5, as in Louizos et al.; Li and Ji take 3 for independent gates behind batch

@@ -113,7 +113,8 @@ def reweighted_l1(
       structure: the granularity of pruning: "weight"; "kernel" or "channel", for which the mean absolute value of the
         group takes the place of abs(x), and w is multiplied by the square root of its size, in leaves of four
         dimensions (matrices are pruned by single weights); a structure made by :func:`jaxsparse.structures.kernel` or
-        ``channel``; or a mapping from path to these, see :func:`jaxsparse.structures.leaf_structures`.
+        ``channel``; or a mapping from path to these, see :func:`jaxsparse.structures.leaf_structures`, such as
+        :meth:`jaxsparse.trace.ChannelGroups.structures` gives.
       prunable: which leaves are shrunk, see :func:`jaxsparse.prunable.prunable_leaves`; default: matrices and
         convolutions, the first and last layer included.
       layout: which axes of leaves are inputs, outputs and stacked layers, where names and shapes do not tell

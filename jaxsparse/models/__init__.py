@@ -1,6 +1,5 @@
 """Flax models from the papers on sparse training and pruning."""
 
-from jaxsparse.models.accounting import positions
 from jaxsparse.models.alexnet import AlexNet
 from jaxsparse.models.channels import channel_groups, reestimate_batch_stats, slim
 from jaxsparse.models.conv_n import Conv2, Conv4, Conv6, ConvN
@@ -31,7 +30,6 @@ __all__ = [
     "ResNetCIFAR",
     "WideResNet",
     "channel_groups",
-    "positions",
     "reestimate_batch_stats",
     "slim",
 ]

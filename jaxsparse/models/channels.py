@@ -1,6 +1,6 @@
 """Channel groups of the library's models, and smaller models without the closed channels."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -219,7 +219,7 @@ def _normalised(name: str, kernel: str, norm: str, reader: dict[str, int], bias:
 
 def _parts(group: Group, leaves: dict[str, np.ndarray]) -> tuple[str | None, str | None, str | None, str]:
     """Paths of the kernel that makes a group's channels, its bias, its normalisation, and the next layer's kernel."""
-    *own, reader = group.removes
+    *own, reader = (which.path for which in group.removes)
     kernel = next((path for path in own if leaves[path].ndim > 1), None)
     norm = next((path.removesuffix("/scale") for path in own if path.endswith("/scale")), None)
     bias = kernel and f"{kernel.removesuffix('/kernel')}/bias"
@@ -229,8 +229,9 @@ def _parts(group: Group, leaves: dict[str, np.ndarray]) -> tuple[str | None, str
 def _fold_constants(group: Group, leaves: dict[str, np.ndarray], stats: dict[str, np.ndarray]) -> np.ndarray:
     """Fold constant channels of a group into the next layer, in ``leaves``; returns which channels stay, bool."""
     kernel, bias, norm, reader = _parts(group, leaves)
-    size = leaves[next(iter(group.multiplies))].shape[next(iter(group.multiplies.values()))]
-    axis, channels = entries(group, reader, leaves[reader].shape, size)
+    path, axis, _ = group.multiplies[0]
+    size = np.shape(np.moveaxis(leaves[path], axis, 0))[0]
+    (axis,), channels = entries(group.removes[-1], leaves[reader].shape, size)
     others = tuple(i for i in range(leaves[reader].ndim) if i != axis)
     read = np.bincount(channels, (leaves[reader] != 0).any(others), minlength=size) > 0
     if kernel is None:  # inputs
@@ -286,13 +287,29 @@ def _at_least_one(stays: np.ndarray) -> np.ndarray:
 
 
 def _cut(group: Group, stays: np.ndarray, leaves: dict[str, np.ndarray], stats: dict[str, np.ndarray]) -> None:
-    for path in group.removes:
-        axis, channels = entries(group, path, leaves[path].shape, stays.size)
+    for which in group.removes:
+        path = which.path
+        (axis,), channels = entries(which, leaves[path].shape, stays.size)
         leaves[path] = np.compress(stays[channels], leaves[path], axis)
         if path.endswith("/scale"):
             for name in ("mean", "var"):
                 statistic = path.removesuffix("scale") + name
                 stats[statistic] = stats[statistic][stays]
+
+
+def narrowed(model: nn.Module, stays: Mapping[str, np.ndarray]) -> nn.Module:
+    """Make a model with fewer channels.
+
+    Args:
+      model: a model that :func:`channel_groups` supports.
+      stays: name of a group -> (size,), bool: which of its channels stay, for the groups that lose some.
+
+    Returns:
+      The model, whose params are those of ``model`` without what the groups remove.
+    """
+    for name in sorted(stays, key=lambda name: name != "inputs"):  # before the filters that make the inputs
+        model = _narrowed(model, name, stays[name])
+    return model
 
 
 def _narrowed(model: nn.Module, name: str, stays: np.ndarray) -> nn.Module:

@@ -24,6 +24,7 @@ from flax.linen.dtypes import promote_dtype
 
 from jaxsparse.kernels import block_sparse_matmul, masked_matmul
 from jaxsparse.kernels.masked_matmul.block_info import live_tiles
+from jaxsparse.kernels.masked_weights import masked_weights
 
 __all__ = ["SparseConv", "SparseDense", "mask_collection"]
 
@@ -62,6 +63,10 @@ class SparseDense(nn.Module):
     mask means dense. With ``block``, a block is live if any of its weights is. Pruned weights in live blocks are not
     masked but expected to be zero, as all methods of jaxsparse leave them. So results are right for all masks, and
     masks of whole blocks are fast.
+
+    Take :func:`jaxsparse.trace.sparse_apply` first: it runs any model on the same kernels, as it is. Take this layer in
+    functions with derivatives of their own (``jax.custom_vjp``, as of reversible blocks), where ``sparse_apply`` leaves
+    products dense, and in models that are to say themselves how each layer is multiplied.
 
     Attributes:
       features: number of outputs.
@@ -184,7 +189,7 @@ class SparseConv(nn.Module):
             flat_mask = None if mask is None else mask.reshape(inputs, self.features)
             return _product(self, x, kernel.reshape(inputs, self.features), flat_mask, bias, dense)
         if mask is not None:
-            kernel = _masked(kernel, mask, jnp.asarray(dense))
+            kernel = masked_weights(kernel, mask, jnp.asarray(dense))
         axes = "".join("HWD"[i] if i < 3 else str(i) for i in range(len(size)))
         y = jax.lax.conv_general_dilated(
             x,
@@ -240,22 +245,3 @@ def _product(layer: Any, x: Any, kernel: Any, mask: jax.Array | None, bias: Any,
 
 def _with_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
     return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
-
-
-@jax.custom_vjp
-def _masked(kernel, mask, dense):
-    """``kernel * mask``, with gradients of all weights if ``dense`` is True."""
-    del dense
-    return jnp.where(mask, kernel, jnp.zeros_like(kernel))
-
-
-def _masked_forward(kernel, mask, dense):
-    return _masked(kernel, mask, dense), (mask, dense)
-
-
-def _masked_backward(residuals, gradient):
-    mask, dense = residuals
-    return jnp.where(mask | dense, gradient, jnp.zeros_like(gradient)), None, None
-
-
-_masked.defvjp(_masked_forward, _masked_backward)

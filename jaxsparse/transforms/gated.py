@@ -1,5 +1,6 @@
 """Wrappers with hard-concrete gates on channels: the part that l0 and dep_l0 share."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -9,7 +10,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from jaxsparse.gates import EPSILON, Penalty, hard_concrete, hard_concrete_mean, other_axes, prob_open, times
+from jaxsparse.gates import EPSILON, Penalty, hard_concrete, hard_concrete_mean, of_channels, prob_open, spread, times
 from jaxsparse.groups import Group, group_sizes
 from jaxsparse.masks import as_key
 from jaxsparse.placement import mask_like, placed_like, varying_like
@@ -44,7 +45,8 @@ class GatedState(_Fields):
       log_alpha: group's name -> (size,), float32: the locations of the gates.
       generator: the params of the generator of :func:`jaxsparse.dep_l0`, see :func:`jaxsparse.dependent_logits`; ()
         for independent gates.
-      gates: leaf path -> the gates in force, of the leaf's rank, with size 1 for all axes but that of the channels.
+      gates: leaf path -> the gates in force, of the leaf's rank, with size 1 for all axes but that of the channels; if
+        several slices of the leaf have gates, a tuple of them.
       slopes: group's name -> (size,): the derivative of the gates in force by log_alpha.
       test_gates: like ``gates``: the gates to evaluate with.
       gate_state: the state of the optimizer of the gates.
@@ -54,11 +56,11 @@ class GatedState(_Fields):
 
     def sparse_masks(self) -> Any:
         """Where the gates in force are not zero."""
-        return self._gated(lambda w, path: mask_like(jnp.broadcast_to(_leaf(self.gates[path]) != 0, w.shape), w))
+        return self._gated(lambda w, path: mask_like(jnp.broadcast_to(_product(self.gates[path]) != 0, w.shape), w))
 
     def eval_weights(self) -> Any:
         """The weights times the gates to evaluate with; ``optax.MaskedNode()`` for leaves without gates."""
-        return self._gated(lambda w, path: times(w, _leaf(self.test_gates[path])).astype(w.dtype))
+        return self._gated(lambda w, path: times(w, _product(self.test_gates[path])).astype(w.dtype))
 
     def open_channels(self) -> dict[str, jax.Array]:
         """The channels of each group that are open in evaluation."""
@@ -82,7 +84,7 @@ class GatedState(_Fields):
         found = check_zeros(self.sparse_masks(), params, who)
         leaves = by_path(params)
         for path, w in by_path(self.weights).items():
-            product = times(w, _leaf(self.gates[path])).astype(leaves[path].dtype)
+            product = times(w, _product(self.gates[path])).astype(leaves[path].dtype)
             away = jnp.max(jnp.abs(leaves[path] - product), initial=0)
             if away > 16 * jnp.finfo(w.dtype).eps * (1 + jnp.max(jnp.abs(w), initial=0)):
                 found.append(
@@ -139,15 +141,15 @@ def gated(
 
     def by_leaf(vectors, weights):
         """Vectors, one for each group, in the rank of the leaves that they multiply."""
-        ranks = {path: leaf.ndim for path, leaf in by_path(weights).items()}
-        return {
-            path: jnp.expand_dims(vector, other_axes(axis, ranks.get(path, 1)))
-            for group, vector in zip(groups, vectors, strict=True)
-            for path, axis in group.multiplies.items()
-        }
+        leaves, found = by_path(weights), {}  # type: dict, dict[str, list]
+        for group, vector in zip(groups, vectors, strict=True):
+            for which in group.multiplies:
+                gate = spread(vector, which, leaves[which.path].shape) if which.path in leaves else vector
+                found.setdefault(which.path, []).append(gate)
+        return {path: factors[0] if len(factors) == 1 else tuple(factors) for path, factors in found.items()}
 
     def latents(params):
-        multiplied = {path for group in groups for path in group.multiplies}
+        multiplied = {which.path for group in groups for which in group.multiplies}
         return jax.tree_util.tree_map_with_path(
             lambda path, p: p if path_name(path) in multiplied else optax.MaskedNode(), params
         )
@@ -179,15 +181,21 @@ def gated(
         treedef = jax.tree.structure(weights)
         found = dict(zip(behind, treedef.flatten_up_to(grads), strict=True))
 
-        def of_gate(path, axis):
-            w = behind[path]
-            grad = jnp.zeros_like(w) if found[path] is None else found[path]
-            return jnp.sum(times(grad.astype(jnp.float32), w), other_axes(axis, w.ndim))
+        others = {path: _others_of_each(gates) for path, gates in state.gates.items()}
 
-        of_gates = [sum(of_gate(path, axis) for path, axis in group.multiplies.items()) for group in groups]
-        for path, gate in state.gates.items():
+        def of_gate(which, size):
+            w, grad = behind[which.path], found[which.path]
+            grad = jnp.zeros_like(w) if grad is None else grad
+            by_gate = functools.reduce(times, [grad.astype(jnp.float32), w, *others[which.path].pop(0)])
+            return of_channels(by_gate, which, size)
+
+        sizes = [state.log_alpha[name].size for name in names]
+        of_gates = [
+            sum(of_gate(which, size) for which in group.multiplies) for group, size in zip(groups, sizes, strict=True)
+        ]
+        for path, gates in state.gates.items():
             if found[path] is not None:
-                found[path] = times(found[path], gate).astype(found[path].dtype)
+                found[path] = times(found[path], _product(gates)).astype(found[path].dtype)
 
         gate_params = [state.log_alpha[name] for name in names] if generate is None else state.generator
         gate_params = varying_like(gate_params, [*of_gates, state.slopes])
@@ -199,10 +207,11 @@ def gated(
             for slope, g, extra in zip([state.slopes[name] for name in names], of_gates, of_penalty, strict=True)
         ]
         if penalty.weight_decay:  # the gradient of P c/2 W^2 by W
-            for (path, axis), log_alpha in zip(penalty.kernels(groups, weights), logits, strict=True):
+            for kernel, log_alpha in zip(penalty.kernels(groups, weights), logits, strict=True):
+                path = kernel.path
                 if found[path] is not None:
                     rate = jnp.where(frozen, 0, prob_open(log_alpha) * penalty.weight_decay / penalty.examples)
-                    rate = jnp.expand_dims(rate, other_axes(axis, behind[path].ndim))
+                    rate = spread(rate, kernel, behind[path].shape)
                     found[path] += times(rate, behind[path]).astype(found[path].dtype)
         (of_gate_params,) = pull_back(of_logits)
         grads = treedef.unflatten([found[path] for path in behind])
@@ -237,7 +246,9 @@ def gated(
         ends = np.cumsum([la.size for la in logits])[:-1]
         gates, slopes, tested = (jnp.split(vector, ends) for vector in (gates, slopes, tested))
         of_leaves = by_leaf(gates, state.weights)
-        image = jax.tree_util.tree_map_with_path(lambda path, w: times(w, of_leaves[path_name(path)]), state.weights)
+        image = jax.tree_util.tree_map_with_path(
+            lambda path, w: times(w, _product(of_leaves[path_name(path)])), state.weights
+        )
         return image, state._replace(
             key=key, gates=of_leaves, slopes=by_group(slopes), test_gates=by_leaf(tested, state.weights)
         )
@@ -250,6 +261,17 @@ def group_tuple(groups: Sequence[Group]) -> tuple[Group, ...]:
     if isinstance(groups, Group):
         raise ValueError(f"groups must be a sequence of jaxsparse.Group, got a single one, {groups.name!r}: [group]")
     return tuple(groups)
+
+
+def _product(gates: Any) -> jax.Array:
+    """The product of all gates of a leaf."""
+    return functools.reduce(times, jax.tree.leaves(gates))
+
+
+def _others_of_each(gates: Any) -> list[list[jax.Array]]:
+    """For each gate of a leaf the others."""
+    factors = jax.tree.leaves(gates)
+    return [factors[:i] + factors[i + 1 :] for i in range(len(factors))]
 
 
 def _leaf(wrapped: Any) -> jax.Array:

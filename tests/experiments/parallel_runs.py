@@ -96,8 +96,7 @@ def patched(layout_name, devices=None):
     """The trainer knows the network above, and weights as few as its are sharded."""
     stack = ExitStack()
     stack.enter_context(mock.patch.dict(networks.MODELS, {"net": Net}))
-    for module in (program, build):
-        stack.enter_context(mock.patch.object(module.models, "channel_groups", return_value=GROUPS))
+    stack.enter_context(mock.patch.object(build.models, "channel_groups", return_value=GROUPS))
     stack.enter_context(mock.patch.object(program, "make_layout", return_value=device_layout(layout_name, devices, 64)))
     return stack
 

@@ -6,9 +6,16 @@ import pytest
 
 import jaxsparse
 from experiments import train
-from experiments.networks import he_normal
+from experiments.networks import he_normal, positions
 from jaxsparse import models
 from tests.experiments.test_train import smoke_config
+
+
+def test_positions_are_those_of_the_model_as_it_is_written():
+    expected = {"conv1/kernel": 24 * 24, "conv2/kernel": 8 * 8, "fc1/kernel": 1, "fc2/kernel": 1}
+    for implementation in (None, "slices", "xla"):
+        assert positions(models.LeNet5Caffe(implementation=implementation), (28, 28, 1)) == expected
+    assert set(positions(models.LeNet300100(), (28, 28, 1)).values()) == {1}
 
 
 def test_the_published_start_is_normal_by_fan_in_with_biases_of_zero():

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import jaxsparse
 from jaxsparse import inspect, models
 from jaxsparse.tables import Table
+from jaxsparse.trace import multiply_adds
 from tests.pages import Page
 from tests.problems import make_params
 
@@ -79,12 +80,13 @@ def test_means_and_dead_units_by_loops(seed, shape):
 
 
 def test_macs_of_a_model():
-    model = models.LeNet5Caffe()
-    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
+    model, image = models.LeNet5Caffe(implementation="xla"), jnp.zeros((1, 28, 28, 1))
+    params = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+    counts = multiply_adds(lambda p, x: model.apply({"params": p}, x), params, image)
     masks = jax.tree.map(
         lambda p: jnp.ones((), bool) if p.ndim == 1 else jnp.arange(p.size).reshape(p.shape) % 2 == 0, params
     )
-    table = jaxsparse.summary(masks, params, positions=models.positions(model, (28, 28, 1)))
+    table = jaxsparse.summary(masks, params, positions=counts.positions(batch=1))
     found = {row.path: (row.macs, row.weights * row.positions) for row in table.layers if row.macs}
     assert found["conv1/kernel"] == (576 * 250, 576 * 500)
     assert found["fc1/kernel"] == (200_000, 400_000)

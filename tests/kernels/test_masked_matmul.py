@@ -58,15 +58,17 @@ def close(ours, wanted, sums):
         np.testing.assert_allclose(got, want, rtol=4 * error, atol=16 * error * n**0.5)
 
 
-def compare(spec, masks, dtype, implementation):
+def compare(spec, masks, dtype, implementation, out_dtype=None):
     """Forward and both gradients against the definition; masks are of blocks, or of weights if ``spec`` has none."""
     x, w, dy = operands(spec, dtype)
-    if spec.block is None:
-        multiply = functools.partial(masked_matmul, implementation=implementation)
-        define = reference.masked_matmul
-    else:
-        multiply = functools.partial(block_sparse_matmul, block=spec.block, implementation=implementation)
-        define = functools.partial(reference.block_sparse_matmul, block=spec.block)
+    how = {"out_dtype": out_dtype} | ({} if spec.block is None else {"block": spec.block})
+    ours, define = (
+        (masked_matmul, reference.masked_matmul)
+        if spec.block is None
+        else (block_sparse_matmul, reference.block_sparse_matmul)
+    )
+    multiply = functools.partial(ours, implementation=implementation, **how)
+    define = functools.partial(define, **how)
     traced = []
 
     @jax.jit
@@ -98,6 +100,18 @@ def test_masks_of_blocks(implementation, dtype):
 def test_masks_of_weights(implementation, dtype):
     spec = Product(33, 200, 600, None)
     compare(spec, [a_mask(kind, (spec.inputs, spec.outputs)) for kind in MASKS], dtype, implementation)
+
+
+@pytest.mark.parametrize("block", slow_except([(64, 64)], [(64, 64), None]))
+@pytest.mark.parametrize("implementation", BLOCK_BACKENDS)
+@pytest.mark.parametrize(("dtype", "out_dtype"), slow_except([("bfloat16", "float32")],
+                         [("bfloat16", "float32"), ("float32", "bfloat16")]))  # fmt: skip
+def test_result_of_another_dtype(implementation, block, dtype, out_dtype):
+    if block is None and implementation == "xla_blocks":
+        pytest.skip("xla_blocks is for masks of blocks")
+    spec = Product(33, 200, 300, block)
+    shape = (spec.inputs, spec.outputs) if block is None else blocks_of(spec)
+    compare(spec, [a_mask("half", shape)], dtype, implementation, out_dtype)
 
 
 @pytest.mark.slow
@@ -278,8 +292,9 @@ def test_lists_of_blocks():
 def test_tiles_of_a_tpu(block, shape, tile):
     assert pallas_tpu.choose_tile(block, shape, jnp.dtype("float32")) == tile
     # Rows are divided in equal shares, of what a TPU stores together.
-    assert pallas_tpu.choose_rows((128, 128), 2049, 2) == 1040
-    assert pallas_tpu.choose_rows((128, 128), 3, 4) == 8
+    assert pallas_tpu.choose_rows((128, 128), 2049, 2, 2) == 1040
+    assert pallas_tpu.choose_rows((128, 128), 3, 4, 4) == 8
+    assert pallas_tpu.choose_rows((128, 128), 3, 2, 4) == 16
 
 
 x, w = jnp.ones((4, 8)), jnp.ones((8, 6))
@@ -293,6 +308,7 @@ x, w = jnp.ones((4, 8)), jnp.ones((8, 6))
         (lambda: masked_matmul(x, w, jnp.ones((6, 8), bool)), r"got bool of shape \(6, 8\)"),
         (lambda: masked_matmul(x, w, w > 0, jnp.ones(8)), r"bias of shape \(6,\), got \(8,\)"),
         (lambda: masked_matmul(x.astype(int), w.astype(int), w > 0), "float32, bfloat16, float16, got int32"),
+        (lambda: masked_matmul(x, w, w > 0, out_dtype="int8"), "out_dtype must be one of float32, .* got int8"),
         (lambda: masked_matmul(x, w, w > 0, implementation="triton"), "implementation must be one of .*'triton'"),
         (lambda: masked_matmul(x, w, w > 0, implementation="xla_blocks"), "is for masks of blocks"),
         (lambda: masked_matmul(x, w, w > 0, dense_weight_grad=jnp.ones(2)), "bool scalar, got float32"),

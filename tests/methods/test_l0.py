@@ -1,6 +1,7 @@
 import itertools
 import pathlib
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 import jaxsparse
 from jaxsparse import Group, Penalty
 from jaxsparse.gates import EPSILON
+from jaxsparse.groups import entries
 from tests.problems import slow_except
 
 GOLDEN = np.load(pathlib.Path(__file__).parent.parent / "golden" / "hard_concrete.npz")
@@ -408,3 +410,72 @@ def test_what_is_no_optimizer_is_told_at_once():
             wrapper(optax.sgd(0.1), [group], penalty=1.0, gate_optimizer=optax.adam)
         with pytest.raises(ValueError, match="a sequence of jaxsparse.Group, got a single one, 'w'"):
             wrapper(optax.sgd(0.1), group, penalty=1.0)
+
+
+@pytest.mark.slow
+def test_gates_of_wide_groups_learn_as_by_autodiff():
+    """Two groups on one axis, a group on two axes of one leaf, one of stacked layers: the chain rule is that of JAX."""
+    rng = np.random.default_rng(0)
+    params = {
+        name: jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for name, shape in {"qkv": (3, 8), "wh": (4, 4), "stack": (2, 5, 3)}.items()
+    }
+    groups = (
+        Group("heads", [("qkv", 1, (0, 0, 1, 1, -1, -1, -1, -1))], size=2),
+        Group("inner", [("qkv", 1, (0, 1, 0, 1, -1, -1, 2, 2))]),
+        Group("units", [("wh", 0), ("wh", 1)]),
+        Group("layers", [("stack", (0, 2))]),
+    )
+
+    def gated(weights, gates):
+        out = dict(weights)
+        for group in groups:
+            for which in group.multiplies:
+                axes, channels = entries(which, out[which.path].shape, gates[group.name].size)
+                factor = jnp.append(gates[group.name], 1.0)[channels]
+                others = [i for i in range(out[which.path].ndim) if i not in axes]
+                out[which.path] = out[which.path] * jnp.expand_dims(factor, others)
+        return out
+
+    def loss(params):
+        return sum(jnp.sum(jnp.sin(leaf) * jnp.arange(leaf.size).reshape(leaf.shape)) for leaf in params.values())
+
+    tx = jaxsparse.l0(optax.sgd(0.01), groups, penalty=0.0, gate_optimizer=optax.sgd(0.1))
+    state = tx.init(params)
+    for _ in range(3):
+        before = state
+        updates, state = jax.jit(tx.update)(jax.grad(loss)(params), state, params)
+        if before.count:
+            gates = {  # as the state holds them: the first factor of each group
+                "heads": before.gates["qkv"][0].ravel()[jnp.array([0, 2])],
+                "inner": before.gates["qkv"][1].ravel()[jnp.array([0, 1, 6])],
+                "units": before.gates["wh"][0].ravel(),
+                "layers": before.gates["stack"].ravel(),
+            }
+            chex.assert_trees_all_close(gated(before.weights, gates), params, rtol=1e-5, atol=1e-6)
+            by_weights, by_gates = jax.grad(lambda w, z: loss(gated(w, z)), (0, 1))(before.weights, gates)
+            wanted = jax.tree.map(lambda w, g: w - 0.01 * g, before.weights, by_weights)
+            chex.assert_trees_all_close(state.weights, wanted, rtol=1e-5, atol=1e-5)
+            for name, log_alpha in before.log_alpha.items():
+                moved = log_alpha - 0.1 * before.slopes[name] * by_gates[name]
+                np.testing.assert_allclose(state.log_alpha[name], moved, rtol=1e-4, atol=1e-4)
+        params = optax.apply_updates(params, updates)
+        assert jaxsparse.inspect.check(state, params) is None
+    is_open = jax.tree.map(lambda x: x > 0, jaxsparse.eval_params(state, params))
+    assert bool(is_open["qkv"].any())
+
+
+def test_the_penalty_counts_the_weights_of_each_channel_of_a_wide_group():
+    params = {"qkv": jnp.arange(24.0).reshape(3, 8), "stack": jnp.ones((2, 5, 3))}
+    groups = Group("heads", [("qkv", 1, (0, 0, 1, -1, -1, -1, 1, 1))]), Group("layers", [("stack", (0, 2))])
+    logits = [jnp.array([0.3, -0.2]), jnp.linspace(-1.0, 1.0, 6)]
+    chances = [jaxsparse.prob_open(log_alpha) for log_alpha in logits]
+    found = Penalty([2.0, 1.0]).value(groups, params, logits)
+    wanted = 2 * 3 * (2 * chances[0][0] + 3 * chances[0][1]) + 5 * chances[1].sum()
+    assert float(found) == pytest.approx(float(wanted), rel=1e-6)
+    decayed = Penalty(0.0, weight_decay=0.5).value(groups, params, logits)
+    squares = (params["qkv"] ** 2).sum(0)
+    wanted = chances[0][0] * squares[:2].sum() + chances[0][1] * squares[jnp.array([2, 6, 7])].sum()
+    assert float(decayed) == pytest.approx(0.25 * float(wanted + 5 * chances[1].sum()), rel=1e-6)
+    with pytest.raises(ValueError, match="group 'heads' is not all of the 8 outputs of qkv: take counts='all'"):
+        Penalty(1.0, "neighbours").value(groups[:1], params, logits[:1])

@@ -40,7 +40,7 @@ def by_groups(model, params, vectors, apply):
     """The params with ``apply(slice of a leaf, vector)`` where the groups multiply."""
     leaves, treedef = by_path(params), jax.tree.structure(params)
     for group, vector in zip(models.channel_groups(model), vectors, strict=True):
-        for path, axis in group.multiplies.items():
+        for path, axis, _ in group.multiplies:
             shape = [1] * leaves[path].ndim
             shape[axis] = -1
             leaves[path] = apply(leaves[path], vector.reshape(shape))
@@ -83,7 +83,7 @@ def test_slim_folds_what_dead_channels_add(network):
     leaves = by_path(params)
     rng = np.random.default_rng(1)
     for group in models.channel_groups(model):
-        path = next((p for p, axis in group.removes.items() if axis == -1), None)
+        path = next((p for p, axis, _ in group.removes if axis == -1), None)
         if path is not None:
             dead = rng.permutation(leaves[path].shape[-1])[: leaves[path].shape[-1] // 2]
             leaves[path] = leaves[path].at[..., dead].set(0)
@@ -126,19 +126,6 @@ def test_groups_are_those_of_the_papers(model, sizes):
     assert group_sizes(models.channel_groups(model), params) == sizes
 
 
-def test_positions_times_weights_are_the_macs():
-    # VGG-16 for CIFAR: 313.2M multiply-adds in convolutions, ResNet-50: 4.09G, ResNet-56: 125.5M (He et al.).
-    for model, shape, expected in (
-        (models.VGG("16"), (32, 32, 3), 313_196_544 + 5_120),
-        (models.ResNet50(), (224, 224, 3), 4_089_184_256),
-        (models.ResNetCIFAR(56), (32, 32, 3), 125_485_696),
-    ):
-        params = by_path(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *shape)))["params"])
-        places = models.positions(model, shape)
-        assert sum(places[path] * params[path].size for path in places) == expected
-        assert {path for path in params if path.endswith("kernel")} == set(places)
-
-
 class Attends(nn.Module):
     """A model of layers that the library's own have not, with an argument that has no default."""
 
@@ -148,33 +135,6 @@ class Attends(nn.Module):
         x = nn.BatchNorm(use_running_average=not train)(nn.ConvTranspose(6, (2, 2), strides=(2, 2))(x))
         x = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=4)(x.reshape(x.shape[0], -1, 6))
         return nn.Dense(3)(x.mean(1))
-
-
-def test_positions_of_other_layers_of_flax():
-    places = models.positions(Attends(), (8, 8, 1), train=False)
-    attention = {path.split("/")[-2]: number for path, number in places.items() if "Attention" in path}
-    assert attention == dict.fromkeys(("query", "key", "value", "out"), 64)
-    assert {path: number for path, number in places.items() if "Attention" not in path} == {
-        "Conv_0/kernel": 16, "ConvTranspose_0/kernel": 16, "Dense_0/kernel": 1,
-    }  # fmt: skip
-
-
-def test_positions_add_up_over_calls_and_name_what_they_do_not_know():
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            conv = nn.Conv(8, (3, 3), name="conv")
-            tokens = nn.Embed(4, 8, name="embed")(jnp.zeros((1, 5), jnp.int32))
-            time = nn.RNN(nn.GRUCell(4, name="cell"), name="rnn")(tokens)
-            low_rank = nn.Einsum((8, 3), "bhwi,ij->bj", name="einsum")(conv(x))
-            return conv(x[:, ::2, ::2]).mean((1, 2)).sum(1) + low_rank.sum(1) + time.mean((1, 2))
-
-    with pytest.warns(UserWarning, match="positions") as told:
-        places = models.positions(Model(), (32, 32, 3))
-    assert places["conv/kernel"] == 32 * 32 + 16 * 16
-    messages = [str(warning.message) for warning in told]
-    assert messages[0] == "positions does not support the layers of einsum/kernel: they are left out"
-    assert messages[1] == "positions counts one time step of rnn"
 
 
 def test_statistics_are_not_gathered_in_evaluation():

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxsparse.kernels.masked_matmul.block_info import block_info, live_tiles
 from jaxsparse.kernels.masked_matmul.config import Config
@@ -16,7 +16,7 @@ from jaxsparse.kernels.masked_matmul.ops import backend, product
 __all__ = ["block_sparse_matmul", "masked_matmul"]
 
 IMPLEMENTATIONS = ("xla", "xla_blocks", "mosaic_tpu", "mosaic_gpu", "interpret")
-_DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def masked_matmul(
@@ -27,6 +27,7 @@ def masked_matmul(
     *,
     dense_weight_grad: bool | jax.Array = False,
     precision: jax.lax.PrecisionLike = None,
+    out_dtype: DTypeLike | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     r"""Multiply by masked weights, ``x @ (w * mask) + bias``, with gradients, for masks of single weights.
@@ -48,11 +49,14 @@ def masked_matmul(
       dense_weight_grad: whether the gradient of ``w`` is that of a dense layer, for methods that grow weights by their
         gradients. A bool, or a bool scalar array that depends on the step: only steps with True compute it.
       precision: as for :func:`jax.numpy.matmul`.
+      out_dtype: dtype of the result, one of the same; None: the one to which x and w promote. With bfloat16 operands
+        and float32 here, the sums are not rounded, as with ``preferred_element_type`` of :func:`jax.lax.dot_general`;
+        gradients have the dtypes of x and w.
       implementation: "xla" (a dense product with a masked copy), "mosaic_tpu", "mosaic_gpu" (Hopper), "interpret" (the
         TPU kernel in Pallas' interpreter, for tests); None: "mosaic_tpu" on TPUs, "xla" elsewhere.
 
     Returns:
-      (..., outputs), with the dtype to which x and w promote.
+      (..., outputs), with the dtype to which x and w promote, or ``out_dtype``.
 
     Raises:
       ValueError: for shapes that do not contract, a mask that is not bool or does not have the shape of ``w``, and an
@@ -77,7 +81,7 @@ def masked_matmul(
         raise ValueError(f"masked_matmul needs a bool mask of the shape of w, {w.shape}, got {_described(mask)}")
     if implementation == "xla_blocks":
         raise ValueError("implementation='xla_blocks' is for masks of blocks: block_sparse_matmul")
-    config, dense = _config(implementation, None, x, w, precision, dense_weight_grad)
+    config, dense = _config(implementation, None, x, w, precision, dense_weight_grad, out_dtype)
     return _multiply(x, w, mask, None, bias, dense, config)
 
 
@@ -90,6 +94,7 @@ def block_sparse_matmul(
     block: tuple[int, int] | None = None,
     dense_weight_grad: bool | jax.Array = False,
     precision: jax.lax.PrecisionLike = None,
+    out_dtype: DTypeLike | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     r"""Multiply by block-sparse weights, ``x @ (w * mask) + bias``, with gradients, skipping dead blocks.
@@ -107,12 +112,13 @@ def block_sparse_matmul(
         ``w`` evenly. The kernels support sides that divide 128 (on a GPU: 64) or are multiples of it.
       dense_weight_grad: as for :func:`masked_matmul`.
       precision: as for :func:`jax.numpy.matmul`.
+      out_dtype: as for :func:`masked_matmul`.
       implementation: "xla_blocks" (a loop over the live blocks), "xla" (the dense product with a masked copy),
         "mosaic_tpu", "mosaic_gpu" (Hopper, 16-bit floats), "interpret" (the TPU kernel in Pallas' interpreter, for
         tests); None: "mosaic_tpu" on TPUs if it supports the blocks, "xla_blocks" on CPUs, "xla" elsewhere.
 
     Returns:
-      (..., outputs), with the dtype to which x and w promote.
+      (..., outputs), with the dtype to which x and w promote, or ``out_dtype``.
 
     Raises:
       ValueError: for shapes that do not contract, a mask whose blocks do not cover ``w``, blocks that the chosen
@@ -133,7 +139,7 @@ def block_sparse_matmul(
     if live.ndim != 2 or live.dtype != jnp.bool_ or 0 in live.shape:
         raise ValueError(f"block_sparse_matmul needs a bool matrix as block_mask, got {_described(live)}")
     block = _block(block, live.shape, w.shape)
-    config, dense = _config(implementation, block, x, w, precision, dense_weight_grad)
+    config, dense = _config(implementation, block, x, w, precision, dense_weight_grad, out_dtype)
     parts = [side // of_tile for side, of_tile in zip(block, config.tile, strict=True)]
     if config.implementation == "xla" or any(side % of_tile for side, of_tile in zip(block, config.tile, strict=True)):
         return _multiply(x, w, _grown(live, block, w.shape), None, bias, dense, config)
@@ -151,8 +157,8 @@ def _checked(x: Any, w: Any, bias: Any, who: str) -> tuple[jax.Array, jax.Array,
     if x.ndim < 1 or w.ndim != 2 or x.shape[-1] != w.shape[0]:
         raise ValueError(f"{who} needs x (..., inputs) and w (inputs, outputs), got {x.shape} and {w.shape}")
     dtype = jnp.result_type(x, w)
-    if dtype.name not in _DTYPES:
-        raise ValueError(f"{who} takes {', '.join(_DTYPES)}, got {x.dtype} and {w.dtype}")
+    if dtype.name not in DTYPES:
+        raise ValueError(f"{who} takes {', '.join(DTYPES)}, got {x.dtype} and {w.dtype}")
     if bias is not None:
         bias = jnp.asarray(bias)
         if bias.shape != w.shape[1:]:
@@ -180,26 +186,30 @@ def _block(block: Any, blocks: tuple[int, int], shape: tuple[int, int]) -> tuple
     return int(rows), int(columns)
 
 
-def _config(implementation, block, x, w, precision, dense) -> tuple[Config, jax.Array | None]:
+def _config(implementation, block, x, w, precision, dense, out_dtype) -> tuple[Config, jax.Array | None]:
     """The static settings, and the traced flag for dense gradients, if it is traced."""
     traced = None if isinstance(dense, bool) else jnp.asarray(dense)
     if traced is not None and (traced.shape != () or traced.dtype != jnp.bool_):
         raise ValueError(f"dense_weight_grad must be a bool or a bool scalar, got {_described(traced)}")
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation must be one of {list(IMPLEMENTATIONS)} or None, got {implementation!r}")
-    chosen = implementation or _default(block, x.dtype)
+    out = x.dtype if out_dtype is None else jnp.dtype(out_dtype)
+    if out.name not in DTYPES:
+        raise ValueError(f"out_dtype must be one of {', '.join(DTYPES)}, got {out}")
+    chosen = implementation or default_implementation(block, x.dtype)
     interpret = chosen == "interpret"
     tile, at_once = block or (max(1, w.shape[0]), max(1, w.shape[1])), 1
     if interpret or chosen in ("mosaic_tpu", "mosaic_gpu"):
         chosen = "mosaic_tpu" if interpret else chosen
         kernel = backend(chosen)
         tile = kernel.choose_tile(block, w.shape, x.dtype)
-        at_once = kernel.choose_rows(tile, math.prod(x.shape[:-1]), x.dtype.itemsize)
-    config = Config(chosen, tile, at_once, precision, interpret, None if traced is not None else bool(dense))
+        at_once = kernel.choose_rows(tile, math.prod(x.shape[:-1]), x.dtype.itemsize, out.itemsize)
+    config = Config(chosen, tile, at_once, precision, interpret, None if traced is not None else bool(dense), out.name)
     return config, traced
 
 
-def _default(block: tuple[int, int] | None, dtype: jnp.dtype) -> str:
+def default_implementation(block: tuple[int, int] | None, dtype: jnp.dtype) -> str:
+    """The implementation that ``None`` stands for here; "xla" is the dense product with a masked copy."""
     here = jax.default_backend()
     if here == "tpu" and backend("mosaic_tpu").why_not(block, dtype) is None:
         return "mosaic_tpu"
@@ -212,7 +222,7 @@ def _multiply(x, w, mask, live, bias, dense, config):
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     outputs = w.shape[1]
     if 0 in flat.shape or 0 in w.shape:
-        y = jnp.zeros((flat.shape[0], outputs), x.dtype)
+        y = jnp.zeros((flat.shape[0], outputs), config.out_dtype)
     elif config.implementation == "xla":
         y = product(flat, w, mask, None, dense, config)
     else:

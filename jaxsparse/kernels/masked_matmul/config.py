@@ -21,6 +21,7 @@ class Config:
       precision: as for ``jax.numpy.matmul``.
       interpret: whether to run a kernel in Pallas' interpreter: False, True, or parameters of the interpreter.
       dense_weight_grad: whether all weights get gradients, including those in dead blocks; None: an operand decides.
+      out_dtype: the dtype of ``x @ w``, and so of its gradient; None: that of x and w.
     """
 
     implementation: str
@@ -29,3 +30,4 @@ class Config:
     precision: jax.lax.PrecisionLike = None
     interpret: Any = False
     dense_weight_grad: bool | None = False
+    out_dtype: str | None = None

@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from jaxsparse.kernels.masked_matmul import xla_dense
@@ -44,18 +45,18 @@ def product(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _product(x, w, mask, info, dense, config):
     del dense
-    return _run("forward", config, x, w, mask, info)
+    return _run("forward", config, jnp.dtype(config.out_dtype or x.dtype), x, w, mask, info)
 
 
 def _forward(x, w, mask, info, dense, config):
-    return _run("forward", config, x, w, mask, info), (x, w, mask, info, dense)
+    return _product(x, w, mask, info, dense, config), (x, w, mask, info, dense)
 
 
 def _backward(config, residuals, dy):
     x, w, mask, info, dense = residuals
 
     def masked_gradient():
-        return _run("backward_w", config, x, dy, mask, info)
+        return _run("backward_w", config, x.dtype, x, dy, mask, info)
 
     def dense_gradient():
         return xla_dense.backward_w(x, dy, None, None, config, x.dtype)
@@ -64,19 +65,21 @@ def _backward(config, residuals, dy):
         dw = jax.lax.cond(dense, dense_gradient, masked_gradient)
     else:
         dw = dense_gradient() if config.dense_weight_grad else masked_gradient()
-    return _run("backward_x", config, dy, w, mask, info), dw, None, None, None
+    return _run("backward_x", config, x.dtype, dy, w, mask, info), dw, None, None, None
 
 
 _product.defvjp(_forward, _backward)
 
 
-def _run(part: str, config: Config, a: jax.Array, b: jax.Array, mask: jax.Array | None, info: Any) -> jax.Array:
+def _run(
+    part: str, config: Config, dtype: Any, a: jax.Array, b: jax.Array, mask: jax.Array | None, info: Any
+) -> jax.Array:
     """Compute one of the three products with the backend; under vmap, rows of all examples are multiplied at once."""
 
     def compute(a, b, mask, info):
         if config.implementation in _PLATFORMS and not config.interpret:
             a = only_on(_PLATFORMS[config.implementation], config.implementation, a)
-        return getattr(backend(config.implementation), part)(a, b, mask, info, config, a.dtype)
+        return getattr(backend(config.implementation), part)(a, b, mask, info, config, dtype)
 
     def batched(axis_size, in_batched, a, b, mask, info):
         args = (a, b, mask, info)

@@ -65,9 +65,9 @@ def choose_tile(block: tuple[int, int] | None, shape: tuple[int, int], dtype: jn
     return rows, columns
 
 
-def choose_rows(tile: tuple[int, int], rows: int, itemsize: int) -> int:
+def choose_rows(tile: tuple[int, int], rows: int, itemsize: int, out_itemsize: int) -> int:
     """Choose how many rows of x to multiply at once: with more, weights are fetched from the L2 cache less often."""
-    del tile, itemsize
+    del tile, itemsize, out_itemsize
     return next(side for side in (*_SIDES, rows) if side >= min(rows, _SIDES[-1]))
 
 
@@ -85,7 +85,9 @@ def forward(x, w, mask, info: BlockInfo, config: Config, dtype, *, interpret=Non
 
 def backward_x(dy, w, mask, info: BlockInfo, config: Config, dtype, *, interpret=None):
     """``dx[:, i] = sum over the live j of dy[:, j] @ w[i, j].T``."""
-    return _sum_lines("backward_x", dy, _masked(w, mask), info.by_row, config, dtype, interpret, transposed=True)
+    return _sum_lines(
+        "backward_x", _rounded(dy, w.dtype), _masked(w, mask), info.by_row, config, dtype, interpret, transposed=True
+    )
 
 
 def backward_w(x, dy, mask, info: BlockInfo, config: Config, dtype, *, interpret=None):
@@ -101,7 +103,7 @@ def backward_w(x, dy, mask, info: BlockInfo, config: Config, dtype, *, interpret
         rounds = live[j * tile[1] // tn, i * tile[0] // tk] * (x.shape[0] // _DEPTH)
         return (rounds,), lambda t: (t, i), lambda t: (t, j)
 
-    dw = _matmul("backward_w", visit, (live,), x, dy, (True, False), shape, tile, dtype, interpret)
+    dw = _matmul("backward_w", visit, (live,), x, _rounded(dy, x.dtype), (True, False), shape, tile, dtype, interpret)
     return _masked(dw, mask)
 
 
@@ -225,6 +227,11 @@ def _swizzled(dtype):
 
 def _out_tile(height, width):
     return height, min(width, _MAX_TILE // height)
+
+
+def _rounded(dy, dtype):
+    """The gradient of a float32 result in the 16 bits that wgmma takes."""
+    return dy.astype(dtype) if dy.dtype == jnp.float32 else dy
 
 
 def _masked(w, mask):

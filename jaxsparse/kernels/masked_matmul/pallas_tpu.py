@@ -55,13 +55,14 @@ def _part(side: int) -> int:
     return max(part for part in range(LANES, min(side, _LARGEST_SIDE) + 1, LANES) if side % part == 0)
 
 
-def choose_rows(tile: tuple[int, int], rows: int, itemsize: int) -> int:
+def choose_rows(tile: tuple[int, int], rows: int, itemsize: int, out_itemsize: int) -> int:
     """Choose how many rows of x to multiply at once: all, or as many as fit, in equal shares."""
+    granule = 32 // min(itemsize, out_itemsize)  # rows that a TPU stores together
+    itemsize = max(itemsize, out_itemsize)
     # There are two copies of each tile of x, w, mask and output, one of them in transfer, and one float32 sum.
     per_row = max(tile) * 4 + sum(tile) * 2 * itemsize
     fit = (_VMEM_BYTES - math.prod(tile) * (4 * itemsize + 6)) // per_row
     at_most = max(LANES, min(fit, _MOST_ROWS) // LANES * LANES)
-    granule = 32 // itemsize  # rows that a TPU stores together
     share = -(-rows // max(1, -(-rows // at_most)))
     return max(granule, share + -share % granule)
 
@@ -128,11 +129,7 @@ def _line_kernel(line, position, live, x, w, *refs, transpose, precision):
 
     @pl.when(live[t] != 0)
     def add():
-        weights = _masked(w[...], mask)
-        dims = (((1,), (1 if transpose else 0,)), ((), ()))
-        total[...] += jax.lax.dot_general(
-            x[...], weights, dims, precision=precision, preferred_element_type=jnp.float32
-        )
+        total[...] += _dot(x[...], _masked(w[...], mask), (1, 1 if transpose else 0), precision)
 
     @pl.when(last_of_line)
     def store():
@@ -191,14 +188,19 @@ def _tile_kernel(line, position, live, x, dy, *refs, precision):
 
     @pl.when(live[t] != 0)
     def add():
-        dims = (((0,), (0,)), ((), ()))
-        total[...] += jax.lax.dot_general(
-            x[...], dy[...], dims, precision=precision, preferred_element_type=jnp.float32
-        )
+        total[...] += _dot(x[...], dy[...], (0, 0), precision)
 
     @pl.when(r == pl.num_programs(1) - 1)
     def store():
         out[...] = _masked(total[...], mask).astype(out.dtype)
+
+
+def _dot(a, b, axes, precision):
+    dims = (((axes[0],), (axes[1],)), ((), ()))
+    dtype = jnp.promote_types(a.dtype, b.dtype)  # the gradient of the result may be wider than x and w
+    return jax.lax.dot_general(
+        a.astype(dtype), b.astype(dtype), dims, precision=precision, preferred_element_type=jnp.float32
+    )
 
 
 def _masked(values, mask):

@@ -31,4 +31,6 @@ def backward_w(x, dy, mask, info: BlockInfo | None, config: Config, dtype):
 def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int], config: Config) -> jax.Array:
     """``a`` times ``b``, summed over one axis of each, in float32."""
     dims = (((axes[0],), (axes[1],)), ((), ()))
+    dtype = jnp.promote_types(a.dtype, b.dtype)  # the gradient of the result may be wider than x and w
+    a, b = a.astype(dtype), b.astype(dtype)
     return jax.lax.dot_general(a, b, dims, precision=config.precision, preferred_element_type=jnp.float32)

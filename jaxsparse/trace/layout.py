@@ -1,0 +1,254 @@
+"""Inputs, outputs and stack axes of every leaf, as the function itself uses them."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from jax.extend.core import Literal
+
+from jaxsparse.layouts import Layout
+from jaxsparse.trace.moving import blocks
+from jaxsparse.trace.products import dot_parts
+from jaxsparse.trace.program import CALLS, Where, live_eqns, opened, scan_counts, trace, where, within
+from jaxsparse.trace.rules import ELEMENTWISE, IDENTITY
+from jaxsparse.trees import listed
+
+__all__ = ["matrices"]
+
+logger = logging.getLogger("jaxsparse")
+
+Axes = frozenset[int]
+
+
+class Seen(NamedTuple):
+    """A value of the program: a leaf in another layout, or something else.
+
+    Attributes:
+      path: the path of the leaf, None for anything else.
+      axes: for each axis of the value, the axes of the leaf that it runs along, in whole or in part.
+      stack: the axes of the leaf that scans have taken apart.
+      data: whether it depends on anything but params.
+    """
+
+    path: str | None = None
+    axes: tuple[Axes, ...] = ()
+    stack: Axes = frozenset()
+    data: bool = False
+
+    @classmethod
+    def leaf(cls, path: str | None, shape: Sequence[int]) -> "Seen":
+        """A leaf as it is."""
+        return cls(path, tuple(Axes([i]) for i in range(len(shape))))
+
+    def without(self, gone: Sequence[int]) -> "Seen":
+        """A leaf of which some axes are taken one entry at a time."""
+        kept = tuple(axes for i, axes in enumerate(self.axes) if i not in gone)
+        return self._replace(axes=kept, stack=self.stack | _union(self.axes[i] for i in gone))
+
+
+DATA = Seen(data=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """A product of a leaf with activations."""
+
+    inputs: Axes
+    outputs: Axes
+    stack: Axes
+    where: Where
+
+
+def matrices(apply: Callable[..., Any], params: Any, *args: Any) -> dict[str, Layout]:
+    """Find which axes of each leaf are inputs, outputs and stacked layers, by how a function multiplies it.
+
+    The axes that a product sums over are the inputs, those of a batch of matrices and those that a scan runs over are
+    the stack, the others the outputs; window axes of a convolution are named by none. A lookup (an embedding) has its
+    entries as inputs. Transposed kernels, fused heads and layers stacked on any axis come out right whatever the names
+    of leaves, and so do leaves that are cast, scaled, sliced or reshaped first.
+
+    Give it as ``layout=`` to methods, structures, allocations and tables. Leaves that are in no product (biases, gains,
+    tables of positions), or that products use in different ways (an embedding that is also the last layer), are left
+    out, and so to :func:`jaxsparse.layouts.leaf_layouts`; the log (INFO, "jaxsparse") names the latter. Of layers that
+    are scanned, biases and gains are there too, as vectors.
+
+    Args:
+      apply: a function of params and further arguments.
+      params: the params or their shapes.
+      *args: the further arguments, or their shapes.
+
+    Returns:
+      path -> :class:`jaxsparse.Layout`, axes counted from the front.
+
+    Raises:
+      ValueError: if ``apply`` uses none of the params, or cannot be traced.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> params = {"w": jnp.ones((3, 5)), "heads": jnp.ones((2, 3, 4)), "b": jnp.zeros(3)}
+      >>> def apply(p, x):
+      ...     h = jnp.tanh(x @ p["w"].T + p["b"])
+      ...     return jnp.einsum("i,hio->ho", h, p["heads"])
+      >>> for path, layout in matrices(apply, params, jnp.ones(5)).items():
+      ...     print(path, layout)
+      heads Layout(inputs=(1,), outputs=(0, 2), stack=())
+      w Layout(inputs=(1,), outputs=(0,), stack=())
+    """
+    traced = trace(apply, params, *args)
+    jaxpr, _ = opened(traced.closed)
+    shapes = {path: v.aval.shape for path, v in zip(traced.paths, jaxpr.invars, strict=True) if path is not None}
+    walk = _Walk()
+    walk.run(traced.closed, [Seen.leaf(path, shapes[path]) if path in shapes else DATA for path in traced.paths])
+    found, left = {}, []
+    for path, stack in walk.stacks.items():
+        rest = [axis for axis in range(len(shapes[path])) if axis not in stack]
+        if path not in walk.uses and len(rest) < 2:  # a bias or a gain for each layer
+            found[path] = Layout((), tuple(rest), tuple(sorted(stack)))
+    for path, uses in walk.uses.items():
+        layouts = {_layout(use, shapes[path]): use.where for use in uses}
+        layout, *others = layouts
+        if layout is not None and not others:
+            found[path] = layout
+        else:
+            ways = [f"{layout or 'part of an axis as inputs'} in {place}" for layout, place in layouts.items()]
+            left.append(f"{path} ({'; '.join(ways)})")
+    if left:
+        logger.info("matrices: the layout of these leaves is left to names and shapes: %s", listed(left))
+    return {path: found[path] for path in shapes if path in found}
+
+
+def _layout(use: Use, shape: Sequence[int]) -> Layout | None:
+    """The layout of a leaf in a product; None if an axis is in two of its parts, or a part has none."""
+    if use.inputs & use.outputs or (use.inputs | use.outputs) & use.stack or not (use.inputs and use.outputs):
+        return None
+    stack = [axis for axis in use.stack if shape[axis] > 1]  # the others are the window of a 1 x 1 convolution
+    return Layout(tuple(sorted(use.inputs)), tuple(sorted(use.outputs)), tuple(sorted(stack)))
+
+
+def _union(axes: Iterable[Axes]) -> Axes:
+    return frozenset[int]().union(*axes)
+
+
+# Changes of layout: what an equation makes of a leaf.
+
+
+def _transpose(eqn: Any, leaf: Seen) -> Seen:
+    return leaf._replace(axes=tuple(leaf.axes[i] for i in eqn.params["permutation"]))
+
+
+def _squeeze(eqn: Any, leaf: Seen) -> Seen:
+    return leaf.without(eqn.params["dimensions"])
+
+
+def _broadcast(eqn: Any, leaf: Seen) -> Seen:
+    to, rank = eqn.params["broadcast_dimensions"], len(eqn.params["shape"])
+    return leaf._replace(axes=tuple(leaf.axes[to.index(i)] if i in to else Axes() for i in range(rank)))
+
+
+def _reshape(eqn: Any, leaf: Seen) -> Seen:
+    shape = eqn.outvars[0].aval.shape
+    axes = [Axes()] * len(shape)
+    for before, after in blocks(eqn.invars[0].aval.shape, shape):
+        for i in after:
+            axes[i] = _union(leaf.axes[j] for j in before)
+    return leaf._replace(axes=tuple(axes))
+
+
+CHANGES: dict[str, Callable[[Any, Seen], Seen]] = {
+    "transpose": _transpose, "squeeze": _squeeze, "broadcast_in_dim": _broadcast, "reshape": _reshape,
+    **dict.fromkeys(("slice", "dynamic_slice", "rev", "pad", "split", "cumsum", "sort"), lambda eqn, leaf: leaf),
+}  # fmt: skip
+
+
+class _Walk:
+    """Follows leaves through a program to the products they are in."""
+
+    def __init__(self) -> None:
+        self.uses: dict[str, list[Use]] = {}
+        self.stacks: dict[str, Axes] = {}  # of leaves that are scanned over
+
+    def run(self, jaxpr: Any, args: Sequence[Seen]) -> list[Seen]:
+        jaxpr, _ = opened(jaxpr)
+        env = dict.fromkeys(jaxpr.constvars, Seen()) | dict(zip(jaxpr.invars, args, strict=True))
+
+        def read(v: Any) -> Seen:
+            return Seen() if isinstance(v, Literal) else env[v]
+
+        for eqn in live_eqns(jaxpr):
+            ins = [read(v) for v in eqn.invars]
+            with within(eqn):
+                outs = self.step(eqn, ins)
+            data = any(seen.data for seen in ins)
+            env.update(zip(eqn.outvars, outs or [Seen(data=data)] * len(eqn.outvars), strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def step(self, eqn: Any, ins: list[Seen]) -> list[Seen] | None:
+        """What an equation makes of a leaf; None if it is no leaf any more."""
+        name = eqn.primitive.name
+        if name in CALLS or name in ("custom_vjp_call", "shard_map"):
+            return self.run(eqn.params.get("jaxpr") or eqn.params["call_jaxpr"], ins)
+        if (inside := getattr(self, f"on_{name}", None)) is not None:
+            return inside(eqn, ins)
+        if name in CHANGES and ins[0].path is not None:
+            return [CHANGES[name](eqn, ins[0])] * len(eqn.outvars)
+        if (name in ELEMENTWISE or name in IDENTITY) and not any(seen.data for seen in ins):
+            shape = eqn.outvars[0].aval.shape
+            same = zip(eqn.invars, ins, strict=True)
+            return [seen for v, seen in same if seen.path is not None and v.aval.shape == shape][:1] or None
+        return None
+
+    # Products.
+
+    def use(self, leaf: Seen, inputs: Sequence[int], outputs: Sequence[int], batch: Sequence[int], eqn: Any) -> None:
+        """Notes a product, by axes of the value."""
+        parts = [_union(leaf.axes[i] for i in axes) for axes in (inputs, outputs, batch)]
+        self.uses.setdefault(str(leaf.path), []).append(Use(parts[0], parts[1], parts[2] | leaf.stack, where(eqn)))
+
+    def on_dot_general(self, eqn: Any, ins: list[Seen]) -> None:
+        for side in (0, 1):
+            if ins[side].path is not None and ins[1 - side].data:
+                batch, contracted, free = dot_parts(eqn, side)[0]
+                self.use(ins[side], contracted, free, batch, eqn)
+
+    def on_ragged_dot_general(self, eqn: Any, ins: list[Seen]) -> None:
+        d = eqn.params["ragged_dot_dimension_numbers"]
+        (_, contracted), (_, batch) = d.dot_dimension_numbers
+        if ins[1].path is not None and ins[0].data and d.rhs_group_dimensions:
+            stack = [*batch, *d.rhs_group_dimensions]
+            free = [i for i in range(len(ins[1].axes)) if i not in stack and i not in contracted]
+            self.use(ins[1], contracted, free, stack, eqn)
+
+    def on_conv_general_dilated(self, eqn: Any, ins: list[Seen]) -> None:
+        if ins[1].path is not None and ins[0].data:
+            outputs, inputs = eqn.params["dimension_numbers"].rhs_spec[:2]
+            self.use(ins[1], [inputs], [outputs], [], eqn)
+
+    def on_gather(self, eqn: Any, ins: list[Seen]) -> list[Seen] | None:
+        d, leaf = eqn.params["dimension_numbers"], ins[0]
+        if leaf.path is None:
+            return None
+        gone = (*d.collapsed_slice_dims, *d.operand_batching_dims)
+        if len(eqn.invars[1].aval.shape) == 1:  # one place, as in w[i]
+            return [leaf.without(gone)]
+        entries = [i for i in d.start_index_map if eqn.params["slice_sizes"][i] == 1]
+        if ins[1].data and set(gone) <= set(entries):
+            self.use(leaf, entries, [i for i in range(len(leaf.axes)) if i not in entries], [], eqn)
+        return None
+
+    # Programs inside of programs. What goes round a loop may be made of activations from the second round on.
+
+    def on_scan(self, eqn: Any, ins: list[Seen]) -> None:
+        n, m = scan_counts(eqn.params)
+        xs = [seen if seen.path is None else seen.without([0]) for seen in ins[m:]]
+        self.stacks |= {seen.path: seen.stack for seen in xs if seen.path is not None}
+        self.run(eqn.params["jaxpr"], [*ins[:n], *[DATA] * (m - n), *xs])
+
+    def on_while(self, eqn: Any, ins: list[Seen]) -> None:
+        n = eqn.params["cond_nconsts"]
+        m = n + eqn.params["body_nconsts"]
+        self.run(eqn.params["body_jaxpr"], [*ins[n:m], *[DATA] * len(ins[m:])])
+
+    def on_cond(self, eqn: Any, ins: list[Seen]) -> None:
+        for branch in eqn.params["branches"]:
+            self.run(branch, ins[1:])

@@ -1,0 +1,96 @@
+"""Moments of the rows that a leaf of params is multiplied by."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["Moments"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Sums over all rows that a leaf was multiplied by; those of two batches add up by ``+``.
+
+    A row is what arrives at one place of a sequence or an image, of one example: what a matrix takes to one row of
+    outputs. A leaf of stacked layers (``scan``) or experts (``vmap``) has sums for each.
+
+    Attributes:
+      rows: ``(*leading,)``, float32: the number of rows.
+      first: ``(*leading, inputs)``, float32: the sums of the rows.
+      second: ``(*leading, inputs)``, float32: the sums of their squares; with ``gram=True`` those of their products,
+        ``(*leading, inputs, inputs)``.
+      inputs: the axes of the leaf that the inputs are, the last of them varies fastest; those of size 1 are left out.
+      leading: the axes of the leaf that the others are: stacked layers, experts, and for a grouped convolution its
+        outputs, with one entry for each group of them.
+    """
+
+    rows: jax.Array
+    first: jax.Array
+    second: jax.Array
+    inputs: tuple[int, ...]
+    leading: tuple[int, ...]
+
+    @classmethod
+    def of_rows(cls, rows: jax.Array, inputs: tuple[int, ...], leading: tuple[int, ...], gram: bool) -> "Moments":
+        """Sum up rows, ``(*leading, rows, inputs)``."""
+        rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
+        count = jnp.full(rows.shape[:-2], rows.shape[-2], jnp.float32)
+        if gram:
+            second = jnp.einsum("...rk,...rl->...kl", rows, rows, precision="highest")
+        else:
+            second = jnp.square(rows).sum(-2)
+        return cls(count, rows.sum(-2), second, inputs, leading)
+
+    def __add__(self, other: "Moments") -> "Moments":
+        return jax.tree.map(jnp.add, self, other)
+
+    @property
+    def squares(self) -> jax.Array:
+        """The sums of squares, ``(*leading, inputs)``; of Gram matrices their diagonals."""
+        return self.second if self.second.ndim == self.first.ndim else jnp.diagonal(self.second, axis1=-2, axis2=-1)
+
+    @property
+    def mean(self) -> jax.Array:
+        """The mean row, ``(*leading, inputs)``."""
+        return self.first / self.rows[..., None]
+
+    @property
+    def norm(self) -> jax.Array:
+        """The norm of every input over all rows, ``(*leading, inputs)``, by which Wanda weighs weights."""
+        return jnp.sqrt(self.squares)
+
+    @property
+    def variance(self) -> jax.Array:
+        """The variance of every input, ``(*leading, inputs)``, not below 0."""
+        return jnp.maximum(self.squares / self.rows[..., None] - jnp.square(self.mean), 0)
+
+    def along(self, values: jax.Array, shape: Sequence[int]) -> jax.Array:
+        """Shape values of inputs so that they broadcast with the leaf.
+
+        Args:
+          values: ``(*leading, inputs)``, such as :attr:`norm`.
+          shape: of the leaf.
+
+        Returns:
+          An array of the leaf's rank: sizes of inputs and leading axes as in the leaf, 1 for the others.
+
+        Examples:
+          >>> import jax.numpy as jnp
+          >>> w = jnp.ones((3, 5))
+          >>> moments = Moments.of_rows(jnp.array([[3.0, 0, 1], [4, 0, 0]]), (0,), (), gram=False)
+          >>> score = jnp.abs(w) * moments.along(moments.norm, w.shape)
+          >>> score[:, 0].tolist()
+          [5.0, 0.0, 1.0]
+        """
+        for i, axis in enumerate(self.leading):
+            values = jnp.repeat(values, shape[axis] // values.shape[i], i)  # groups of outputs
+        axes: tuple[Any, ...] = (*self.leading, *self.inputs)
+        values = values.reshape([shape[axis] for axis in axes])
+        values = jnp.transpose(values, sorted(range(len(axes)), key=lambda i: axes[i]))
+        return values.reshape([n if axis in axes else 1 for axis, n in enumerate(shape)])
+
+
+jax.tree_util.register_dataclass(Moments, data_fields=["rows", "first", "second"], meta_fields=["inputs", "leading"])

@@ -1,0 +1,218 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxsparse
+from jaxsparse import trace
+from jaxsparse.trace.slim import kept_entries
+from jaxsparse.trace.states import cut_params
+from tests.trace.models import MODELS, mlp
+from tests.trace.slimming import floats_of, gate_masks, masked, outputs_and_gradients, relative, some_closed
+
+FAST = ["mlp"]
+
+
+def slimmed(name, **options):
+    apply, params, args = MODELS[name]()
+    groups = trace.channel_groups(apply, params, *args)
+    closed = some_closed(groups)
+    shut = masked(params, gate_masks(params, groups, closed))
+    return apply, shut, trace.slim(apply, shut, closed, *args, groups=groups, **options), args, groups, closed
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+)
+def test_outputs_and_gradients_are_those_of_the_masked_model(name):
+    apply, params, small, args, groups, closed = slimmed(name)
+    sizes = [sum(leaf.size for leaf in floats_of(tree)[0]) for tree in (params, small.params)]
+    assert sizes[1] < (sizes[0] if name == "gpt linen loop slow layernorm" else 0.9 * sizes[0])
+    kept = kept_entries(groups, closed, small.apply.full)
+    for batch in (args, jax.tree.map(lambda x: x[:1] if np.ndim(x) else x, args)):
+        out, grads = outputs_and_gradients(apply, params, *batch)
+        small_out, small_grads = outputs_and_gradients(small.apply, small.params, *batch)
+        state = {"batch_stats": params["batch_stats"]} if name == "dropout batchnorm train" else {}
+        out = cut_params(out, kept) if not state else (out[0], cut_params(dict(out[1]), kept))
+        assert relative(small_out, out) < 2e-6
+        assert relative(small_grads, cut_params(grads, kept)) < 2e-6
+
+
+def test_the_table_has_old_and_new_shapes():
+    _, _, small, _, _, _ = slimmed("mlp")
+    assert small.shapes["fc2/kernel"] == ((32, 24), (22, 16))
+    assert "fc2/kernel  32x24  22x16     768   352" in str(small)
+    assert str(small).splitlines()[-1].split() == ["all", "1,608", "926"]
+
+
+def test_training_goes_on_as_that_of_the_masked_model():
+    apply, params, (x,) = mlp()
+    groups = trace.channel_groups(apply, params, x)
+    closed = some_closed(groups)
+    masks = gate_masks(params, groups, closed)
+    tx = optax.sgd(0.3, momentum=0.9)
+
+    def steps(apply, params, state, masks, number):
+        losses = []
+
+        @jax.jit
+        def step(params, state):
+            loss, grads = jax.value_and_grad(lambda p: (apply(p, x) ** 2).mean())(params)
+            grads = masked(grads, masks)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state, loss
+
+        for _ in range(number):
+            params, state, loss = step(params, state)
+            losses.append(float(loss))
+        return params, state, losses
+
+    params = masked(params, masks)
+    params, state, _ = steps(apply, params, tx.init(params), masks, 3)
+    small = trace.slim(apply, params, closed, x, groups=groups, opt_state=state)
+    assert np.abs(small.opt_state[0].trace["fc2"]["kernel"]).max() > 0
+    _, _, losses = steps(apply, params, state, masks, 5)
+    nothing = jax.tree.map(lambda p: True, small.params)
+    _, _, small_losses = steps(small.apply, small.params, small.opt_state, nothing, 5)
+    assert losses[-1] < losses[0]
+    np.testing.assert_allclose(small_losses, losses, rtol=1e-5)
+
+
+def test_slim_of_slim_is_made_of_the_first_function():
+    apply, _, small, (x,), _, _ = slimmed("mlp")
+    groups = trace.channel_groups(small.apply, small.params, x)
+    closed = some_closed(groups, share=2, seed=1)
+    shut = masked(small.params, gate_masks(small.params, groups, closed))
+    smaller = trace.slim(small.apply, shut, closed, x, groups=groups)
+    assert smaller.apply.apply is apply
+    assert repr(smaller.apply) == "<slim apply>"
+    assert smaller.params["fc2"]["kernel"].shape == (11, 8)
+    trace.same(lambda x: small.apply(shut, x), lambda x: smaller.apply(smaller.params, x), x, rtol=2e-6)
+
+
+def test_it_is_an_ordinary_function():
+    _, _, small, (x,), _, _ = slimmed("mlp")
+    y = small.apply(small.params, x)
+    each = jax.vmap(lambda row: small.apply(small.params, row[None])[0])(x)
+    assert relative(each, y) < 2e-6
+    with jax.numpy_dtype_promotion("strict"):
+        np.testing.assert_array_equal(small.apply(small.params, np.asarray(x, np.float64)), y)
+    exported = jax.export.export(jax.jit(small.apply))(small.params, x)
+    assert relative(exported.call(small.params, x), y) < 2e-6
+    assert "dot_general" in exported.mlir_module()
+    assert "tensor<22x16xf32>" in exported.mlir_module()
+    assert "tensor<32x24xf32>" not in exported.mlir_module()  # nothing at full size
+
+
+def test_shapes_alone_are_enough():
+    apply, params, (x,) = mlp()
+    shapes = jax.eval_shape(lambda: params)
+    small = trace.slim(apply, shapes, {"fc1/kernel": np.arange(32) < 7}, jax.ShapeDtypeStruct((2, 20), jnp.float32))
+    assert small.params["fc2"]["kernel"].shape == (25, 24)
+    assert jax.eval_shape(small.apply, small.params, x).shape == (5, 6)
+
+
+def test_params_of_another_dtype():
+    _, _, small, (x,), _, _ = slimmed("mlp")
+    half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), small.params)
+    assert small.apply(half, x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_widths_become_multiples_by_the_best_closed_channels():
+    apply, params, (x,) = mlp()
+    closed = {"fc1/kernel": np.arange(32) >= 13, "fc2/kernel": np.arange(24) >= 16}
+    params["fc1"]["kernel"] = params["fc1"]["kernel"].at[:, 20].multiply(30).at[:, 30].multiply(20)
+    small = trace.slim(apply, params, closed, x, multiple_of=8)
+    assert small.params["fc2"]["kernel"].shape == (16, 16)
+    stay = np.flatnonzero(small.apply.kept["fc1/kernel", 1])
+    assert set(stay) > {*range(13), 20, 30}
+    whole = trace.slim(apply, params, {"fc2/kernel": np.arange(24) < 1}, x, multiple_of=64)
+    assert whole.params["fc3"]["kernel"].shape == (24, 6)
+
+
+def test_heads_need_no_rounding():
+    def apply(params, x):
+        heads = jnp.tanh(jnp.einsum("bi,ihd->bhd", x, params["in"]))
+        return jnp.einsum("bhd,hdo->bo", heads, params["out"])
+
+    params = {"in": jnp.ones((5, 6, 8)), "out": jnp.ones((6, 8, 3))}
+    groups = trace.channel_groups(apply, params, jnp.ones((2, 5)))
+    (heads,) = (group for group in groups if group.size == 6)
+    small = trace.slim(apply, params, {heads.name: np.arange(6) < 3}, jnp.ones((2, 5)), multiple_of=8)
+    assert small.params["in"].shape == (5, 3, 8)
+
+
+def test_closed_channels_of_masks_and_of_zeros():
+    apply, params, (x,) = mlp()
+    groups = trace.channel_groups(apply, params, x)
+    masks = jax.tree.map(lambda p: np.ones(p.shape, bool), params)
+    masks["fc2"]["kernel"][3] = False  # nothing reads channel 3 of fc1
+    masks["fc1"]["kernel"][:, 5] = False  # it is still fed by a bias
+    masks["fc2"]["bias"] = True  # dense
+    closed = trace.closed_channels(groups, masks)
+    assert np.flatnonzero(closed["fc1/kernel"]).tolist() == [3]
+    assert not closed["fc2/kernel"].any()
+    masks["fc1"]["bias"][5] = False
+    assert np.flatnonzero(trace.closed_channels(groups, masks)["fc1/kernel"]).tolist() == [3, 5]
+    zeros = jax.tree.map(lambda p, m: p * m, params, masks)
+    assert np.flatnonzero(trace.closed_channels(groups, zeros)["fc1/kernel"]).tolist() == [3, 5]
+
+
+def test_masks_of_a_part_of_the_params():
+    apply, params, (x,) = mlp()
+    groups = trace.channel_groups(lambda v, x: apply(v["params"], x), {"params": params}, x)
+    masks = jax.tree.map(lambda p: np.ones(p.shape, bool), params)
+    masks["fc2"]["kernel"][3] = False
+    closed = trace.closed_channels(groups, masks)
+    assert np.flatnonzero(closed["params/fc1/kernel"]).tolist() == [3]
+    with pytest.raises(ValueError, match="the masks have none of the leaves of the groups, but fc9"):
+        trace.closed_channels(groups, {"fc9": masks})
+
+
+def test_groups_written_by_hand():
+    apply, params, (x,) = mlp()
+    hidden = jaxsparse.Group("hidden", {"fc2/kernel": 0}, {"fc1/kernel": -1, "fc1/bias": 0, "fc2/kernel": 0})
+    zeros = params | {"fc2": params["fc2"] | {"kernel": params["fc2"]["kernel"].at[4:].set(0)}}
+    closed = trace.closed_channels([hidden], zeros)
+    small = trace.slim(apply, zeros, closed, x, groups=[hidden])
+    trace.same(lambda x: apply(zeros, x), lambda x: small.apply(small.params, x), x, rtol=2e-6)
+    half = jaxsparse.Group("half", {"fc2/kernel": 0}, {"fc1/kernel": -1, "fc2/kernel": 0})
+    with pytest.raises(ValueError, match="28 entries along axis 1 of fc1/kernel cannot go.*share their channels"):
+        trace.slim(apply, zeros, {"half": closed["hidden"]}, x, groups=[half])
+    rows = {"fc2/kernel": 0}
+    both = [jaxsparse.Group("a", rows, rows), jaxsparse.Group("b", {"fc1/bias": 0}, rows)]
+    with pytest.raises(ValueError, match="nothing is left along axis 0 of fc2/kernel, which several groups share"):
+        trace.slim(apply, zeros, {"a": np.arange(32) < 9, "b": np.arange(32) >= 9}, x, groups=both)
+    outputs = jaxsparse.Group("outputs", {"fc3/kernel": -1}, {"fc3/kernel": -1})
+    with pytest.raises(ValueError, match="1 entries along axis 1 of fc3/kernel cannot go: the output of the function"):
+        trace.slim(apply, zeros, {"outputs": np.arange(6) < 1}, x, groups=[outputs])
+
+
+@pytest.mark.parametrize(
+    ("closed", "message"),
+    [
+        ({"fc1/kernel": np.ones(32, bool)}, "all 32 channels of group 'fc1/kernel' are closed"),
+        ({"fc1/kernle": np.ones(32, bool)}, "'fc1/kernle', which is no group of channels; near are fc1/kernel"),
+        ({"fc1/kernel": np.ones(3, bool)}, r"shape \(32,\) for group 'fc1/kernel', got bool of shape \(3,\)"),
+        ({"fc1/kernel": np.ones(32)}, "must have bools .* got float64"),
+    ],
+)
+def test_closed_channels_that_cannot_go(closed, message):
+    apply, params, (x,) = mlp()
+    with pytest.raises(ValueError, match=message):
+        trace.slim(apply, params, closed, x)
+
+
+def test_multiple_of_is_a_number_of_channels():
+    apply, params, (x,) = mlp()
+    with pytest.raises(ValueError, match="multiple_of must be an int of at least 1, got 0"):
+        trace.slim(apply, params, {}, x, multiple_of=0)
+
+
+def test_params_that_do_not_fit_the_small_function():
+    _, params, small, (x,), _, _ = slimmed("mlp")
+    with pytest.raises(ValueError, match=r"fc1/bias has shape \(32,\), and \(22,\) in the params of slim"):
+        small.apply(params, x)
+    with pytest.raises(ValueError, match="only one of the two has fc1/bias, fc1/kernel"):
+        small.apply({"fc2": small.params["fc2"], "fc3": small.params["fc3"]}, x)
