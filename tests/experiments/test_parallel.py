@@ -51,8 +51,9 @@ def compare(result, alone, method):
     assert method == "l0" or 0 < sum(int(mask.sum()) for mask in masks) < sum(mask.size for mask in masks)
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_in_two_processes(run, tmp_path):
-    """One method, in the layout that does most; all others, in all layouts, are slow tests."""
+    """One method, in the layout that does most, to the end of the run."""
     found = under(run_in_processes(tmp_path, "fsdp", ["sparse_momentum"]), "sparse_momentum/")
     compare(found, run("one_device", "sparse_momentum"), "sparse_momentum")
 

@@ -97,6 +97,7 @@ def test_no_bit_of_a_model_differs(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * largest), found_gradients, gradients)
 
 
+@pytest.mark.slow
 def test_examples_and_params_may_be_mapped_over():
     apply, params, args = MODELS["gpt plain fused gqa rope scan"]()
     many = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), params)

@@ -46,6 +46,7 @@ def test_all_of_it_comes_back(small, tmp_path):
     assert "params/fc2/kernel" in jaxsparse.artifacts.describe(tmp_path / "small")
 
 
+@pytest.mark.slow
 def test_dtypes_and_nodes_of_other_kinds(tmp_path):
     apply, model, (x,) = eqx_mlp()
     model = jax.tree.map(lambda p: p.astype(jnp.bfloat16) if hasattr(p, "dtype") else p, model)

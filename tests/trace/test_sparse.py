@@ -248,6 +248,7 @@ def test_traces_once_for_a_shape():
     assert [type(flag) for flag in traced[3:]] == [int, float, bool, slice]
 
 
+@pytest.mark.slow
 def test_vmap_over_params_and_masks():
     apply, params, masks, x, fast = small()
     params = jax.tree.map(lambda w: jnp.stack([w, 2 * w]), params)

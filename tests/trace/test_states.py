@@ -50,6 +50,7 @@ def test_what_belongs_to_a_leaf_is_cut_like_it(tx):
     assert jax.tree.map(jnp.shape, again) == jax.tree.map(jnp.shape, small.opt_state)
 
 
+@pytest.mark.slow
 def test_masks_count_what_is_left():
     _, params, _ = mlp()
     tx = jaxsparse.chain(optax.sgd(0.1, momentum=0.9), jaxsparse.magnitude_pruning(0.5, every=1))
