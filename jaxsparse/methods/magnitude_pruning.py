@@ -19,11 +19,10 @@ from jaxsparse.layouts import LayoutLike
 from jaxsparse.saliency import lamp_scores
 from jaxsparse.structures import StructureLike, check_structure, unit_scores
 from jaxsparse.transforms.checks import check_range, check_steps
-from jaxsparse.transforms.layers import Layer, each
+from jaxsparse.transforms.layers import Layer, counts, each
 from jaxsparse.transforms.mask_link import MaskState, dense_start, mask_link
 from jaxsparse.transforms.prune import prune_globally, prune_layers
 from jaxsparse.transforms.ranking import rank_globally
-from jaxsparse.transforms.regrow import counts
 
 __all__ = ["MagnitudePruningState", "magnitude_pruning"]
 

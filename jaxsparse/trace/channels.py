@@ -258,7 +258,7 @@ def _families(members: dict[int, dict[Column, np.ndarray]]) -> list[_Family]:
 
 
 def _know_more(a: Analysis, families: list[_Family]) -> None:
-    """What the program does with the channels of each family."""
+    """Adds to each family how the program uses its channels."""
     family_of = np.full(a.spaces.size, -1)
     for number, family in enumerate(families):
         family.first = len(a.needs)

@@ -89,7 +89,7 @@ def while_loop(a, eqn, args, node):
 
 
 def _loop(a, eqn, carry: Sequence[Val], times: float, bounded: bool, body):
-    """What is carried, and what else comes out, once a round says nothing new of what goes in."""
+    """The carry and the other results of a loop, walked until a round says nothing new of its carry."""
     carry = [dataclasses.replace(c, zero=list(c.zero), const=None, view=None) for c in carry]
     outer = a.times, a.bounded
     a.times, a.bounded = a.times * times, a.bounded and bounded

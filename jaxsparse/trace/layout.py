@@ -184,7 +184,7 @@ class _Walk:
         return [read(v) for v in jaxpr.outvars]
 
     def step(self, eqn: Any, ins: list[Seen]) -> list[Seen] | None:
-        """What an equation makes of a leaf; None if it is no leaf any more."""
+        """The leaf after an equation; None if it is no leaf any more."""
         name = eqn.primitive.name
         if name in CALLS or name in ("custom_vjp_call", "shard_map"):
             return self.run(eqn.params.get("jaxpr") or eqn.params["call_jaxpr"], ins)

@@ -275,7 +275,7 @@ def trace(apply: Callable[..., Any], params: Any, *args: Any) -> Traced:
 
 
 def _explained(error: Exception) -> str:
-    """What to do about an error of tracing; empty if it is the user's own."""
+    """Advice about an error of tracing; empty if it is the user's own."""
     frames = []
     step = error.__traceback__
     while step is not None:

@@ -172,7 +172,7 @@ def _cut_gates(state: GatedState, cut: Any, cut_leaf: Any, gone: Mapping[str, np
 
 
 def _open(name: str, vector: Any, gone: np.ndarray) -> Any:
-    """What a vector has for the channels of a group that are left."""
+    """The entries of a vector for the channels of a group that are left."""
 
     def one(leaf):
         if np.shape(leaf) not in ((), gone.shape):

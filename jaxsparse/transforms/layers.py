@@ -311,7 +311,7 @@ def joined(columns: Iterable[tuple[Sequence[int], Column]]) -> Column:
 
 
 def _kind(layer: Layer, flat: bool) -> tuple[Hashable, bool]:
-    """What the layers of one stack have in common, None for a layer that is in none; and whether any shape will do."""
+    """A key that the layers of one stack share, None for a layer in no stack; and whether any shape will do."""
     arrays = [layer.weight, layer.mask, *(layer.given.parts if layer.given else ())]
     types = [jax.typeof(leaf) for leaf in arrays]
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in arrays) or any(any(of.sharding.spec) for of in types):

@@ -42,11 +42,11 @@ def prune_globally(
     def looked_at(layers, *scores):
         leaves = _leaves(layers, *scores)
         safe = [leaf.structure.reserved(value, leaf.mask, absolute=by_magnitude) for leaf, value in leaves]
-        counts = [jnp.int32(0) if fixed is None else count_true(fixed) for fixed in safe]
+        reserved = [jnp.int32(0) if fixed is None else count_true(fixed) for fixed in safe]
         where = [leaf.structure.units(leaf.mask) if fixed is None else leaf.mask & ~fixed
                  for leaf, fixed in zip(layers, safe, strict=True)]  # fmt: skip
         return (
-            jnp.stack(counts),
+            jnp.stack(reserved),
             [unit_scores(leaf.structure, value, signed=not by_magnitude) for leaf, value in leaves],
             where,
         )
@@ -60,8 +60,8 @@ def prune_globally(
     reserved, ranked, where = each(layers, looked_at, *([] if scores is None else [scores]))
     room = jnp.maximum(jnp.asarray(left, jnp.int32) - jnp.sum(reserved), 0)
     chosen = rank_globally(layers, ranked, room, where=where, sizes=tiles, absolute=by_magnitude, at_least=at_least)
-    counts, new = each(layers, renewed, chosen, where)
-    return new, jnp.sum(reserved) + jnp.sum(counts * np.asarray(tiles, np.int32))
+    kept, new = each(layers, renewed, chosen, where)
+    return new, jnp.sum(reserved) + jnp.sum(kept * np.asarray(tiles, np.int32))
 
 
 def prune_layers(

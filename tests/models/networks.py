@@ -1,5 +1,6 @@
 """Small networks, one for each way that the code of the CIFAR models can take, and numbers to put into them."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,17 @@ SMALL = {
     "WRN-16-2": models.WideResNet(16, 2, width=1 / 4),
     "DenseNet-10": models.DenseNet(10, growth=3),
 }
+
+
+class Attends(nn.Module):
+    """A model of layers that the library's own have not, with an argument that has no default."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Conv(8, (3, 3), strides=2)(x)
+        x = nn.BatchNorm(use_running_average=not train)(nn.ConvTranspose(6, (2, 2), strides=(2, 2))(x))
+        x = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=4)(x.reshape(x.shape[0], -1, 6))
+        return nn.Dense(3)(x.mean(1))
 
 
 def variables_of(model, shape=CIFAR):

@@ -2,13 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 import jaxsparse
 from jaxsparse import models
 from jaxsparse.groups import group_sizes
 from jaxsparse.trees import by_path
-from tests.models.networks import numpy_images, numpy_variables, quick_jit, variables_of
+from tests.models.networks import Attends, numpy_images, numpy_variables, quick_jit, variables_of
 from tests.problems import slow_except
 
 MODELS = {
@@ -124,17 +123,6 @@ def test_groups_are_those_of_the_papers(model, sizes):
     shape = (28, 28, 1) if "LeNet" in type(model).__name__ else (32, 32, 3)
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *shape)))["params"]
     assert group_sizes(models.channel_groups(model), params) == sizes
-
-
-class Attends(nn.Module):
-    """A model of layers that the library's own have not, with an argument that has no default."""
-
-    @nn.compact
-    def __call__(self, x, train):
-        x = nn.Conv(8, (3, 3), strides=2)(x)
-        x = nn.BatchNorm(use_running_average=not train)(nn.ConvTranspose(6, (2, 2), strides=(2, 2))(x))
-        x = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=4)(x.reshape(x.shape[0], -1, 6))
-        return nn.Dense(3)(x.mean(1))
 
 
 def test_statistics_are_not_gathered_in_evaluation():

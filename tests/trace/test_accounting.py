@@ -14,6 +14,7 @@ import jaxsparse
 from jaxsparse import models
 from jaxsparse.trace import multiply_adds
 from jaxsparse.trees import by_path
+from tests.models.networks import Attends
 from tests.problems import slow_except
 from tests.trace.models import MODELS, TOKENS, rand
 
@@ -102,15 +103,6 @@ def test_recurrent_layers_count_every_step():
     found = {path.removeprefix("params/"): number for path, number in counts.positions(batch=2).items()}
     assert found == dict.fromkeys(found, 6)
     assert sum(macs(counts).values()) == 2 * 6 * (4 * (8 * 12 + 12 * 12) + 12 * 4)
-
-
-class Attends(nn.Module):
-    @nn.compact
-    def __call__(self, x, train):
-        x = nn.Conv(8, (3, 3), strides=2)(x)
-        x = nn.BatchNorm(use_running_average=not train)(nn.ConvTranspose(6, (2, 2), strides=(2, 2))(x))
-        x = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=4)(x.reshape(x.shape[0], -1, 6))
-        return nn.Dense(3)(x.mean(1))
 
 
 def test_positions_of_layers_of_flax():
