@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -39,6 +40,7 @@ class Method(NamedTuple):
     random: bool  # whether its masks depend on key=
     adaptive: bool = False  # whether the number of weights changes: from all of them, perhaps at any step
     low_precision: bool = True  # whether it takes bfloat16 params
+    needs_grad: bool = False  # whether it needs grad=, which a plain optax.chain does not hand on
     wraps: bool = False  # whether it is a wrapper: make(..., inner=optimizer), and if not given, of the identity
 
     def around(self, optimizer, params, **options):
@@ -77,6 +79,14 @@ def magnitude_pruning(params, own_momentum=False, prunable=None, key=0):
     return jaxsparse.magnitude_pruning(0.75, end=6, every=UPDATE_EVERY, prunable=prunable)
 
 
+def rigl(**options):
+    def make(params, own_momentum=False, prunable=None, key=0):
+        del params, own_momentum
+        return jaxsparse.rigl(0.75, UPDATE_EVERY, stop_at=100, prunable=prunable, key=key, **options)
+
+    return make
+
+
 def reweighted_l1(**options):
     def make(params, own_momentum=False, prunable=None, key=0):
         del params, own_momentum, key
@@ -104,6 +114,7 @@ METHODS = {
     "asni": Method(asni, changes=True, random=False, adaptive=True),
     "magnitude_pruning": Method(magnitude_pruning, changes=True, random=False, adaptive=True),
     "reweighted_l1": Method(reweighted_l1(), changes=True, random=False, adaptive=True, low_precision=False),
+    "rigl": Method(rigl(), changes=True, random=True, needs_grad=True),
     # Every gate starts open, whatever the key.
     "l0": Method(gates(jaxsparse.l0), changes=True, random=False, adaptive=True, wraps=True),
     "dep_l0": Method(
@@ -132,6 +143,12 @@ ABLATIONS = {
         ),
         changes=True,
         random=True,
+    ),
+    "rigl_options": Method(
+        rigl(accumulate=2, bias_correction=(0.9, 0.999), track=True, allocation="uniform"),
+        changes=True,
+        random=True,
+        needs_grad=True,
     ),
     "reweighted_l1_channel": Method(
         reweighted_l1(structure={"conv/kernel": "channel", "attention/kernel": "channel"}),
@@ -169,7 +186,17 @@ def chosen(params, *names):
 
 
 def in_plain_optax_chain(method, params):
-    return optax.chain(optax.sgd(0.05, momentum=0.9), method.make(params)), method.budget()
+    tx = optax.chain(optax.sgd(0.05, momentum=0.9), method.make(params))
+    if method.needs_grad:  # and warns that nothing resets the optimizer state
+        with_grad = functools.partial(_hand_in_grad, tx.update)
+        tx = optax.GradientTransformationExtraArgs(tx.init, with_grad)
+    return tx, method.budget()
+
+
+def _hand_in_grad(update, grads, state, params, **extra_args):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return update(grads, state, params, **{"grad": grads, **extra_args})
 
 
 def in_optax_chain(method, params):
@@ -345,7 +372,7 @@ def test_bfloat16_params_stay_bfloat16(name, own_momentum):
 @pytest.mark.parametrize("name", METHODS)
 def test_updates_come_in_the_dtype_of_the_params(name):
     params = make_params(jnp.bfloat16 if METHODS[name].low_precision else jnp.float32)
-    tx = optax.chain(METHODS[name].make(params))
+    tx = (jaxsparse.chain if METHODS[name].needs_grad else optax.chain)(METHODS[name].make(params))
     other = jnp.float32 if METHODS[name].low_precision else jnp.bfloat16
 
     def update(params):

@@ -24,6 +24,7 @@ from jaxsparse.inspect.states import (
     check,
     closed_channels,
     eval_params,
+    explored,
     get_log_alpha,
     get_masks,
     open_channels,
@@ -42,7 +43,7 @@ from jaxsparse.inspect.tables import (
 __all__ = [
     "History", "LayerComparison", "LayerSummary", "MaskComparison", "Measured", "SparsityError", "Summary", "check",
     "class_activity", "class_specialization", "closed_channels", "compare_masks", "current_masks", "eval_params",
-    "get_log_alpha", "get_masks", "measure", "open_channels", "plot_accuracy_against_kept",
+    "explored", "get_log_alpha", "get_masks", "measure", "open_channels", "plot_accuracy_against_kept",
     "plot_class_specialization", "plot_densities", "plot_filters", "plot_history", "plot_layer_densities",
     "plot_masks", "plot_receptive_fields", "plot_schedules", "plot_weights", "read_history", "show", "sparsify",
     "summary",

@@ -24,6 +24,7 @@ __all__ = [
     "check",
     "closed_channels",
     "eval_params",
+    "explored",
     "get_log_alpha",
     "get_masks",
     "open_channels",
@@ -66,6 +67,35 @@ def get_masks(opt_state: Any, params: Any = None) -> Any:
         return jax.tree.structure(params).unflatten(_masks_of_leaves(opt_state, params))
     masks = functools.reduce(_merge, [link.sparse_masks() for link in _links(opt_state)])
     return jax.tree.map(lambda m: jnp.ones((), bool) if is_masked_node(m) else m, masks, is_leaf=is_masked_node)
+
+
+def explored(opt_state: Any) -> Any:
+    """Get the weights that were ever kept, of links with ``track=True`` such as :func:`jaxsparse.rigl`.
+
+    Their fraction, :func:`jaxsparse.density` of this tree, is the in-time over-parameterization rate :math:`R_s` of Liu
+    et al., 2021 (https://arxiv.org/abs/2102.02887).
+
+    Args:
+      opt_state: the optimizer state.
+
+    Returns:
+      A pytree like :func:`get_masks`, without the params' tree.
+
+    Raises:
+      ValueError: if no link in the state keeps track.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, jaxsparse
+      >>> tx = jaxsparse.chain(optax.sgd(0.1), jaxsparse.rigl(0.75, 100, stop_at=1000, track=True))
+      >>> float(jaxsparse.density(explored(tx.init({"kernel": jnp.ones((4, 5))}))))
+      0.25
+    """
+    found = [link.renewal.explored for link in link_states(opt_state) if jax.tree.leaves(getattr(link, "renewal", ()))]
+    found = [tree for tree in found if jax.tree.leaves(tree)]
+    if not found:
+        raise ValueError("no link in this optimizer state keeps track of what was ever kept: give it track=True")
+    merged = functools.reduce(_merge, found)
+    return jax.tree.map(lambda m: jnp.ones((), bool) if is_masked_node(m) else m, merged, is_leaf=is_masked_node)
 
 
 def sparsify(opt_state: Any, params: Any) -> Any:

@@ -20,7 +20,7 @@ from jaxsparse.allocation import apportion, exact_mean, exact_sum, with_floor
 from jaxsparse.layouts import LayoutLike
 from jaxsparse.masks import as_key, validate_masks
 from jaxsparse.selection import count_true
-from jaxsparse.structures import StructureLike, check_structure, check_units, made_of, mask_structures
+from jaxsparse.structures import StructureLike, check_structure, check_units, made_of, mask_structures, require_signs
 from jaxsparse.transforms import regrow
 from jaxsparse.transforms.checks import check_range
 from jaxsparse.transforms.layers import Layer, Rule, each, layers_of, on_units
@@ -195,10 +195,10 @@ def check_options(growth: str, redistribution: str, prune: str, structure: Struc
         if value not in get_args(options):
             raise ValueError(f"{name} must be one of {list(get_args(options))}, got {value!r}")
     check_structure(structure)
+    if prune == "SET":
+        require_signs(structure, 'prune="SET" takes the most negative weights')
     for unit in structure.values() if isinstance(structure, Mapping) else [structure]:
         kind = made_of(unit)
-        if prune == "SET" and not kind.has_sign:
-            raise ValueError(f'prune="SET" takes the most negative weights, and units have no sign: got {unit!r}')
         if growth == "momentum_neuron" and not kind.splits_outputs:
             raise ValueError(
                 f'growth="momentum_neuron" gives every output its share of what is regrown, got {unit!r}: a channel is '

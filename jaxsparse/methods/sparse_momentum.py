@@ -190,9 +190,9 @@ def sparse_momentum(
             )
         return updates
 
-    def averaged(own, updates, params, extra_args):
+    def averaged(state, updates, params, extra_args):
         grad = extra_args.get("grad")
-        return _averaged(own, align_signal(updates if grad is None else grad, params, "grad"), decay, params)
+        return _averaged(state.own, align_signal(updates if grad is None else grad, params, "grad"), decay, params)
 
     def change(layers, state):
         rate = prune_rate(state.count) if callable(prune_rate) else prune_rate

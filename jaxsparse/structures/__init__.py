@@ -21,11 +21,12 @@ from jaxsparse.structures.leaves import (
     leaf_structures,
     made_of,
     mask_structures,
+    require_signs,
 )
 from jaxsparse.structures.n_m import n_of_m
 from jaxsparse.structures.units import block, channel, kernel, weight
 
 __all__ = [
     "Structure", "StructureLike", "block", "channel", "check_structure", "check_units", "kernel", "leaf_structures",
-    "made_of", "mask_structures", "n_of_m", "unit_scores", "weight",
+    "made_of", "mask_structures", "n_of_m", "require_signs", "unit_scores", "weight",
 ]  # fmt: skip

@@ -144,6 +144,14 @@ def check_units(masks: Any, structures: Any, what: str = "masks") -> None:
         raise ValueError(f"{what} must keep whole units, and n of every m, but do not in {', '.join(bad)}")
 
 
+def require_signs(structure: StructureLike, why: str) -> None:
+    """Raises a ValueError for a structure whose units, of several weights, have no sign; ``why`` is its beginning."""
+    check_structure(structure)
+    for unit in structure.values() if isinstance(structure, Mapping) else [structure]:
+        if not made_of(unit).has_sign:
+            raise ValueError(f"{why}, and units have no sign: got {unit!r}")
+
+
 def made_of(given: str | Structure) -> Structure:
     """The structure of a name."""
     return _BY_NAME[given]() if isinstance(given, str) else given

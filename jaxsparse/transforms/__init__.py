@@ -15,6 +15,7 @@ from jaxsparse.transforms.checks import (
     require_bool,
     require_params,
 )
+from jaxsparse.transforms.exchange import drop_and_grow, exchange_link
 from jaxsparse.transforms.landing import land_on_masks, on_update_steps
 from jaxsparse.transforms.latent import LatentState, latent, map_latents, straight_through
 from jaxsparse.transforms.layers import Column, Layer, Layers, each, layers_of, on_units
@@ -22,13 +23,15 @@ from jaxsparse.transforms.mask_link import MaskState, Watched, dense_start, ever
 from jaxsparse.transforms.protocols import HasGates, HasLatents, HasNotes, SparseState, Wraps, link_states
 from jaxsparse.transforms.prune import prune_globally, prune_layers
 from jaxsparse.transforms.ranking import rank_globally, rank_layers
+from jaxsparse.transforms.renewal import Renewal, Renewing
 from jaxsparse.transforms.velocity import VelocityState, velocity
 
 __all__ = [
-    "Column", "HasGates", "HasLatents", "HasNotes", "LatentState", "Layer", "Layers", "MaskState", "Signal",
-    "SparseState", "VelocityState", "Watched", "Wraps", "align_signal", "chain", "check_budget", "check_range",
-    "check_steps", "check_zeros", "dense_start", "each", "every", "given_masks", "land_on_masks", "latent",
-    "layers_of", "link_states", "map_latents", "mask_link", "on_units", "on_update_steps", "prune_globally",
-    "prune_layers", "rank_globally", "rank_layers", "refuse_replicated", "require_bool", "require_params",
-    "signals_of", "stored_momentum", "straight_through", "velocity",
+    "Column", "HasGates", "HasLatents", "HasNotes", "LatentState", "Layer", "Layers", "MaskState", "Renewal",
+    "Renewing", "Signal", "SparseState", "VelocityState", "Watched", "Wraps", "align_signal", "chain",
+    "check_budget", "check_range", "check_steps", "check_zeros", "dense_start", "drop_and_grow", "each", "every",
+    "exchange_link", "given_masks", "land_on_masks", "latent", "layers_of", "link_states", "map_latents",
+    "mask_link", "on_units", "on_update_steps", "prune_globally", "prune_layers", "rank_globally", "rank_layers",
+    "refuse_replicated", "require_bool", "require_params", "signals_of", "stored_momentum", "straight_through",
+    "velocity",
 ]  # fmt: skip

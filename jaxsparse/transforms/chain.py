@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxsparse.transforms.protocols import link_states
+from jaxsparse.transforms.renewal import held, restarted
 from jaxsparse.trees import align, by_path, is_function, is_masked_node, leaf_paths, path_name
 
 __all__ = ["Signal", "align_signal", "chain", "signals_of", "stored_momentum"]
@@ -93,6 +94,7 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
     def update_fn(updates, state, params=None, *, grad=None, momentum=None, **extra_args):
         if len(state) != len(members):
             raise ValueError(f"the chain has {len(members)} members, but its state has {len(state)} parts")
+        state = tuple(state) if params is None else restarted(tuple(state), params)
         entered, outer = updates, ()
         if isinstance(momentum, _StoredMomentum):  # of a chain around this one
             momentum, outer = None, momentum.states
@@ -104,7 +106,7 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
                 ours = {name: ours[name] for name in names}
             updates, new_state = member.update(updates, member_state, params, **{**ours, **given}, **extra_args)
             states.append(new_state)
-        return updates, tuple(states)
+        return updates, held(state, tuple(states))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -171,6 +173,11 @@ class _StoredMomentum:
 
     def __call__(self) -> Any:
         return stored_momentum(self.states, self.params)
+
+
+def is_stored(momentum: Any) -> bool:
+    """Whether a momentum is what :func:`chain` hands its members: then they are in such a chain."""
+    return isinstance(momentum, _StoredMomentum)
 
 
 def _nearest_momenta(states: Any, params: Any) -> dict[str, Signal]:

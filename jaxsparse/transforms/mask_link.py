@@ -5,6 +5,7 @@ change on the steps on which they are due and cost nothing on the others, and wh
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,6 +21,7 @@ from jaxsparse.placement import is_abstract, varying_like
 from jaxsparse.prunable import prunable_leaves
 from jaxsparse.selection import count_true
 from jaxsparse.structures import StructureLike, check_units, leaf_structures, mask_structures
+from jaxsparse.transforms.chain import is_stored
 from jaxsparse.transforms.checks import (
     check_budget,
     check_steps,
@@ -30,6 +32,7 @@ from jaxsparse.transforms.checks import (
 )
 from jaxsparse.transforms.landing import land_on_masks, on_update_steps
 from jaxsparse.transforms.layers import Layer, each, layers_of
+from jaxsparse.transforms.renewal import Renewing
 from jaxsparse.trees import is_masked_node, leaf_paths
 
 __all__ = ["MaskState", "Watched", "dense_start", "every", "given_masks", "mask_link"]
@@ -62,6 +65,7 @@ class _Fields(NamedTuple):
     key: Any = ()
     own: Any = ()
     watched: Any = ()
+    renewal: Any = ()
 
 
 class MaskState(_Fields):
@@ -75,6 +79,7 @@ class MaskState(_Fields):
       key: (), typed PRNG key: for the random choices of the next mask update; () if a method makes none.
       own: what the method keeps beside, such as its own average of the gradients; () if nothing.
       watched: :class:`Watched`; () for a link that does not watch.
+      renewal: :class:`Renewal`; () for a link that leaves regrown weights the optimizer state that they have.
     """
 
     method: ClassVar[str] = "masks"
@@ -181,6 +186,7 @@ def mask_link(
     layout: LayoutLike = None,
     key: ArrayLike | None = None,
     draws: bool = True,
+    renewing: Renewing | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """A link that keeps pruned weights at exactly 0 and changes its masks on some steps.
 
@@ -194,10 +200,12 @@ def mask_link(
       signal: (updates, own, extra args) -> what ``change`` sees as ``Layer.signal``: a tree like the params, or a
         function that makes one. It is made on the steps on which masks change, only.
       own: (params, masks) -> the first ``MaskState.own``.
-      own_update: (own, updates, params, extra args) -> the next one, on every step.
+      own_update: (state, updates, params, extra args) -> the next one, on every step.
       watch: keep track of the layers that do not move, in ``MaskState.watched``.
       structure, layout: as the method got them.
       key: an int or PRNG key; None for a method that makes no random choice.
+      renewing: how regrown weights start, with an optimizer state of zeros; None: with the state that they have. Only
+        :func:`jaxsparse.chain` can see to that.
       draws: whether ``change`` makes random choices, by ``Layer.key``. If not, only ``start`` has the key.
 
     Returns:
@@ -227,19 +235,20 @@ def mask_link(
             key=next_key if draws and key is not None else (),
             own=() if own is None else own(params, masks),
             watched=watched,
+            renewal=() if renewing is None else renewing.init(params, masks),
         )
 
     def update_fn(updates, state, params=None, **extra_args):
         require_params(params, who)
         require_bool(state.masks, who)
         if own_update is not None:
-            state = state._replace(own=own_update(state.own, updates, params, extra_args))
+            state = state._replace(own=own_update(state, updates, params, extra_args))
         if change is not None and when is not None:
             seen = None if signal is None else signal(updates, state.own, extra_args)
-            old = state.masks, state.kept, state.nan_scores, state.key, state.watched
+            old = state.masks, state.kept, state.nan_scores, state.key, state.watched, state.renewal
 
             def changed(old):
-                masks, kept, nan_scores, next_key, watched = old
+                masks, kept, nan_scores, next_key, watched, renewal = old
                 next_key, draw = jax.random.split(next_key) if draws and key is not None else ((), None)
                 layers = layers_of(params, seen, masks, structure=structure, layout=layout, key=draw)
                 nans, *prints = each(layers, _looked_at if watch else _nans)
@@ -250,10 +259,24 @@ def mask_link(
                 if watch:
                     resting = watched.resting if resting is None else resting
                     watched = Watched(each(layers, _prints, new), resting)
-                return jax.tree.structure(masks).unflatten(new), kept, nan_scores, next_key, watched
+                masks = jax.tree.structure(masks).unflatten(new)
+                if renewing is not None:
+                    renewal = renewing.renewed(renewal, params, masks, state.count)
+                return masks, kept, nan_scores, next_key, watched, renewal
 
-            masks, kept, nan_scores, next_key, watched = on_update_steps(when(state.count), changed, old)
-            state = state._replace(masks=masks, kept=kept, nan_scores=nan_scores, key=next_key, watched=watched)
+            due = when(state.count)
+            new = on_update_steps(due, changed, old)
+            fields = "masks", "kept", "nan_scores", "key", "watched", "renewal"
+            state = state._replace(**dict(zip(fields, new, strict=True)))
+            if renewing is not None:
+                if not is_stored(extra_args.get("momentum")):
+                    warnings.warn(
+                        f"{who} is in no jaxsparse.chain, so the optimizer state of regrown weights cannot be set to "
+                        "zero: use jaxsparse.chain in place of optax.chain",
+                        stacklevel=2,
+                    )
+                state = state._replace(renewal=renewing.at(state.renewal, due))
+                updates = renewing.updates(updates, state.renewal, params, state.masks, state.count)
         landing = land_on_masks(updates, params, state.masks)
         return landing, state._replace(count=optax.safe_increment(state.count))
 

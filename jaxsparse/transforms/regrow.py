@@ -17,8 +17,8 @@ from jaxsparse.transforms.layers import Layer, as_layers, counts, each
 from jaxsparse.transforms.ranking import rank_globally, rank_layers
 
 __all__ = [
-    "counts", "drop_globally", "drop_smallest", "drop_smallest_and_most_negative", "grow_by_output", "grow_largest",
-    "grow_random", "losses", "sizes",
+    "counts", "drop_by_sign", "drop_globally", "drop_smallest", "drop_smallest_and_most_negative", "grow_by_output",
+    "grow_largest", "grow_random", "losses", "sizes",
 ]  # fmt: skip
 
 # The authors of sparse momentum leave outputs alone that would grow fewer weights than this.
@@ -45,6 +45,29 @@ def drop_smallest_and_most_negative(layers: Sequence[Layer], kept: jax.Array, lo
     # The authors of sparse momentum keep only the most negative in the second half, a slip; this is what was meant.
     survivors = drop_smallest(layers, kept, (lose + 1) // 2)
     return rank_layers(layers, _weights(layers), kept - lose, where=survivors, enough=True)
+
+
+def drop_by_sign(layers: Sequence[Layer], fraction: ArrayLike, resting: jax.Array) -> Sequence[jax.Array]:
+    """Drops the smallest positive weights of each layer and, by themselves, the negative ones closest to 0.
+
+    A fraction of each goes, the nearest number to it, and so does what is exactly 0. Layers that rest lose nothing.
+    """
+
+    def signs(layers):
+        return [layer.mask & (layer.weight > 0) for layer in layers], [
+            layer.mask & (layer.weight < 0) for layer in layers
+        ]
+
+    def all_that_stays(layers, rests, *kept):
+        rows = zip(layers, rests, *kept, strict=True)
+        return [jnp.where(rest, layer.mask, above | below) for layer, rest, above, below in rows]
+
+    survivors = []
+    for of_sign in each(layers, signs):
+        there = counts(layers, of_sign).astype(jnp.float32)
+        left = jnp.round(there * (1 - jnp.asarray(fraction, jnp.float32))).astype(jnp.int32)
+        survivors.append(rank_layers(layers, _weights(layers), left, where=of_sign, absolute=True, enough=True))
+    return each(layers, all_that_stays, resting, *survivors)
 
 
 def drop_globally(layers: Sequence[Layer], kept: jax.Array, rate: ArrayLike, resting: jax.Array) -> Sequence[jax.Array]:

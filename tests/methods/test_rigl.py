@@ -1,0 +1,234 @@
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxsparse
+from tests.problems import gradients, make_params, make_step
+
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
+NAMES = ("conv", "d1", "d2")
+
+
+def tree(data, group, at=None):
+    return {name: jnp.asarray(data[f"{group}/{name}"] if at is None else data[f"{group}/{name}"][at]) for name in NAMES}
+
+
+def test_golden_mask_updates():
+    data = np.load(GOLDEN / "rigl_update.npz")
+    for fraction in ("0.1", "0.3", "0.5"):
+        new = jaxsparse.rigl_update(
+            tree(data, "weights"), tree(data, "grads"), tree(data, "mask_before"), float(fraction)
+        )
+        for name, mask in new.items():
+            differ = int((mask != data[f"mask_after_{fraction}/{name}"]).sum())
+            # Half of 53 weights are 26.5: 26 stay here and 27 there, or the other way round.
+            assert differ == (2 if (name, fraction) == ("conv", "0.5") else 0), (name, fraction)
+
+
+def test_golden_trajectory():
+    data = np.load(GOLDEN / "rigl_trajectory.npz")
+    assert "skip_gradients=True" in json.loads(str(data["meta"]))["note"]
+    tx = jaxsparse.chain(
+        optax.sgd(0.1, momentum=0.9),
+        jaxsparse.rigl(
+            0.8, 3, masks=tree(data, "mask_init"), drop_fraction=optax.cosine_decay_schedule(0.3, 30), hold=True
+        ),
+    )
+    params = tree(data, "init")
+    opt_state = tx.init(params)
+    params = jaxsparse.sparsify(opt_state, params)
+
+    @jax.jit
+    def step(params, opt_state, grads):
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    changed = 0
+    for t in range(9):
+        before = jaxsparse.get_masks(opt_state)
+        params, opt_state = step(params, opt_state, tree(data, "grads", t))
+        masks = jaxsparse.get_masks(opt_state)
+        changed += any(bool((masks[name] != before[name]).any()) for name in NAMES)
+        for name in NAMES:
+            np.testing.assert_array_equal(masks[name], data[f"masks/{name}"][t])
+            expected = data[f"params/{name}"][t] * data[f"masks/{name}"][t]
+            np.testing.assert_allclose(params[name], expected, rtol=1e-5, atol=1e-6)
+    assert changed == 2
+
+
+# By hand, on ten weights, with SGD of rate 1 and momentum 0.5. Masks change on step 2, and half of four weights go.
+#            kept: 8 4 2 1, missing: 0 0 0 0 0 0
+#   step 0         grads 1 0 0 0 | 0 ...: 8 becomes 7
+#   step 1         grads 0: by the momentum of 0.5 it becomes 6.5
+#   step 2         grads 0 0 0 0.25 | 0 3 0 0 0 -2: it becomes 6.25, and masks change
+#                  smallest: 2 and 1. Largest |g| of what is then missing (2, 1 and the zeros): places 5 and 9
+#                  They start at 0, with a momentum of 0, although SGD has just stored their gradients, 3 and -2.
+#   step 3         grads 0 0 0 0 | 0 1 0 0 0 0: place 5 moves by -1, place 9 stays, and 6.25 becomes 6.125
+START = [8.0, 4.0, 2.0, 1.0, 0, 0, 0, 0, 0, 0]
+GRADS = [[1, 0, 0, 0, 0, 0, 0, 0, 0, 0], [0] * 10, [0, 0, 0, 0.25, 0, 3, 0, 0, 0, -2], [0, 0, 0, 0, 0, 1, 0, 0, 0, 0]]
+ENDS = [
+    [7, 4, 2, 1, 0, 0, 0, 0, 0, 0],
+    [6.5, 4, 2, 1, 0, 0, 0, 0, 0, 0],
+    [6.25, 4, 0, 0, 0, 0, 0, 0, 0, 0],
+    [6.125, 4, 0, 0, 0, -1, 0, 0, 0, 0],
+]
+
+
+def by_hand(optimizer, **options):
+    tx = jaxsparse.chain(
+        optimizer,
+        jaxsparse.rigl(
+            0.6, 2, masks={"kernel": jnp.asarray(START) != 0}, drop_fraction=optax.constant_schedule(0.5), **options
+        ),
+    )
+    params = {"kernel": jnp.asarray(START)}
+    opt_state, found = tx.init(params), []
+    for grads in GRADS:
+        updates, opt_state = tx.update({"kernel": jnp.asarray(grads, jnp.float32)}, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        found.append(params["kernel"].tolist())
+    return found, opt_state
+
+
+def test_by_hand():
+    found, opt_state = by_hand(optax.sgd(1.0, momentum=0.5))
+    assert found == ENDS
+    assert np.flatnonzero(jaxsparse.get_masks(opt_state)["kernel"]).tolist() == [0, 1, 5, 9]
+    # The momenta of places 5 and 9 started anew on step 3, where 3 and -2 would have gone on as 1.5 and -1.
+    assert optax.tree.get(opt_state, "trace")["kernel"].tolist() == [0.125, 0, 0, 0, 0, 1, 0, 0, 0, 0]
+
+
+def test_accumulated_gradients_are_those_of_the_last_steps():
+    params, seen = {"kernel": jnp.ones((4, 5))}, []
+    tx = jaxsparse.chain(optax.sgd(0.1), jaxsparse.rigl(0.5, 4, stop_at=100, accumulate=3))
+    opt_state = tx.init(params)
+    for count in range(6):
+        _, opt_state = tx.update({"kernel": jnp.full((4, 5), 2.0**count)}, opt_state, params)
+        seen.append(float(opt_state[1].own["kernel"].max()))
+    assert seen == [1, 1, 4, 12, 28, 28]  # steps 2, 3 and 4; of the first mask update that never comes, 0
+
+
+def test_held_steps_leave_the_optimizer_as_it_was():
+    params = make_params()
+    tx = jaxsparse.chain(optax.adam(0.1), jaxsparse.rigl(0.75, 2, stop_at=100, hold=True))
+    opt_state, step = tx.init(params), make_step(tx)
+    params = jaxsparse.sparsify(opt_state, params)
+    for count in range(4):
+        before = params
+        params, opt_state = step(params, opt_state, count)
+        moved = any(bool((a != b).any()) for a, b in zip(*map(jax.tree.leaves, (before, params)), strict=True))
+        assert moved or count == 2
+        assert int(optax.tree.get(opt_state[0], "count")) == (1, 2, 2, 3)[count]
+    assert (params["dense"]["bias"] != before["dense"]["bias"]).all()
+
+
+def test_bias_correction_gives_a_regrown_weight_the_steps_of_a_young_adam():
+    """A weight that is regrown on step 4, with a gradient of 1 from then on, moves as with an Adam of its own."""
+    start = jnp.asarray([4.0, 3.0, 0.0, 0.0])
+    grads = jnp.asarray([[0.01, 0.01, 0, 0]] * 4 + [[0.01, 0.01, 1, 0]] * 8)
+    ends = {}
+    for betas in (None, (0.9, 0.99)):
+        tx = jaxsparse.chain(
+            optax.adam(0.1, b2=0.99, eps=0.0, eps_root=1e-30),
+            jaxsparse.rigl(
+                0.5, 4, masks={"w": start != 0}, drop_fraction=optax.constant_schedule(0.5), stop_at=5,
+                bias_correction=betas,
+            ),
+        )  # fmt: skip
+        params, found = {"w": start}, []
+        opt_state, update = tx.init(params), jax.jit(tx.update)
+        for g in grads:
+            updates, opt_state = update({"w": g}, opt_state, params)
+            params = optax.apply_updates(params, updates)
+            found.append(float(params["w"][2]))
+        ends[betas] = np.array(found)
+    own = optax.adam(0.1, b2=0.99, eps=0.0, eps_root=1e-30)
+    w, state, expected = jnp.zeros(()), own.init(jnp.zeros(())), []
+    for _ in range(7):
+        updates, state = own.update(jnp.ones(()), state)
+        w = optax.apply_updates(w, updates)
+        expected.append(float(w))
+    np.testing.assert_array_equal(ends[0.9, 0.99][:5], 0)
+    np.testing.assert_allclose(ends[0.9, 0.99][5:], expected, rtol=1e-4)
+    assert abs(ends[None][5] / expected[0]) < 0.6  # what is corrected: on step 5 it is 0.52, much later 3.2
+
+
+def test_explored_weights_only_become_more():
+    params = make_params()
+    tx = jaxsparse.chain(optax.sgd(0.1), jaxsparse.rigl(0.75, 2, stop_at=100, track=True))
+    opt_state, step = tx.init(params), make_step(tx)
+    shares = []
+    for count in range(5):
+        params, opt_state = step(params, opt_state, count)
+        ever = jaxsparse.inspect.explored(opt_state)
+        shares.append(float(jaxsparse.density(ever)))
+        for was, now in zip(*map(jax.tree.leaves, (ever, jaxsparse.get_masks(opt_state))), strict=True):
+            assert not (now & ~was).any()
+    assert shares[0] == shares[1] == 0.25 < shares[2] == shares[3] < shares[4]
+    with pytest.raises(ValueError, match="track=True"):
+        jaxsparse.inspect.explored(jaxsparse.rigl(0.5, stop_at=1).init(params))
+
+
+def test_frozen_layers_keep_their_masks():
+    params = make_params()
+    frozen = {"attention": "frozen", "conv": "moves", "dense": "moves", "temperature": "moves"}
+    tx = jaxsparse.chain(
+        optax.partition({"frozen": optax.set_to_zero(), "moves": optax.sgd(0.1)}, frozen),
+        jaxsparse.rigl(0.75, 2, stop_at=100),
+    )
+    opt_state, step = tx.init(params), make_step(tx)
+    params = jaxsparse.sparsify(opt_state, params)
+    before = jaxsparse.get_masks(opt_state)
+    for count in range(5):
+        params, opt_state = step(params, opt_state, count)
+    after = jaxsparse.get_masks(opt_state)
+    np.testing.assert_array_equal(before["attention"]["kernel"], after["attention"]["kernel"])
+    assert (before["dense"]["kernel"] != after["dense"]["kernel"]).any()
+    with pytest.warns(UserWarning, match="rigl: attention/kernel kept its mask"):
+        jaxsparse.check(opt_state, params)
+
+
+def test_bad_options_are_named():
+    for options, words in (
+        ({}, "rigl needs stop_at"),
+        ({"drop_fraction": 1.5, "stop_at": 9}, "drop_fraction must be at least 0 and at most 1, got 1.5"),
+        ({"stop_at": 9, "sparsity": 1.0}, r"sparsity is the fraction of zeros and must be in \[0, 1\), got 1.0"),
+        ({"stop_at": 9, "update_every": 0}, "update_every must be at least 1"),
+        ({"stop_at": 9, "accumulate": 101}, "accumulate must be at most update_every, 100, got 101"),
+        ({"stop_at": 9, "bias_correction": 0.9}, "bias_correction must be the decays of Adam"),
+        ({"stop_at": 9, "bias_correction": (0.9, 1.0)}, "bias_correction must be at least 0 and below 1, got 1.0"),
+        ({"stop_at": 9, "allocation": "erk"}, "allocation must be one of"),
+        ({"stop_at": 9, "structure": "row"}, "structure"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            jaxsparse.rigl(**{"sparsity": 0.9, **options})
+    params = make_params()
+    with pytest.raises(ValueError, match="must be at least 0 and at most 1, got 2"):
+        jaxsparse.rigl_update(params, params, jaxsparse.random_masks(params, 0.5), 2)
+    for tx, words in (
+        (optax.chain(optax.sgd(0.1), jaxsparse.rigl(0.9, stop_at=9)), "rigl grows weights by their gradients and is"),
+        (optax.chain(optax.sgd(0.1), jaxsparse.rigl(0.9, stop_at=9, accumulate=2)), "use jaxsparse.chain in place"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            jax.eval_shape(tx.update, gradients(params), jax.eval_shape(tx.init, params), params)
+    tx = optax.chain(optax.sgd(0.1), jaxsparse.rigl(0.9, stop_at=9))
+    with pytest.warns(UserWarning, match="rigl is in no jaxsparse.chain, so the optimizer state of regrown weights"):
+        jax.eval_shape(lambda g, s, p: tx.update(g, s, p, grad=g), params, jax.eval_shape(tx.init, params), params)
+
+
+def test_numbers_may_be_injected():
+    params = make_params()
+    link = optax.inject_hyperparams(jaxsparse.rigl)(0.75, 2, stop_at=10, drop_fraction=0.5)
+    plain = jaxsparse.rigl(0.75, 2, stop_at=10, drop_fraction=0.5)
+    ends = []
+    for tx in (jaxsparse.chain(optax.sgd(0.1, momentum=0.9), rigl) for rigl in (link, plain)):
+        trained, opt_state, step = params, tx.init(params), make_step(tx)
+        for count in range(5):
+            trained, opt_state = step(trained, opt_state, count)
+        ends.append(trained)
+    jax.tree.map(np.testing.assert_array_equal, *ends)
