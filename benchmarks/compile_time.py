@@ -26,6 +26,7 @@ LINKS = {
     "sparse_momentum, n:m": lambda: jaxsparse.sparse_momentum(0.5, 100, structure=jaxsparse.n_of_m(2, 4)),
     "rigl": lambda: jaxsparse.rigl(0.9, stop_at=1000),
     "rigl, bias_correction": lambda: jaxsparse.rigl(0.9, stop_at=1000, bias_correction=(0.9, 0.999)),
+    "sparse_evolutionary": lambda: jaxsparse.sparse_evolutionary(0.9, 100),
     "asni": lambda: jaxsparse.asni(0.9, 100),
     "magnitude_pruning": lambda: jaxsparse.magnitude_pruning(0.9, end=1000),
     "magnitude_pruning, lamp": lambda: jaxsparse.magnitude_pruning(0.9, end=1000, scope="lamp"),

@@ -44,6 +44,7 @@ from jaxsparse.methods.mask_updates import mask_updates
 from jaxsparse.methods.momentum_regrowth import momentum_regrowth
 from jaxsparse.methods.reweighted_l1 import rda, reweighted_l1
 from jaxsparse.methods.rigl import rigl, rigl_update
+from jaxsparse.methods.sparse_evolutionary import sparse_evolutionary
 from jaxsparse.methods.sparse_momentum import sparse_momentum
 from jaxsparse.prunable import Prunable, all_but
 from jaxsparse.schedules import cosine_prune_rate, rda_cosine, rda_halving, rda_log_cosine, sigmoid_sparsity
@@ -60,7 +61,8 @@ __all__ = [
     "magnitude_pruning", "mask_updates", "masks", "momentum_regrowth", "n_of_m", "nonzero_masks", "open_channels",
     "parallel", "prob_open", "random_masks", "rda", "rda_cosine", "rda_halving", "rda_log_cosine", "remaining",
     "reweighted_l1", "rigl", "rigl_update", "saliency", "save_sparse", "schedules", "score_masks", "selection",
-    "sigmoid_sparsity", "sparse_momentum", "sparsify", "structures", "summary", "top_k_mask", "transforms", "velocity",
+    "sigmoid_sparsity", "sparse_evolutionary", "sparse_momentum", "sparsify", "structures", "summary", "top_k_mask",
+    "transforms", "velocity",
 ]  # fmt: skip
 
 

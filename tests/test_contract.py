@@ -87,6 +87,16 @@ def rigl(**options):
     return make
 
 
+def sparse_evolutionary(**options):
+    def make(params, own_momentum=False, prunable=None, key=0):
+        del params, own_momentum
+        return jaxsparse.sparse_evolutionary(
+            0.75, UPDATE_EVERY, allocation="uniform", prunable=prunable, key=key, **options
+        )
+
+    return make
+
+
 def reweighted_l1(**options):
     def make(params, own_momentum=False, prunable=None, key=0):
         del params, own_momentum, key
@@ -115,6 +125,7 @@ METHODS = {
     "magnitude_pruning": Method(magnitude_pruning, changes=True, random=False, adaptive=True),
     "reweighted_l1": Method(reweighted_l1(), changes=True, random=False, adaptive=True, low_precision=False),
     "rigl": Method(rigl(), changes=True, random=True, needs_grad=True),
+    "sparse_evolutionary": Method(sparse_evolutionary(), changes=True, random=True),
     # Every gate starts open, whatever the key.
     "l0": Method(gates(jaxsparse.l0), changes=True, random=False, adaptive=True, wraps=True),
     "dep_l0": Method(
