@@ -24,12 +24,19 @@ def training() -> ConfigDict:
     config.eval_every_epochs = 1
     config.checkpoint_every_epochs = 1
     config.log_every_steps = 500
+    # Start here, not necessarily after whole epochs: the learning rate and the order of the images are those from there
+    # on, for runs with the masks of masks_from, and for dense ones.
+    config.start_epochs = 0.0
+    config.keep_epochs = ()  # after each of these, WORKDIR/epoch_N.safetensors gets the weights
 
     # Take the channels whose gates are closed out of the network for good, every so many epochs; None: never. For "l0".
     config.prune_while_training_epochs = config_dict.placeholder(int)
 
     config.label_smoothing = 0.0  # share of every target that is spread over all classes
     config.init = "model"  # where the weights start: as the model has it, or "he_normal": by fan-in, with biases of 0
+    # Where there are masks from the start: scale the weights that they keep up to the inputs that each output has left,
+    # by jaxsparse.sparse_init. For links, and fixed masks with config.start = "original".
+    config.sparse_init = False
     # The file of a sparse model, such as WORKDIR/sparse.safetensors of another run: its masks are kept, in place of the
     # method. The weights start on them as "centroids" (ASNI-II: two numbers per layer), "centroids_and_biases" (two for
     # its biases too), "original" (the random ones of this run's seed), or "weights" (the model's own).

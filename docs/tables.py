@@ -27,6 +27,18 @@ FIRST_LINE = re.compile(
 )
 
 
+# What methods are for, in the README -> the words that their goals begin with, of which the first that fit count.
+PURPOSES = {
+    "a fixed number of weights from the first step": ("Train a fixed number",),
+    "n of every m weights (2:4)": ("Train n:m",),
+    "sparse at the end, all weights in play until then": ("Train",),
+    "prune as training goes on, or once it is over": ("Prune",),
+    "as few weights as are needed": ("Find", "Learn"),
+    "whole channels, for a smaller dense network": ("Remove",),
+    "masks that are there already": ("Keep given",),
+}
+
+
 class Method(NamedTuple):
     """A row: the name of a method, its goal, its paper and the address of that, its page in docs/methods ("": none)."""
 
@@ -79,15 +91,34 @@ def method_of(name: str, function: Callable, module: ModuleType) -> Method:
     return Method(name, read["goal"], paper, address[1] if address else "", page)
 
 
-def table(folder: str, *, addresses: bool) -> str:
-    """The table of all methods, for a page from which docs/methods is ``folder``."""
+def table() -> str:
+    """The table of all methods, for their own pages."""
     lines = ["| goal | method | paper |", "| --- | --- | --- |"]
     for method in all_methods():
         name = f"`{method.name}`"
-        name = f"[{name}]({folder}{method.page})" if method.page else name
+        name = f"[{name}]({method.page})" if method.page else name
         paper = method.paper
-        paper = f"[{paper}]({method.address})" if paper and addresses else paper
+        paper = f"[{paper}]({method.address})" if paper else paper
         lines.append(f"| {method.goal} | {name} | {paper or '-'} |")
+    return "\n".join(lines)
+
+
+def names() -> str:
+    """The names of all methods by what they are for, which the first words of their goals say, for the README."""
+    lines = ["| for | methods |", "| --- | --- |"]
+    rest = all_methods()
+    for purpose, begins in PURPOSES.items():
+        chosen = [method for method in rest if method.goal.startswith(begins)]
+        rest = [method for method in rest if method not in chosen]
+        links = ", ".join(
+            f"[`{method.name}`](docs/methods/{method.page})"
+            if method.page
+            else f"`{method.name}`"
+            for method in sorted(chosen)
+        )
+        lines.append(f"| {purpose} | {links} |")
+    if rest:
+        raise ValueError(f"{rest[0].name}: PURPOSES has none for {rest[0].goal!r}")
     return "\n".join(lines)
 
 
@@ -128,8 +159,8 @@ def options(module: ModuleType) -> list[str]:
 
 
 TABLES = {
-    ROOT / "README.md": lambda: table("docs/methods/", addresses=False),
-    PAGES / "index.md": lambda: table("", addresses=True),
+    ROOT / "README.md": names,
+    PAGES / "index.md": table,
     ROOT / "docs" / "api" / "methods.md": reference,
 }
 

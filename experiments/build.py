@@ -1,7 +1,7 @@
 """Build the optimizer and the method of a run from the names that its config gives.
 
-``config.optimizer`` and ``config.method`` are calls: ``name`` is looked up in jaxsparse, experiments.learning_rates and
-optax, the other keys are the arguments. Among these
+``config.optimizer`` and ``config.method`` are calls: ``name`` is looked up in jaxsparse, experiments.learning_rates,
+experiments.prune_at_init and optax, the other keys are the arguments. Among these
 
 * a mapping with a ``name`` is a call itself, such as a schedule. If it gives several values by name, as
   :func:`jaxsparse.rda_cosine` does, they become the arguments of these names;
@@ -22,10 +22,10 @@ import optax.contrib
 from ml_collections import ConfigDict
 
 import jaxsparse
-from experiments import learning_rates
+from experiments import learning_rates, prune_at_init
 from jaxsparse import models
 
-ROOMS = (jaxsparse, learning_rates, optax, optax.contrib)
+ROOMS = (jaxsparse, learning_rates, prune_at_init, optax, optax.contrib)
 RATE = "config.optimizer.learning_rate"
 FROM_TRAINER = ("inner", "groups", "key")  # arguments of a method that the trainer gives
 
@@ -36,10 +36,12 @@ class Optimizer(NamedTuple):
     Attributes:
       make: (key, fixed masks or None) -> the optimizer with its method. All that the config names is looked up before.
       groups: of channels, for a method that takes them; None for others.
+      pruner: what makes the fixed masks when a run starts, of a method that prunes before training; None for others.
     """
 
     make: Callable[..., optax.GradientTransformationExtraArgs]
     groups: Any = None
+    pruner: prune_at_init.Pruner | None = None
 
 
 def make_optimizer(config: ConfigDict, steps_per_epoch: int, model: Any = None) -> Optimizer:
@@ -57,7 +59,7 @@ def make_optimizer(config: ConfigDict, steps_per_epoch: int, model: Any = None) 
       ValueError: for what the config names or gives wrongly; it begins with the key, such as "config.method".
     """
     calls, clip_norm = Calls(config, steps_per_epoch), config.clip_norm
-    for name in ("warmup_epochs", "scale_with_batch"):
+    for name in ("warmup_epochs", "scale_with_batch", "start_epochs"):
         if config[name] and "learning_rate" not in config.optimizer:
             raise ValueError(f"config.{name} has no effect without config.optimizer.learning_rate")
     links = [
@@ -67,13 +69,29 @@ def make_optimizer(config: ConfigDict, steps_per_epoch: int, model: Any = None) 
     ]
     if config.dense:
         return Optimizer(lambda key=0, masks=None: jaxsparse.chain(*links))
+
+    def on_masks(key: jax.Array | int = 0, masks: Any = None) -> optax.GradientTransformationExtraArgs:
+        return jaxsparse.chain(*links, jaxsparse.mask_updates(masks))
+
     if config.masks_from:
-        return Optimizer(lambda key=0, masks=None: jaxsparse.chain(*links, jaxsparse.mask_updates(masks)))
+        if config.sparse_init and config.start != "original":
+            raise ValueError(
+                f"config.sparse_init scales random weights, and with config.start={config.start!r} they are those of a "
+                "trained network: it needs 'original'"
+            )
+        return Optimizer(on_masks)
     every, total = update_every(config, steps_per_epoch), config.epochs * steps_per_epoch
     if every > total:
         raise ValueError(f"config.method changes masks every {every} steps, and there are {total} steps in all")
     function, arguments = calls.call(config.method, "config.method")
+    if function is prune_at_init.prune_at_init:
+        with named("config.method"):
+            return Optimizer(on_masks, pruner=function(**arguments))
     takes = inspect.signature(function).parameters
+    if config.sparse_init and "inner" in takes:
+        raise ValueError(
+            f"config.sparse_init is for links, and {config.method.name} is a wrapper, which may train what masks hide"
+        )
     groups = models.channel_groups(model) if "groups" in takes else None
 
     def make(key: jax.Array | int = 0, masks: Any = None) -> optax.GradientTransformationExtraArgs:
@@ -171,7 +189,7 @@ class Calls:
         return self.value(found, other)
 
     def _learning_rate(self, given: Any) -> Any:
-        """The learning rate: its schedule, scaled with the batch, times a warm-up."""
+        """The learning rate: its schedule, scaled with the batch, times a warm-up, from ``start_epochs`` on."""
         config = self._config
         warmup, meant_for = config.warmup_epochs, config.scale_with_batch
         if not 0 <= warmup <= config.epochs:
@@ -181,7 +199,9 @@ class Calls:
                 raise ValueError(f"config.scale_with_batch is a batch size of at least 1, got {meant_for}")
             given = times(given, config.data.batch_size / meant_for)
         rate = self._made(given, RATE)
-        return learning_rates.warmed_up(rate, warmup * self._steps_per_epoch) if warmup else rate
+        if warmup:
+            rate = learning_rates.warmed_up(rate, warmup * self._steps_per_epoch)
+        return learning_rates.starting_at(rate, round(config.start_epochs * self._steps_per_epoch))
 
 
 def times(rate: Any, factor: float) -> Any:

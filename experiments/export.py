@@ -25,8 +25,8 @@ import jaxsparse
 from experiments.checkpoints import Checkpoints, size_in_bytes
 from experiments.command_line import as_path, not_empty
 from experiments.inputs import open_dataset
+from experiments.outcome import one_a_run
 from experiments.program import make_program
-from experiments.train import one_a_run
 from experiments.workdir import read_json
 from jaxsparse import artifacts, inspect
 from jaxsparse.artifacts import formats

@@ -61,3 +61,18 @@ def warmed_up(schedule: optax.Schedule | float, steps: float) -> optax.Schedule:
     """
     rate = schedule if callable(schedule) else optax.constant_schedule(schedule)
     return lambda step: rate(step) * jnp.minimum(1.0, (step + 1) / steps)
+
+
+def starting_at(schedule: optax.Schedule | float, first: int) -> optax.Schedule | float:
+    """A schedule without its first steps; a constant stays.
+
+    Args:
+      schedule: step -> learning rate, or a number.
+      first: the step that comes first.
+
+    Examples:
+      >>> schedule = starting_at(optax.linear_schedule(1.0, 0.0, 10), 4)
+      >>> [round(float(schedule(step)), 4) for step in (0, 1, 6)]
+      [0.6, 0.5, 0.0]
+    """
+    return (lambda step: schedule(step + first)) if first and callable(schedule) else schedule

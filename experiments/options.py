@@ -52,6 +52,17 @@ def check_config(config: ConfigDict, num_examples: int) -> None:
             raise ValueError(f"config.{key} is at least 1, got {config[key]}")
     if "stages" in config:
         raise ValueError("config.stages is for experiments.stages, which trains one stage after another")
+    start, epochs = config.start_epochs, config.epochs
+    if not 0 <= start < epochs:
+        raise ValueError(f"config.start_epochs is from 0 to less than the {epochs} epochs, got {start}")
+    if start and not (config.dense or config.masks_from):
+        raise ValueError(
+            "config.start_epochs is for config.dense or config.masks_from: schedules of methods start at 0"
+        )
+    if start and config.data.streamed:
+        raise ValueError("config.start_epochs is for images that fit into the memory, not for config.data.streamed")
+    if not all(start <= epoch <= epochs for epoch in config.keep_epochs):
+        raise ValueError(f"config.keep_epochs are from {start} to {epochs}, got {config.keep_epochs}")
     if not 0 <= config.seed < SEEDS:
         raise ValueError(f"config.seed is from 0 to 2^32 - 1, got {config.seed}")
     if config.data.classes is not None and not config.data.streamed:

@@ -1,6 +1,7 @@
 """The outputs of a run: the lines of its metrics, its pictures, and its result."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -83,3 +84,23 @@ def finish(run: Workdir, state: TrainState, program: Program) -> None:
         f"test accuracy {result['test_accuracy']:.2%} at density {result['density']:g}{widths}, "
         f"{result['seconds']:.1f} s; see {run.path}"
     )
+
+
+def keep(runs: Sequence[Any], epochs: Sequence[float], state: TrainState, seeds: Sequence[int] | None) -> None:
+    """Writes the params that every run has after this many epochs to a file of their own."""
+    if jax.process_index() == 0:
+        for run, params in zip(runs, one_a_run(state.params, seeds), strict=True):
+            for number in epochs:
+                jaxsparse.save_sparse(kept_file(run.path, number), params)
+
+
+def kept_file(folder: Path, epochs: float) -> Path:
+    """The file of the params that a run had after one of ``config.keep_epochs``."""
+    return folder / f"epoch_{epochs:g}.safetensors"
+
+
+def one_a_run(tree: Any, seeds: Sequence[int] | None) -> list[Any]:
+    """The tree, or for each seed its part of a tree with a leading axis."""
+    if seeds is None:
+        return [tree]
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(len(seeds))]

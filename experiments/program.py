@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 import jaxsparse
 from experiments import data
-from experiments.build import make_optimizer, update_every
+from experiments.build import make_optimizer, named, update_every
 from experiments.inputs import batches, in_batches, make_augmentation
 from experiments.networks import INITS, STARTS, check_fits, load_start, make_model, positions
 from experiments.options import choose
@@ -102,6 +102,11 @@ class Program(abc.ABC):
         self._start = None if config.dense or not config.masks_from else load_start(config)
         self.optimizer = make_optimizer(config, self._steps_per_epoch, self.model)
         self._tx = self.optimizer.make(masks=self._start and self._start[1])
+        self._scored = None  # the images that masks are made by
+        if self.optimizer.pruner is not None:
+            with named("config.method"):
+                self.optimizer.pruner.check(dataset, config.data.streamed)
+            self._scored = None if config.data.streamed else dataset.train
         self._positions = positions(self.model, self.image_shape) if self.optimizer.groups else None
         self.left = self._left_of(whole) if pruned else {"params": 1.0, "multiply_adds": 1.0}
         # Layers that skip dead blocks take the masks; to others pruned weights are zeros among the rest.
@@ -116,7 +121,13 @@ class Program(abc.ABC):
 
     def init(self, seed: Any) -> TrainState:
         """The state that a seed starts with, on one device."""
-        return self._compiled_init(seed, self._start)
+        state, not_finite = self._compiled_init(seed, self._start, self._scored)
+        if not isinstance(not_finite, jax.core.Tracer) and np.any(np.asarray(not_finite)):
+            raise ValueError(
+                f"config.method: {np.max(not_finite)} of the scores {self._config.method.score!r} are not finite: the "
+                "weights that the run starts with are too large, or there are too many layers for float32"
+            )
+        return state
 
     @abc.abstractmethod
     def train_chunk(self, state: TrainState, source: Any, start: int, length: int) -> tuple[TrainState, dict[str, Any]]:
@@ -142,7 +153,7 @@ class Program(abc.ABC):
             return function
         return lambda each, *common: jax.vmap(lambda one: function(one, *common))(each)
 
-    def _init(self, seed, start):
+    def _init(self, seed, start, scored):
         config = self._config
         init_key, order_key, mask_key = jax.random.split(jax.random.key(seed), 3)
         first_image = jnp.zeros((1, *self.image_shape), jnp.float32)
@@ -151,10 +162,20 @@ class Program(abc.ABC):
         if start is not None:
             check_fits(start[0], params, config.masks_from)
             params = choose(STARTS, config.start, "config.start")(params, *start)
-        opt_state = self.optimizer.make(mask_key, start and start[1]).init(params)
+        masks, not_finite = start and start[1], jnp.int32(0)
+        if self.optimizer.pruner is not None:
+            with named("config.method", (ValueError,)):
+                masks, not_finite = self.optimizer.pruner.masks(
+                    mask_key, params, self.model, variables, self._dataset, scored, self.image_shape
+                )
+        tx = self.optimizer.make(mask_key, masks)
+        opt_state = tx.init(params)
+        if config.sparse_init and not config.dense:
+            params = jaxsparse.sparse_init(params, jaxsparse.get_masks(opt_state, params))
+            opt_state = tx.init(params)  # optimizers may keep copies of the params
         if not config.dense:
             params = jaxsparse.sparsify(opt_state, params)
-        return TrainState(params, opt_state, variables, order_key)
+        return TrainState(params, opt_state, variables, order_key), not_finite
 
     def _constants(self, state):
         """The collections of the model's variables that are not trained."""
@@ -373,3 +394,15 @@ def make_layout(config: ConfigDict, devices: Sequence[jax.Device] | None = None)
         return device_layout(config.parallel.layout, devices)
     except ValueError as error:
         raise ValueError(f"config.parallel.layout: {error}") from None
+
+
+def chunk_grid(total_steps: int, log_every: int, *also: int) -> list[int]:
+    """The steps between which one compiled call runs: all multiples of ``also``, and every ``log_every`` in between.
+
+    A fixed grid of the absolute step, so that a run executes the same programs wherever it was started from.
+    """
+    grid = [0]
+    while grid[-1] < total_steps:
+        multiples = [(grid[-1] // every + 1) * every for every in also]
+        grid.append(min(grid[-1] + log_every, total_steps, *multiples))
+    return grid

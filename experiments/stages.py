@@ -1,7 +1,8 @@
-"""Train in several stages, each from what a stage before it left: ASNI I and II, prune and fine-tune.
+"""Train in several stages, each from what a stage before it left: ASNI I and II, fine-tuning, lottery tickets.
 
   python -m experiments.stages --config=configs/stages/asni.py:mnist_fc --config.data_dir=DIR --workdir=runs/asni
   python -m experiments.stages --config=configs/stages/fine_tune.py --workdir=runs/fine_tune
+  python -m experiments.stages --config=configs/stages/lottery.py:mnist_late --config.data_dir=DIR --workdir=runs/ticket
   python -m experiments.stages ... --seeds=0,1,2                  # every stage with each seed
   python -m experiments.stages ... --only=dense,asni_1            # these stages alone
   python -m experiments.stages ... --config.epochs=5              # a key of all stages that do not set it themselves
@@ -13,6 +14,8 @@ WORKDIR that holds its run (with --seeds, WORKDIR/NAME/seed_0), and may have
   after   the name of an earlier stage: its masks are kept, and config.start says from which weights training starts
   prune   a function of jaxsparse that makes the masks of that stage's weights instead: {"name": "magnitude_masks",
           "sparsity": 0.9}
+  rewind  the name of an earlier stage: training starts from the weights which that one had after as many epochs as this
+          stage's "start_epochs" (0 by default), on these masks; learning rate and order of the images go on from there
 
 Its other keys replace those of the config: "epochs", "method", or a single one such as "optimizer.learning_rate".
 
@@ -25,10 +28,11 @@ import itertools
 import re
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
@@ -37,15 +41,17 @@ from experiments import command_line
 from experiments.build import Calls, make_optimizer, named
 from experiments.networks import STARTS, make_model
 from experiments.options import as_seeds, choose, for_run, refuse_idle
+from experiments.outcome import kept_file
 from experiments.results.table import as_table, with_error
 from experiments.stopping import Stopped
 from experiments.train import FLAGS, train
 from experiments.workdir import read_json, write_json
 from jaxsparse.tables import Table
+from jaxsparse.trees import by_path
 
 flags.DEFINE_list("only", [], "Train these stages only; by default all of them.")
 
-OWN = ("name", "after", "prune")  # the keys of a stage that are not keys of the config
+OWN = ("name", "after", "prune", "rewind")  # the keys of a stage that are not keys of the config
 REFUSED = ("vmap_seeds", "distributed", "coordinator", "processes", "process", "profile")
 SPARSE, DENSE, START = "sparse.safetensors", "dense.safetensors", "start.safetensors"
 
@@ -84,7 +90,14 @@ def run(
             folder = folder_of(workdir, name, seed)
             print(f"stage {name}: {folder}", flush=True)
             write_start(config, name, workdir, seed)
-            mine = for_run(config_of(config, name, workdir, seed), _kept(changed or {}, stage_of(config, name)))
+            mine = config_of(config, name, workdir, seed)
+            own = (
+                "stages",
+                "masks_from",
+                *stage_of(config, name),
+                *(["start"] if "rewind" in stage_of(config, name) else []),
+            )
+            mine = for_run(mine, changes_besides(own, changed or {}))
             state, _ = train(mine, folder)
             if not (folder / SPARSE).exists():
                 jaxsparse.save_sparse(folder / DENSE, state.params)
@@ -114,6 +127,15 @@ def check(config: ConfigDict, workdir: Path, seeds: Sequence[int] | None = None,
         mine = config_of(config, name, workdir)
         if after is not None and mine.dense:
             raise ValueError(f"{where} starts from masks, those of {after}, but is dense")
+        if (source := stage.get("rewind")) is not None:
+            if source not in leaves_masks or "prune" not in stage or "start" in stage:
+                raise ValueError(
+                    f"{where}.rewind is an earlier stage, one of {list(leaves_masks)}, and comes with 'prune' and "
+                    f"without 'start', got {source!r}"
+                )
+            first = config_of(config, source, workdir).start_epochs
+            if not first <= mine.start_epochs:
+                raise ValueError(f"{where} rewinds to epoch {mine.start_epochs:g}, but {source} starts at {first:g}")
         choose(STARTS, mine.start, f"{where}.start")
         if "prune" in stage:
             pruner(config, stage)
@@ -151,31 +173,38 @@ def config_of(config: ConfigDict, name: str, workdir: Path, seed: int | None = N
         mine.seed = seed
     for key, value in stage.items():
         if key not in OWN:
-            _replace(mine, key, value, name)
+            replace_key(mine, key, value, f"stage {name}")
     if "after" in stage:
         pruned = folder_of(workdir, name, seed) / START
         file = pruned if "prune" in stage else folder_of(workdir, stage["after"], seed) / SPARSE
         mine.masks_from = str(file)
+    if "rewind" in stage:
+        mine.start = "weights"  # those of the file, which are the earlier ones
+    later = {other.get("start_epochs", config.start_epochs) for other in config.stages if other.get("rewind") == name}
+    mine.keep_epochs = tuple(sorted({*mine.keep_epochs, *later}))
     return mine
 
 
-def _replace(config: ConfigDict, key: str, value: Any, name: str) -> None:
-    """Sets a key, "epochs" or "optimizer.learning_rate", of a config that has it."""
+def replace_key(config: ConfigDict, key: str, value: Any, where: str, may_add: bool = False) -> None:
+    """Sets a key, "epochs" or "optimizer.learning_rate", of a config that has it, or ``may_add`` it.
+
+    Raises:
+      ValueError: for a key that is not there; it begins with ``where``.
+    """
     *parents, last = key.split(".")
     try:
         for parent in parents:
             config = config[parent]
-        if last not in config:
+        if last not in config and not may_add:
             raise KeyError(last)
         with config.unlocked():
             config[last] = ConfigDict(value) if isinstance(value, Mapping) else value
     except (KeyError, TypeError) as error:
-        raise ValueError(f"stage {name}: config.{key} cannot be {value!r}: {error}") from None
+        raise ValueError(f"{where}: config.{key} cannot be {value!r}: {error}") from None
 
 
-def _kept(changed: Mapping[str, Any], stage: Mapping[str, Any]) -> dict[str, Any]:
-    """The changed keys that the stage does not set itself."""
-    own = ("stages", *stage)
+def changes_besides(own: Iterable[str], changed: Mapping[str, Any]) -> dict[str, Any]:
+    """The changed keys that are none of the ``own`` ones of a stage, nor in them."""
     return {
         key: value for key, value in changed.items() if not any(re.match(rf"{re.escape(k)}(\W|$)", key) for k in own)
     }
@@ -186,7 +215,7 @@ def write_start(config: ConfigDict, name: str, workdir: Path, seed: int | None =
 
     Raises:
       MissingStageError: if the stage before is not finished.
-      ValueError: if the stage was begun from another network.
+      ValueError: if the stage was begun from another network, or has weights that the one before had pruned.
     """
     stage = stage_of(config, name)
     if "after" not in stage:
@@ -194,8 +223,13 @@ def write_start(config: ConfigDict, name: str, workdir: Path, seed: int | None =
     before, folder = left_by(folder_of(workdir, stage["after"], seed), name), folder_of(workdir, name, seed)
     if "prune" not in stage:
         return
-    params, _ = jaxsparse.load_sparse(before)
+    params, before_masks = jaxsparse.load_sparse(before)
     masks = pruner(config, stage)(params)
+    old = by_path(before_masks)
+    if back := [path for path, mask in by_path(masks).items() if np.any(np.asarray(mask) & ~old[path])]:
+        raise ValueError(f"stage {name}: prune keeps weights of {', '.join(back)} that {stage['after']} had pruned")
+    if "rewind" in stage:
+        params = rewound(config, name, workdir, seed)
     folder.mkdir(parents=True, exist_ok=True)
     again = folder / f"{START}.new"
     jaxsparse.save_sparse(again, jaxsparse.apply_masks(params, masks), masks)
@@ -204,6 +238,19 @@ def write_start(config: ConfigDict, name: str, workdir: Path, seed: int | None =
         again.unlink()
         raise ValueError(f"stage {name} was begun from another {there}: take another workdir, or delete {folder}")
     again.replace(there)
+
+
+def rewound(config: ConfigDict, name: str, workdir: Path, seed: int | None = None) -> Any:
+    """The params that the stage to which ``name`` is rewound had at that time.
+
+    Raises:
+      MissingStageError: if they are not there.
+    """
+    source = folder_of(workdir, stage_of(config, name)["rewind"], seed)
+    file = kept_file(source, config_of(config, name, workdir, seed).start_epochs)
+    if not file.exists():
+        raise MissingStageError(f"{name} starts from {file}, which is not there: delete {source} to train it again")
+    return jaxsparse.load_sparse(file)[0]
 
 
 def pruner(config: ConfigDict, stage: Mapping[str, Any]) -> Callable[[Any], Any]:

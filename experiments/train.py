@@ -15,6 +15,7 @@ again, and ends with the same bits. WORKDIR, made if it is not there, holds
   checkpoints/    the newest two
   *.png           learning curve, density of the layers, masks, weights, the first layer's masks as receptive fields
   sparse.safetensors   of a sparse run: the params to evaluate, and its masks (jaxsparse.load_sparse reads it)
+  epoch_N.safetensors  the params after N epochs, for each of --config.keep_epochs
   result.json     test accuracy, density, time
 
 and with --seeds one such folder for each seed, and seeds.json. What is evaluated are the weights that the network
@@ -50,8 +51,8 @@ from experiments.build import update_every
 from experiments.checkpoints import KEPT, Checkpoints, size_in_bytes
 from experiments.inputs import open_dataset, open_source, report_replaced
 from experiments.options import as_seeds, check_config, for_run, refuse_idle, with_seed
-from experiments.outcome import chunk_metrics, draw, finish
-from experiments.program import TrainState, make_program
+from experiments.outcome import chunk_metrics, draw, finish, keep, one_a_run
+from experiments.program import TrainState, chunk_grid, make_program
 from experiments.prune_while_training import Gain, check_pruning, open_gates, without
 from experiments.results.table import mean_and_error
 from experiments.speed import speedometer
@@ -73,7 +74,11 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def train(
-    config: ConfigDict, workdir: str | Path, seeds: Sequence[int] | None = None, profile: bool = False
+    config: ConfigDict,
+    workdir: str | Path,
+    seeds: Sequence[int] | None = None,
+    profile: bool = False,
+    quiet: bool = False,
 ) -> tuple[TrainState, list[dict[str, Any]]]:
     """One whole run: data, model, optimizer, loop, report. Goes on with the one in ``workdir`` if there is one.
 
@@ -83,6 +88,7 @@ def train(
       seeds: train with all of these instead of ``config.seed``, side by side in one vmapped program, which pays where
         one network does not fill the device. Each seed has its folder in ``workdir``, the checkpoints are of them all.
       profile: whether to write a trace of the second chunk of steps.
+      quiet: whether to leave out the pictures, and the bar that shows the progress.
 
     Returns:
       The last state, of one device (its leaves have a leading axis for ``seeds``), and what is in result.json, a dict
@@ -111,7 +117,10 @@ def train(
     checkpoint_every = config.checkpoint_every_epochs * steps_per_epoch
     masks_change_every = update_every(config, steps_per_epoch)  # on the first step after each multiple of this
     prune_every = (config.get("prune_while_training_epochs") or config.epochs) * steps_per_epoch
+    first_step = min(round(config.start_epochs * steps_per_epoch), total_steps - 1)
+    keep_at = {epochs: round(epochs * steps_per_epoch) for epochs in config.keep_epochs}
     grid = chunk_grid(total_steps, config.log_every_steps, eval_every, checkpoint_every, prune_every)
+    grid = sorted({*grid, first_step, *keep_at.values()})
 
     def for_checkpoint(about: dict[str, Any]) -> Any:  # its network may have lost channels
         nonlocal program
@@ -132,20 +141,25 @@ def train(
             if leads:
                 print(f"finished before, see {workdir}")
             return layout.one_copy(layout.restore(restored[1])), [run.result for run in runs]
-        saved = restored[0] if restored else 0
+        saved = restored[0] if restored else first_step
         state = layout.restore(restored[1]) if restored else layout.place(program.init(seed))
-        if saved and leads:
+        if restored and leads:
             print(f"going on from step {saved} of {total_steps}", flush=True)
         stack.enter_context(writing(workdir, checkpoints))
         for run in runs:
             run.open_metrics(saved)
-        source = open_source(stack, config, dataset, layout, checkpoints.about(saved).get("stream") if saved else None)
+        source = open_source(
+            stack, config, dataset, layout, checkpoints.about(saved).get("stream") if restored else None
+        )
         examples = dataset if config.data.streamed else source
         splits = {
             name: getattr(examples, name) for name in ("validation", "test") if data.count(getattr(dataset, name))
         }
+        if saved in keep_at.values():
+            keep(runs, [epochs for epochs in keep_at if keep_at[epochs] == saved], layout.one_copy(state), seeds)
         told_to_stop = stack.enter_context(stop_signals())
-        bar = stack.enter_context(command_line.progress_bar(total_steps, initial=saved, disable=not leads))
+        hidden = quiet or not leads
+        bar = stack.enter_context(command_line.progress_bar(total_steps, initial=saved, disable=hidden))
         for number, (start, stop) in enumerate(pairwise(grid[grid.index(saved) :])):
             chunk_time = time.perf_counter()
             with jax.profiler.trace(str(workdir / "profile")) if profile and leads and number == 1 else nullcontext():
@@ -185,6 +199,8 @@ def train(
                 {name: f"{metrics[name]:.4g}" for name in ("train_loss", "train_accuracy", "density")}, refresh=False
             )
             bar.update(stop - start)
+            if stop in keep_at.values():  # before the checkpoint, from which nothing would come back to this step
+                keep(runs, [epochs for epochs in keep_at if keep_at[epochs] == stop], layout.one_copy(state), seeds)
             stopping = any_process(bool(told_to_stop))  # the signal may have come to another host
             if stop % checkpoint_every == 0 or stop == total_steps or stopping:
                 position = source.get_state() if config.data.streamed else None
@@ -200,7 +216,8 @@ def train(
         state = layout.one_copy(state)
         if leads:
             for run, mine in zip(runs, one_a_run(state, seeds), strict=True):
-                draw(run, mine, program)
+                if not quiet:
+                    draw(run, mine, program)
                 if stop == total_steps:
                     finish(run, mine, program)
         any_process(False)  # the results are written
@@ -230,25 +247,6 @@ def train_seeds(config: ConfigDict, workdir: str | Path, seeds: Sequence[int], s
     rows = [f"seed {seed}: {accuracy:.2%}" for seed, accuracy in zip(seeds, accuracies, strict=True)]
     last = f"mean {mean:.2%}" if error is None else f"mean {mean:.2%}, standard error {100 * error:.2f} points"
     return "\n".join(["test accuracy", *rows, last])
-
-
-def one_a_run(tree: Any, seeds: Sequence[int] | None) -> list[Any]:
-    """The tree, or for each seed its part of a tree with a leading axis."""
-    if seeds is None:
-        return [tree]
-    return [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(len(seeds))]
-
-
-def chunk_grid(total_steps: int, log_every: int, *also: int) -> list[int]:
-    """The steps between which one compiled call runs: all multiples of ``also``, and every ``log_every`` in between.
-
-    A fixed grid of the absolute step, so that a run executes the same programs wherever it was started from.
-    """
-    grid = [0]
-    while grid[-1] < total_steps:
-        multiples = [(grid[-1] // every + 1) * every for every in also]
-        grid.append(min(grid[-1] + log_every, total_steps, *multiples))
-    return grid
 
 
 def config_of_flags() -> ConfigDict:

@@ -9,6 +9,7 @@ instead, which has no array to shard.
 
 import itertools
 import warnings
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -19,12 +20,12 @@ from jax.typing import ArrayLike
 
 from jaxsparse import allocation as allocation_lib
 from jaxsparse.allocation import Allocation
-from jaxsparse.layouts import LayoutLike, leaf_layouts, warn_of_guesses
+from jaxsparse.layouts import Layout, LayoutLike, leaf_layouts, warn_of_guesses
 from jaxsparse.placement import copied, mask_like, sharding_of
 from jaxsparse.prunable import prunable_leaves
 from jaxsparse.selection import count_true, global_top_k_masks, random_scores, top_k_mask, top_k_masks
 from jaxsparse.structures import StructureLike, leaf_structures, unit_scores
-from jaxsparse.trees import align, as_array, is_masked_node, is_partial, leaf_paths, path_name
+from jaxsparse.trees import align, as_array, by_path, is_masked_node, is_partial, leaf_paths, listed, path_name
 
 __all__ = [
     "apply_masks", "as_key", "count", "density", "magnitude_masks", "nonzero_masks", "random_masks", "score_masks",
@@ -158,7 +159,8 @@ def score_masks(
       A pytree like ``params``: bool arrays, the scalar True for dense leaves.
 
     Raises:
-      ValueError: for options out of range, and for scores that lack a prunable leaf or have another shape, by name.
+      ValueError: for options out of range, and for scores that lack a prunable leaf, have another shape or are no
+        floats, or have leaves beyond the params, by name.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -174,15 +176,10 @@ def score_masks(
         raise ValueError(
             f"per_output ranks single weights within a layer, got scope={scope!r} and structure={structure!r}"
         )
-    paths = leaf_paths(params)
-    by_path = dict(zip(paths, jax.tree.structure(params).flatten_up_to(scores), strict=True))
+    given = scores_by_path(scores, params)
 
     def score(path, leaf, unit):
-        value = by_path[path]
-        if value is None or is_masked_node(value) or jnp.shape(value) != jnp.shape(leaf):
-            got = "none" if value is None or is_masked_node(value) else f"shape {jnp.shape(value)}"
-            raise ValueError(f"scores of {path}: expected shape {jnp.shape(leaf)}, got {got}")
-        return unit_scores(unit, jnp.asarray(value), signed=True)
+        return unit_scores(unit, score_that_fits(given, path, leaf), signed=True)
 
     return _best_masks(
         params, sparsity, "global" if scope == "global" else allocation, at_least, prunable, structure, layout, score,
@@ -207,6 +204,27 @@ def nonzero_masks(params: Any, *, prunable: Any = None, layout: LayoutLike = Non
     """
     chosen = prunable_leaves(params, prunable, layout=layout)
     return jax.tree.map(lambda x, c: x != 0 if c else jnp.ones((), bool), params, chosen)
+
+
+def scores_by_path(scores: Any, params: Any, what: str = "scores") -> dict[str, Any]:
+    """Scores by the path of their leaf; a ValueError that names what they have beyond the params."""
+    given, wanted = by_path(scores), set(leaf_paths(params))
+    extra = sorted(set(given) - wanted)
+    if extra and not is_partial(params):
+        raise ValueError(f"{what} must have the tree of the params, but has {listed(extra)} beyond them")
+    return given
+
+
+def score_that_fits(given: Mapping[str, Any], path: str, leaf: Any, what: str = "scores") -> jax.Array:
+    """The scores of one leaf; a ValueError that names it if they are not there, of another shape, or no floats."""
+    value, shape = given.get(path), jnp.shape(leaf)
+    if value is None or jnp.shape(value) != shape:
+        got = "none" if value is None else f"shape {jnp.shape(value)}"
+        raise ValueError(f"{what} of {path}: expected shape {shape}, got {got}")
+    value = jnp.asarray(value)
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(f"{what} of {path}: expected floats, got {value.dtype}")
+    return value
 
 
 def apply_masks(tree: Any, masks: Any) -> Any:
@@ -365,28 +383,44 @@ def _best_masks(
         )
         if per_output:
             layouts = leaf_layouts(params, layout)
-            best = [_best_of_outputs(scores[path], counts[i], at_least, layouts[path]) for i, path in enumerate(scores)]
+            best = [best_of_outputs(scores[path], counts[i], at_least, layouts[path]) for i, path in enumerate(scores)]
         else:
             best = top_k_masks(list(scores.values()), counts, absolute=absolute)
     for (path, leaf), units in zip(free.items(), best, strict=True):
         kept[path] = sparse[path][1].expand(units, leaf)
     kept = {path: mask_like(mask, sparse[path][0]) for path, mask in kept.items()}
-    _warn_of_empty(kept)
+    warn_of_empty(kept)
     return treedef.unflatten([kept.get(path, jnp.ones((), bool)) for path in leaf_paths(params)])
 
 
-def _best_of_outputs(scores: jax.Array, kept: jax.Array, at_least: ArrayLike, layout: Any) -> jax.Array:
-    """Marks the largest scores of every output, which share the weights that the layer keeps, rounded."""
+def best_of_outputs(
+    scores: jax.Array,
+    kept: ArrayLike,
+    at_least: ArrayLike,
+    layout: Layout,
+    where: jax.Array | None = None,
+    absolute: bool = False,
+) -> jax.Array:
+    """Marks the largest scores of every output, which share the weights that the layer keeps, rounded.
+
+    Args:
+      scores: floats, of a leaf's shape.
+      kept: how many weights the layer keeps.
+      at_least: the fewest of them.
+      layout: where the leaf has its outputs.
+      where, absolute: as for :func:`jaxsparse.top_k_mask`.
+    """
     matrices = layout.to_matrices(scores)
-    stack = tuple(range(len(layout.stack)))
+    stack = tuple(range(len(layout.stack)))  # type: ignore[arg-type]
     outputs = int(np.prod([matrices.shape[axis] for axis in (*stack, -1)]))
     fewest = jnp.minimum(jnp.asarray(at_least, jnp.int32), scores.size)
     of_output = jnp.maximum((kept + outputs // 2) // outputs, -(-fewest // outputs))
-    marked = top_k_mask(matrices, of_output, axis=(*stack, matrices.ndim - 1))
+    where = None if where is None else layout.to_matrices(where)
+    marked = top_k_mask(matrices, of_output, where=where, absolute=absolute, axis=(*stack, matrices.ndim - 1))
     return layout.from_matrices(marked, scores)
 
 
-def _warn_of_empty(masks: dict[str, jax.Array]) -> None:
+def warn_of_empty(masks: dict[str, jax.Array], stacklevel: int = 4) -> None:
     """Warns of leaves that keep nothing, by path. Nothing is known under jit."""
     known = {path: mask for path, mask in masks.items() if mask.size and not isinstance(mask, jax.core.Tracer)}
     live = jax.device_get({path: jnp.any(mask) for path, mask in known.items()})
@@ -396,7 +430,7 @@ def _warn_of_empty(masks: dict[str, jax.Array]) -> None:
             f"no weight is left in {', '.join(empty)}: nothing passes there, and methods that share out growth by what "
             "is left will not bring it back. Keep some by at_least=1, a lower sparsity or another allocation",
             UserWarning,
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
 
 

@@ -48,6 +48,15 @@ def copied(leaf: Any) -> Any:
     return leaf if is_abstract(leaf) else jnp.array(leaf, copy=True)
 
 
+def of_shapes_too(init: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """An ``init`` that makes shapes of a state from shapes of params, for one that computes with their values."""
+
+    def made(params):
+        return jax.eval_shape(init, params) if any(map(is_abstract, jax.tree.leaves(params))) else init(params)
+
+    return made
+
+
 def mask_like(mask: Any, leaf: Any) -> jax.Array:
     """A mask placed like a leaf, so that one operation can take both."""
     if isinstance(leaf, jax.core.Tracer) or isinstance(mask, jax.core.Tracer):
@@ -63,6 +72,12 @@ def placed_like(x: jax.Array, like: jax.Array) -> jax.Array:
         return x
     # An array without a mesh is replicated on the devices of the other's.
     return jax.sharding.reshard(x, came.update(spec=wanted.spec) if wanted.mesh.empty else wanted)
+
+
+def gathered(x: jax.Array) -> jax.Array:
+    """An array whole on every device, if a mesh has explicit axes: for what JAX does not do on sharded axes."""
+    sharding = jax.typeof(x).sharding
+    return jax.sharding.reshard(x, sharding.update(spec=PartitionSpec())) if any(sharding.spec) else x
 
 
 def varying_like(x: Any, tree: Any) -> Any:

@@ -12,7 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-__all__ = ["RDASchedules", "cosine_prune_rate", "rda_cosine", "rda_halving", "rda_log_cosine", "sigmoid_sparsity"]
+__all__ = [
+    "RDASchedules", "cosine_prune_rate", "rda_cosine", "rda_halving", "rda_log_cosine", "rising_cosine",
+    "sigmoid_sparsity",
+]  # fmt: skip
 
 
 def cosine_prune_rate(init_value: float, steps: int, end_value: float = 0.005) -> optax.Schedule:
@@ -43,6 +46,29 @@ def cosine_prune_rate(init_value: float, steps: int, end_value: float = 0.005) -
     _check(init_value, steps, end_value)
     decay = optax.cosine_decay_schedule(1.0, steps)
     return lambda step: end_value + (init_value - end_value) * decay(step)
+
+
+def rising_cosine(end_value: float, steps: int) -> optax.Schedule:
+    r"""Half a cosine from 0 up to a value, as for the penalty of SAFE, see :func:`jaxsparse.admm`.
+
+    .. math:: \lambda_t = \lambda \frac{1 - \cos(\pi t / T)}{2}
+
+    Args:
+      end_value: :math:`\lambda`, at least 0; it stays there after T steps.
+      steps: :math:`T`, the number of training steps, at least 1.
+
+    Raises:
+      ValueError: for values out of range.
+
+    Examples:
+      >>> schedule = rising_cosine(2.0, 100)
+      >>> [round(float(schedule(t)), 4) for t in (0, 25, 50, 100, 200)]
+      [0.0, 0.2929, 1.0, 2.0, 2.0]
+    """
+    if not end_value >= 0 or not steps >= 1:
+        raise ValueError(f"end_value must be at least 0 and steps at least 1, got {end_value} and {steps}")
+    falling = optax.cosine_decay_schedule(1.0, steps)
+    return lambda step: end_value * (1 - falling(step))
 
 
 def sigmoid_sparsity(

@@ -90,6 +90,14 @@ def rda(learning_rate: optax.ScalarOrSchedule, l1: float = 0.0) -> optax.Gradien
     return jaxsparse.rda(learning_rate, l1=l1, momentum_time=0.01, prunable=ALL)
 
 
+def straight_through_adam(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    return jaxsparse.straight_through(optax.adam(learning_rate), 0.0, prunable=ALL)
+
+
+def top_kast_adam(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    return jaxsparse.top_kast(optax.adam(learning_rate), 0.0, 0.0, decay=0.0, prunable=ALL)
+
+
 def l0_adam(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     # So large that whatever is drawn opens the gates.
     return gated(jaxsparse.l0, learning_rate, log_alpha=30.0)
@@ -107,6 +115,8 @@ OPTIMIZERS: dict[str, tuple[Callable, dict[str, Any]]] = {
     "asni": (asni_adam, {"learning_rate": 1e-2}),
     "reweighted_l1": (reweighted_l1_adam, {"learning_rate": 1e-2, "l1": 0.0}),
     "rda": (rda, {"learning_rate": 1e-3, "l1": 0.0}),
+    "straight_through": (straight_through_adam, {"learning_rate": 1e-2}),
+    "top_kast": (top_kast_adam, {"learning_rate": 1e-2}),
     "l0": (l0_adam, {"learning_rate": 1e-2}),
     "dep_l0": (dep_l0_adam, {"learning_rate": 1e-2}),
 }

@@ -50,10 +50,17 @@ def make_step(tx, donate=False):
     return jax.jit(step, donate_argnums=(0, 1) if donate else ())
 
 
-def slow_except(quick, parameters):
-    """The parameters of a test, of which only these run in ``make test``, and the others with the slow tests."""
-    return [x if x in quick else pytest.param(*(x if isinstance(x, tuple) else (x,)), marks=pytest.mark.slow)
-            for x in parameters]  # fmt: skip
+def slow_except(quick, parameters, long=()):
+    """The parameters of a test, of which only the quick ones run in ``make test``, and the others with the slow tests.
+
+    Those that are ``long`` run with neither, but with ``-m long``.
+    """
+
+    def marked(x):
+        mark = pytest.mark.long if x in long else pytest.mark.slow
+        return x if x in quick else pytest.param(*(x if isinstance(x, tuple) else (x,)), marks=mark)
+
+    return [marked(x) for x in parameters]
 
 
 def jit_once(function):

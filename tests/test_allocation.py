@@ -1,3 +1,5 @@
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +30,16 @@ def test_the_kernel_variant_counts_spatial_sizes():
     without = jaxsparse.erdos_renyi(shapes, 0.1, kernel=False)
     assert with_kernel[1] / with_kernel[0] == pytest.approx((130 / 4096) / (134 / 36864))
     assert without[0] == without[1] == pytest.approx(0.1)
+
+
+def test_erdos_renyi_is_that_of_jaxpruner():
+    golden = np.load(pathlib.Path(__file__).parent / "golden" / "jaxpruner_masks.npz")
+    shapes = [golden[f"scores/{name}"].shape for name in ("conv", "d1", "d2")]
+    sizes = np.array([np.prod(shape) for shape in shapes])
+    for sparsity in (0.8, 0.9, 0.95):
+        rounded = sizes - np.floor(sparsity * sizes)  # it shares out what layers of that sparsity have, rounded up
+        densities = jaxsparse.erdos_renyi(shapes, rounded.sum() / sizes.sum())
+        np.testing.assert_allclose(1 - np.array(densities), golden[f"erk_{sparsity}"], rtol=0, atol=1e-6)
 
 
 @settings(max_examples=15)

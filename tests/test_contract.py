@@ -42,6 +42,10 @@ class Method(NamedTuple):
     low_precision: bool = True  # whether it takes bfloat16 params
     needs_grad: bool = False  # whether it needs grad=, which a plain optax.chain does not hand on
     wraps: bool = False  # whether it is a wrapper: make(..., inner=optimizer), and if not given, of the identity
+    always: bool = False  # whether masks may change on every step, and not on every second one alone
+    one_of: int = 4  # the budget: one of so many weights
+    dense_params: bool = False  # whether the params stay dense, and only eval_params is on the masks
+    starts: Callable[[int], int] | None = None  # size -> how many it starts with, if neither all nor a quarter
 
     def around(self, optimizer, params, **options):
         """The optimizer with the method."""
@@ -51,7 +55,9 @@ class Method(NamedTuple):
 
     def budget(self, size=SPARSE_SIZE):
         """How many of so many weights it starts with."""
-        return size if self.adaptive else size // 4
+        if self.starts is not None:
+            return self.starts(size)
+        return size if self.adaptive else size // self.one_of
 
 
 def fixed(params, own_momentum=False, prunable=None, key=0):
@@ -97,10 +103,67 @@ def sparse_evolutionary(**options):
     return make
 
 
+def srigl(**options):
+    def make(params, own_momentum=False, prunable=None, key=0):
+        del params, own_momentum
+        return jaxsparse.srigl(
+            0.75,
+            UPDATE_EVERY,
+            stop_at=100,
+            never_ablate=(),
+            allocation="uniform",
+            prunable=prunable,
+            key=key,
+            **options,
+        )
+
+    return make
+
+
+def granet(**options):
+    def make(params, own_momentum=False, prunable=None, key=0):
+        del params, own_momentum
+        return jaxsparse.granet(0.75, UPDATE_EVERY, prunable=prunable, key=key, **options)
+
+    return make
+
+
+def fixed_scores(params, own_momentum=False, prunable=None, key=0):
+    del own_momentum, key
+    scores = jax.tree.map(lambda p: jnp.sin(7 * p), params)
+    return jaxsparse.magnitude_pruning(0.75, end=6, every=UPDATE_EVERY, scope="global", score=scores, prunable=prunable)
+
+
+def ac_dc(params, own_momentum=False, prunable=None, key=0):
+    del params, own_momentum, key
+    return jaxsparse.ac_dc(0.75, [0, 4], [3], prunable=prunable)
+
+
+def iterative_hard_thresholding(params, own_momentum=False, prunable=None, key=0):
+    del params, own_momentum, key
+    return jaxsparse.iterative_hard_thresholding(0.75, every=UPDATE_EVERY, prunable=prunable)
+
+
+def srigl_starts(size):
+    """Each of the convolution's 8 outputs keeps 4 of 18 inputs, in all 32, where a quarter of 144 weights is 36."""
+    return size // 4 - (4 if size in (SPARSE_SIZE, 144 + 384) else 0)
+
+
 def reweighted_l1(**options):
     def make(params, own_momentum=False, prunable=None, key=0):
         del params, own_momentum, key
         return jaxsparse.reweighted_l1(1.0, l1=0.005, averaging=0.5, max_factor=50.0, prunable=prunable, **options)
+
+    return make
+
+
+def straight_through(wrapper, *numbers, **options):
+    """A wrapper with latent weights of which masks keep some."""
+
+    def make(params, own_momentum=False, prunable=None, key=0, inner=None):
+        del params, own_momentum, key
+        inner = optax.identity() if inner is None else inner
+        return wrapper(inner, *numbers, prunable=prunable, **options)
 
     return make
 
@@ -118,14 +181,68 @@ def gates(wrapper, **options):
     return make
 
 
+def soft_threshold(params, own_momentum=False, prunable=None, key=0, inner=None):
+    """Thresholds that rise from nearly 0, by their decay, to prune in the third step."""
+    del params, own_momentum, key
+    rising = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(1.0))
+    inner = optax.identity() if inner is None else inner
+    return jaxsparse.soft_threshold(inner, init=-16.0, threshold_optimizer=rising, prunable=prunable)
+
+
+def powerpropagation(params, own_momentum=False, prunable=None, key=0, inner=None):
+    del own_momentum
+    inner = optax.identity() if inner is None else inner
+    return jaxsparse.powerpropagation(
+        inner, 2, prune=magnitude_pruning(params, prunable=prunable, key=key), prunable=prunable
+    )
+
+
+def spartan(params, own_momentum=False, prunable=None, key=0, inner=None):
+    del params, own_momentum, key
+    inner = optax.identity() if inner is None else inner
+    return jaxsparse.spartan(inner, 0.75, warmup=4, freeze_at=6, prunable=prunable)
+
+
+def admm(params, own_momentum=False, prunable=None, key=0, inner=None):
+    del params, own_momentum, key
+    inner = optax.identity() if inner is None else inner
+    return jaxsparse.admm(inner, 0.75, every=UPDATE_EVERY, penalty=0.1, prunable=prunable)
+
+
 METHODS = {
     "mask_updates": Method(fixed, changes=False, random=True),
     "sparse_momentum": Method(sparse_momentum(), changes=True, random=True),
     "asni": Method(asni, changes=True, random=False, adaptive=True),
     "magnitude_pruning": Method(magnitude_pruning, changes=True, random=False, adaptive=True),
+    "soft_threshold": Method(soft_threshold, changes=True, random=False, adaptive=True, wraps=True),
+    "powerpropagation": Method(powerpropagation, changes=True, random=False, adaptive=True, wraps=True),
+    "spartan": Method(spartan, changes=True, random=False, adaptive=True, wraps=True),
+    "admm": Method(admm, changes=True, random=False, adaptive=True, wraps=True, dense_params=True),
     "reweighted_l1": Method(reweighted_l1(), changes=True, random=False, adaptive=True, low_precision=False),
     "rigl": Method(rigl(), changes=True, random=True, needs_grad=True),
     "sparse_evolutionary": Method(sparse_evolutionary(), changes=True, random=True),
+    "s_ste": Method(
+        straight_through(jaxsparse.s_ste, 1, 2), changes=True, random=False, wraps=True, always=True, one_of=2
+    ),
+    "sr_ste": Method(
+        straight_through(jaxsparse.sr_ste, 1, 2, decay=0.01),
+        changes=True,
+        random=False,
+        wraps=True,
+        always=True,
+        one_of=2,
+    ),
+    "straight_through": Method(
+        straight_through(jaxsparse.straight_through, 0.75), changes=True, random=False, wraps=True, always=True
+    ),
+    "top_kast": Method(
+        straight_through(jaxsparse.top_kast, 0.75, 0.5, decay=0.01), changes=True, random=False, wraps=True, always=True
+    ),
+    "granet": Method(granet(steps=100, initial_sparsity=0.75), changes=True, random=True, needs_grad=True),
+    "ac_dc": Method(ac_dc, changes=True, random=False, adaptive=True),
+    "iterative_hard_thresholding": Method(iterative_hard_thresholding, changes=True, random=False, adaptive=True),
+    # What is ablated changes the number of weights, within its budget.
+    "srigl": Method(srigl(), changes=True, random=True, adaptive=True, needs_grad=True, starts=srigl_starts),
     # Every gate starts open, whatever the key.
     "l0": Method(gates(jaxsparse.l0), changes=True, random=False, adaptive=True, wraps=True),
     "dep_l0": Method(
@@ -161,6 +278,21 @@ ABLATIONS = {
         random=True,
         needs_grad=True,
     ),
+    "magnitude_pruning_scores": Method(fixed_scores, changes=True, random=False, adaptive=True),
+    "granet_dense_to_sparse": Method(
+        granet(steps=8, end=4, initial_sparsity=0, bias_correction=(0.9, 0.999)),
+        changes=True,
+        random=False,
+        adaptive=True,
+        needs_grad=True,
+    ),
+    "srigl_without_ablation": Method(
+        srigl(min_salient=None, accumulate=2, bias_correction=(0.9, 0.999), track=True),
+        changes=True,
+        random=True,
+        needs_grad=True,
+        starts=srigl_starts,
+    ),
     "reweighted_l1_channel": Method(
         reweighted_l1(structure={"conv/kernel": "channel", "attention/kernel": "channel"}),
         changes=True,
@@ -173,6 +305,13 @@ ALL = METHODS | ABLATIONS
 # `make test` runs every method with one optimizer and in one wrapper, and this one with all; what compiles long or
 # hardly depends on the method, it runs for one method. The rest are slow tests.
 QUICK = ("mask_updates",)
+# One method on each of the shared blocks. What depends on the block alone `make test-all` runs for these and not for
+# the others, which `pytest -m long tests/test_contract.py` does.
+BLOCKS = (
+    "mask_updates", "sparse_momentum", "rigl", "magnitude_pruning", "reweighted_l1", "l0", "straight_through",
+    "soft_threshold", "admm",
+)  # fmt: skip
+OTHERS = [name for name in METHODS if name not in BLOCKS]
 
 # Inner optimizers: (the optimizer, whether it stores a momentum).
 INNERS = {
@@ -284,7 +423,7 @@ WRAPPERS = [
 ]
 
 
-def run(tx, params, adaptive, steps=7):
+def run(tx, params, method, steps=7):
     """Trains, checks what must hold after every step, and returns the masks of all steps."""
     opt_state = tx.init(params)
     params = jaxsparse.sparsify(opt_state, params)
@@ -296,10 +435,11 @@ def run(tx, params, adaptive, steps=7):
         before = jax.device_get(params)
         params, opt_state = step(params, opt_state, jnp.int32(count))
         masks = jax.device_get(jaxsparse.get_masks(opt_state, params))
-        for p, mask in zip(jax.tree.leaves(params), jax.tree.leaves(masks), strict=True):
+        evaluated = jaxsparse.eval_params(opt_state, params) if method.dense_params else params
+        for p, mask in zip(jax.tree.leaves(evaluated), jax.tree.leaves(masks), strict=True):
             assert mask.shape == (p.shape if mask.ndim else ())
             np.testing.assert_array_equal(np.asarray(p)[~np.broadcast_to(mask, p.shape)], 0)
-        assert adaptive or int(jaxsparse.count(masks)) == budget
+        assert method.adaptive or int(jaxsparse.count(masks)) == budget
         # Types do not change.
         assert (signature(params), signature(opt_state)) == types
         jaxsparse.check(opt_state, params)
@@ -321,19 +461,22 @@ def changed(a, b):
     slow_except(
         [(name, "nesterov") for name in METHODS] + [(name, inner) for name in QUICK for inner in INNERS],
         [(name, inner) for name in METHODS for inner in INNERS] + [(name, "nesterov") for name in ABLATIONS],
+        [(name, inner) for name in OTHERS for inner in INNERS if inner != "adamw"],
     ),
 )
 def test_every_method_with_every_inner_optimizer(name, inner):
     method, params = ALL[name], make_params()
     optimizer, stores_momentum = INNERS[inner]
     tx = method.around(optimizer(), params, own_momentum=not stores_momentum)
-    history, _, opt_state, moved = run(tx, params, method.adaptive)
+    history, _, opt_state, moved = run(tx, params, method)
     assert int(jaxsparse.count(history[0])) == method.budget()
     assert all(moved)
     seen = [changed(a, b) for a, b in itertools.pairwise(history)]
     if method.adaptive:
         assert any(seen)
         assert int(jaxsparse.count(history[-1])) < SPARSE_SIZE
+    elif method.always:
+        assert any(seen)
     else:  # masks change on the first step after every boundary (count 2, 4, 6), and on no other
         assert seen == [method.changes and count in (2, 4, 6) for count in range(7)]
     # Dense leaves are dense, in the accessor and in the state.
@@ -352,13 +495,14 @@ def test_every_method_with_every_inner_optimizer(name, inner):
     slow_except(
         [(name, partition_of_chains) for name in METHODS] + [(name, wrapper) for name in QUICK for wrapper in WRAPPERS],
         itertools.product(METHODS, WRAPPERS),
+        [(name, wrapper) for name in OTHERS for wrapper in WRAPPERS if wrapper is not in_plain_optax_chain],
     ),
     ids=lambda part: getattr(part, "__name__", part),
 )
 def test_every_method_in_every_wrapper(name, wrapper):
     method, params = METHODS[name], make_params()
     tx, budget = wrapper(method, params)
-    history, _, opt_state, _ = run(tx, params, method.adaptive)
+    history, _, opt_state, _ = run(tx, params, method)
     assert int(jaxsparse.count(history[0])) == budget
     assert changed(history[0], history[-1]) == method.changes
     jax.eval_shape(lambda p, s: tx.update(gradients(p), s, p, value=1.0, something_else=None), params, opt_state)
@@ -368,7 +512,7 @@ def test_every_method_in_every_wrapper(name, wrapper):
 
 @pytest.mark.parametrize(
     ("name", "own_momentum"),
-    slow_except([("sparse_momentum", True)], itertools.product(METHODS, (False, True))),
+    slow_except([("sparse_momentum", True)], [("sparse_momentum", True), *((name, False) for name in METHODS)]),
 )
 def test_bfloat16_params_stay_bfloat16(name, own_momentum):
     method, params = METHODS[name], make_params(jnp.bfloat16)
@@ -376,7 +520,7 @@ def test_bfloat16_params_stay_bfloat16(name, own_momentum):
         with pytest.raises(ValueError, match="needs float32 params, but attention/kernel is bfloat16"):
             method.make(params).init(params)
         return
-    _, params_out, _, _ = run(method.around(sgd(), params, own_momentum=own_momentum), params, method.adaptive)
+    _, params_out, _, _ = run(method.around(sgd(), params, own_momentum=own_momentum), params, method)
     chex.assert_trees_all_equal_dtypes(params, params_out)
 
 
@@ -456,7 +600,7 @@ def test_vmap_over_seeds_with_different_masks(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", slow_except(["sparse_momentum"], METHODS))
+@pytest.mark.parametrize("name", slow_except(["sparse_momentum"], METHODS, OTHERS))
 def test_the_update_can_be_differentiated(name):
     # Meta-learning takes gradients through the optimizer; masks have none.
     params = make_params()
@@ -554,11 +698,11 @@ def test_sharded_masks_are_bit_equal(name):
 def test_linen(name):
     model = nn.Sequential([nn.Dense(16), nn.LayerNorm(), nn.relu, nn.Dense(8)])
     params = model.init(jax.random.key(0), jnp.ones((1, 12)))["params"]
-    history, *_ = run(METHODS[name].around(sgd(), params), params, METHODS[name].adaptive)
+    history, *_ = run(METHODS[name].around(sgd(), params), params, METHODS[name])
     assert int(jaxsparse.count(history[0])) == METHODS[name].budget(12 * 16 + 16 * 8)
 
 
-@pytest.mark.parametrize("name", slow_except(["sparse_momentum"], METHODS))
+@pytest.mark.parametrize("name", slow_except(["sparse_momentum"], METHODS, OTHERS))
 def test_nnx(name):
     model = nnx.Sequential(nnx.Linear(12, 16, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(16, 8, rngs=nnx.Rngs(1)))
     params = nnx.state(model, nnx.Param)
@@ -577,10 +721,12 @@ def test_nnx(name):
     jaxsparse.check(optimizer.opt_state, params)
     kept = int(jaxsparse.count(jaxsparse.get_masks(optimizer.opt_state, params)))
     assert METHODS[name].adaptive or kept == METHODS[name].budget(12 * 16 + 16 * 8)
+    if METHODS[name].dense_params:
+        nnx.update(model, jaxsparse.eval_params(optimizer.opt_state, params))
     assert int((model.layers[0].kernel[...] != 0).sum() + (model.layers[2].kernel[...] != 0).sum()) <= kept < 320
 
 
-@pytest.mark.parametrize("name", slow_except(["l0"], METHODS))
+@pytest.mark.parametrize("name", slow_except(["l0"], METHODS, OTHERS))
 def test_equinox(name):
     eqx = pytest.importorskip("equinox")
     model = eqx.nn.MLP(12, 8, 16, 1, key=jax.random.key(0))
@@ -604,19 +750,21 @@ def test_equinox(name):
     assert kept < 320 if METHODS[name].adaptive else kept == METHODS[name].budget(12 * 16 + 16 * 8)
 
 
-@pytest.mark.parametrize("name", slow_except(["sparse_momentum"], METHODS))
+@pytest.mark.parametrize("name", slow_except(["sparse_momentum"], METHODS, OTHERS))
 def test_haiku(name):
     hk = pytest.importorskip("haiku")
     net = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([16, 8])(x)))
     params = net.init(jax.random.key(0), jnp.ones((1, 12)))
-    history, *_ = run(METHODS[name].around(sgd(), params), params, METHODS[name].adaptive)
+    history, *_ = run(METHODS[name].around(sgd(), params), params, METHODS[name])
     assert int(jaxsparse.count(history[0])) == METHODS[name].budget(12 * 16 + 16 * 8)
 
 
 # --- What check catches -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", slow_except(QUICK, METHODS))
+@pytest.mark.parametrize(
+    "name", slow_except(QUICK, [name for name in METHODS if not METHODS[name].dense_params], OTHERS)
+)
 def test_check_catches_what_moves_the_params_afterwards(name):
     method, params = METHODS[name], make_params()
 
@@ -645,7 +793,7 @@ def test_replicated_params_are_refused(name):
         link.init(jax_utils.replicate(params))
 
 
-@pytest.mark.parametrize("name", slow_except(["sparse_momentum", "l0"], METHODS))
+@pytest.mark.parametrize("name", slow_except(["sparse_momentum", "l0"], METHODS, OTHERS))
 def test_nan_gradients_inside_apply_if_finite_change_nothing(name):
     method, params = METHODS[name], make_params()
     tx = optax.apply_if_finite(method.around(sgd(), params), max_consecutive_errors=100)

@@ -1,4 +1,5 @@
 import functools
+import pathlib
 import warnings
 
 import jax
@@ -172,6 +173,28 @@ def test_scores_rank_with_their_sign_and_units_by_their_mean():
     assert blocks["w"].tolist() == [[False, True], [False, True], [True, False], [True, False]]
 
 
+def test_scores_that_are_nan_rank_last():
+    params = {"w": jnp.ones((2, 2))}
+    scores = {"w": jnp.array([[jnp.nan, -2.0], [-jnp.inf, -1.0]])}
+    assert jaxsparse.score_masks(params, scores, 0.25)["w"].tolist() == [[False, True], [True, True]]
+
+
+@pytest.mark.slow
+def test_masks_by_magnitude_are_those_of_jaxpruner():
+    golden = np.load(pathlib.Path(__file__).parent / "golden" / "jaxpruner_masks.npz")
+    weights = {name: jnp.asarray(golden[f"scores/{name}"]) for name in ("conv", "d1", "d2")}
+    cases = [  # each leaf by itself, for its own count is rounded there
+        ("unstructured_0.9", 0.9, ("conv", "d1", "d2"), "weight"),
+        ("n2_m4_lastaxis", 0.5, ("conv", "d1"), jaxsparse.n_of_m(2, 4, axis="outputs")),
+        ("block4x4_avg_0.75", 0.75, ("d1",), jaxsparse.block(4, 4)),
+        ("channel_lastaxis_0.5", 0.5, ("conv", "d1", "d2"), "channel"),
+    ]
+    for kind, sparsity, names, structure in cases:
+        for name in names:
+            mask = jaxsparse.magnitude_masks({name: weights[name]}, sparsity, structure={name: structure})[name]
+            np.testing.assert_array_equal(mask, golden[f"{kind}/{name}"], err_msg=f"{kind} of {name}")
+
+
 @pytest.mark.parametrize("shape", [(12, 5), (3, 2, 2, 5)])
 def test_per_output_every_output_keeps_equally_many(shape):
     scores = jax.random.normal(jax.random.key(0), shape)
@@ -204,6 +227,12 @@ def test_per_output_of_heads_and_stacks():
         ({"scope": "global", "per_output": True}, "per_output ranks single weights within a layer"),
         ({"scores": {"fc": {"w": None}}}, r"scores of fc/w: expected shape \(4, 6\), got none"),
         ({"scores": {"fc": {"w": jnp.ones((6, 4))}}}, r"scores of fc/w: expected shape \(4, 6\), got shape \(6, 4\)"),
+        ({"scores": {"fc": {}}}, r"scores of fc/w: expected shape \(4, 6\), got none"),
+        ({"scores": {"fc": {"w": jnp.ones((4, 6), int)}}}, "scores of fc/w: expected floats, got int32"),
+        (
+            {"scores": {"fc": {"w": jnp.ones((4, 6)), "v": jnp.ones(1)}}},
+            "scores must have .*, but has fc/v beyond them",
+        ),
     ],
 )
 def test_bad_scores(options, message):

@@ -1,5 +1,7 @@
 """What ``import jaxsparse`` brings along, and what it does without."""
 
+import importlib
+import pkgutil
 import subprocess
 import sys
 
@@ -46,3 +48,11 @@ except AttributeError as error:
 def test_all_public_names_are_there():
     assert sorted(jaxsparse.__all__) == sorted(set(jaxsparse.__all__))
     assert all(hasattr(jaxsparse, name) for name in jaxsparse.__all__)
+
+
+def test_every_name_that_a_module_lists_is_there():
+    for found in pkgutil.walk_packages(jaxsparse.__path__, "jaxsparse."):
+        if not found.name.endswith("__main__"):
+            module = importlib.import_module(found.name)
+            missing = [name for name in getattr(module, "__all__", ()) if not hasattr(module, name)]
+            assert not missing, f"{found.name} has no {', '.join(missing)}"

@@ -77,6 +77,24 @@ def test_meshes_with_explicit_axes(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), result, reference)
 
 
+@pytest.mark.parametrize(
+    "options",
+    slow_except(
+        [{"scope": "lamp"}],
+        [{"scope": "lamp"}, {"scope": "output"}, {"score": jax.tree.map(jnp.sin, SMALL), "scope": "global"}],
+    ),
+)
+def test_scopes_and_scores_of_magnitude_pruning_on_meshes_with_explicit_axes(options):
+    tx = jaxsparse.magnitude_pruning(0.75, **options)
+    alone = jax.jit(tx.update)(SMALL, tx.init(SMALL), SMALL)[1].masks
+    mesh = mesh_of(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        params = sharded(SMALL, mesh)
+        masks = jax.jit(tx.update)(params, jax.jit(tx.init)(params), params)[1].masks
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(masks), jax.device_get(alone))
+    assert masks["dense"]["kernel"].sharding.spec == PartitionSpec(None, "x")
+
+
 @pytest.mark.slow
 def test_data_on_a_mesh_and_all_else_where_it_was_made():
     tx = around("l0")
@@ -90,7 +108,7 @@ def test_data_on_a_mesh_and_all_else_where_it_was_made():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sparse_momentum", "asni", "reweighted_l1", "l0"])
+@pytest.mark.parametrize("name", ["sparse_momentum", "asni", "reweighted_l1", "l0", "s_ste", "top_kast"])
 def test_in_a_shard_map_each_device_can_train_its_own(name):
     mesh = mesh_of(AxisType.Auto)
     tx = around(name)
@@ -120,7 +138,7 @@ DEEP = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sparse_momentum", "asni", "magnitude_pruning"])
+@pytest.mark.parametrize("name", ["sparse_momentum", "asni", "magnitude_pruning", "top_kast"])
 def test_layers_that_are_stacked_at_mask_updates_lie_anywhere(name):
     tx = around(name, DEEP)
     alone, _ = trained(tx, DEEP, tx.init(DEEP), jnp.ones(8), steps=5)

@@ -17,9 +17,14 @@ the last byte is padded with zeros. A leaf has ``name`` (its path), ``shape``, `
 stored in a smaller one), ``kept`` (the number of weights that survive), and
 
 - ``positions``, the encoding of the survivors' positions in row-major order: "dense" (all of them; the mask is the
-  scalar True); "mask" (one bit per weight); or "gaps", a Golomb-Rice code of the number of pruned weights before each
-  survivor. The r = ``low_bits`` lowest bits of all gaps come first, r bits per gap, padded to whole bytes. Then follows
-  gap >> r of each gap in unary: that number of zeros, and a one. ``low_bits`` is 0 for the other encodings;
+  scalar True); "mask" (one bit per weight); "gaps", a Golomb-Rice code of the number of pruned weights before each
+  survivor; or "fan_in", the same for each output by itself, below. The r = ``low_bits`` lowest bits of all gaps come
+  first, r bits per gap, padded to whole bytes. Then follows gap >> r of each gap in unary: that number of zeros, and a
+  one. ``low_bits`` is 0 for the other encodings;
+- ``inputs``, with the positions "fan_in" alone: the first axis of the inputs and the one after their last; the other
+  axes are those of the outputs. Every output keeps equally many weights, or none, as :func:`jaxsparse.srigl` leaves
+  them. One bit per output comes first, set if it keeps any, padded to whole bytes. The gaps are those among the inputs
+  of each output, output by output in row-major order, and the values are in this order too;
 - ``values``, the encoding of the survivors' values: "each", one number per survivor; "constant", one number for all;
   "two", a negative and a positive number, with a bit in ``signs`` for each survivor that is set if it is positive; or
   "scaled", int8 to be multiplied by ``scale`` in float32.
@@ -41,11 +46,17 @@ So a file can be read with NumPy and safetensors alone (and ml_dtypes, which add
 ...         where = np.arange(size)
 ...         if leaf["positions"] == "mask":
 ...             where = np.flatnonzero(np.unpackbits(part["positions"], count=size))
-...         elif leaf["positions"] == "gaps":
-...             bits = np.unpackbits(part["positions"])
+...         elif leaf["positions"] in ("gaps", "fan_in"):
+...             start, stop = leaf.get("inputs", (0, len(leaf["shape"])))
+...             inputs, after = math.prod(leaf["shape"][start:stop]), math.prod(leaf["shape"][stop:])
+...             begin = -(-size // inputs // 8) if leaf["positions"] == "fan_in" else 0
+...             live = np.unpackbits(part["positions"][:begin], count=size // inputs) if begin else np.ones(1)
+...             live, bits = np.flatnonzero(live)[:, None], np.unpackbits(part["positions"][begin:])
 ...             low = bits[: kept * r].reshape(kept, r) @ (1 << np.arange(r)[::-1])
 ...             ones = np.flatnonzero(bits[-(-kept * r // 8) * 8 :])
-...             where = np.cumsum((np.diff(ones, prepend=-1) - 1 << r) + low + 1) - 1
+...             gaps = (np.diff(ones, prepend=-1) - 1 << r) + low
+...             index = np.cumsum(gaps.reshape(live.size, -1) + 1, axis=1) - 1
+...             where = ((live // after * inputs + index) * after + live % after).ravel()
 ...         array = np.zeros(size, leaf["dtype"])
 ...         array[where] = values
 ...         arrays[leaf["name"]] = array.reshape(leaf["shape"])

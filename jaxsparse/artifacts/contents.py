@@ -18,7 +18,7 @@ __all__ = ["CODES", "FORMAT", "VERSION", "Leaf", "as_json", "parts_of", "read_co
 
 FORMAT, VERSION = "jaxsparse", "1"
 CODES = {name: code for code, name in DTYPES.items()}
-_POSITIONS, _VALUES = ("dense", "mask", "gaps"), ("each", "constant", "two", "scaled")
+_POSITIONS, _VALUES = ("dense", "mask", "gaps", "fan_in"), ("each", "constant", "two", "scaled")
 _MOST_AXES = 64  # NumPy's limit
 
 
@@ -32,6 +32,7 @@ class Leaf(NamedTuple):
     positions: str
     low_bits: int
     values: str
+    inputs: Any = None  # two axes; of "fan_in" alone
 
     @property
     def size(self) -> int:
@@ -42,6 +43,10 @@ class Leaf(NamedTuple):
     def nbytes(self) -> int:
         """The bytes that the weights take in memory."""
         return self.size * np.dtype(self.dtype).itemsize
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields, without those that the encoding of its positions does not have."""
+        return {field: value for field, value in self._asdict().items() if value is not None}
 
     def parts(self) -> set[str]:
         """The names of the tensors that the leaf needs."""
@@ -95,7 +100,9 @@ def read_contents(path: str | os.PathLike) -> tuple[Any, list[Leaf], dict[str, n
 
 
 def _checked_leaf(about: Any) -> Leaf:
-    require(type(about) is dict and set(about) == set(Leaf._fields), "a leaf has the wrong keys")
+    require(type(about) is dict, "a leaf has the wrong keys")
+    of_fan_in = about.get("positions") == "fan_in"
+    require(set(about) == {*Leaf._fields} - (set() if of_fan_in else {"inputs"}), "a leaf has the wrong keys")
     leaf = Leaf(**about)
     require(type(leaf.name) is str, "the name of a leaf is not a string")
     with naming(leaf.name, ValueError):
@@ -108,7 +115,11 @@ def _checked_leaf(about: Any) -> Leaf:
         require(bytes_without_zeros < 1 << 63, "its shape is too large")  # or NumPy's count of bytes overflows
         least = leaf.size if leaf.positions == "dense" else 0
         require(type(leaf.kept) is int and least <= leaf.kept <= leaf.size, f"it cannot keep {leaf.kept!r} weights")
-        most = most_low_bits(leaf.size, leaf.kept) if leaf.positions == "gaps" else 0
+        if of_fan_in:
+            axes, last = leaf.inputs, len(leaf.shape)
+            fits = type(axes) is list and len(axes) == 2 and all(type(axis) is int for axis in axes)
+            require(fits and 0 <= axes[0] < axes[1] <= last and leaf.kept, f"its inputs cannot be the axes {axes!r}")
+        most = most_low_bits(leaf.size, leaf.kept) if leaf.positions in ("gaps", "fan_in") else 0
         require(type(leaf.low_bits) is int and 0 <= leaf.low_bits <= most, f"low_bits cannot be {leaf.low_bits!r}")
     return leaf
 
@@ -123,7 +134,7 @@ def _check_parts(leaf: Leaf, parts: Mapping[str, np.ndarray]) -> None:
         fits = (stored.name == leaf.dtype or smaller) and (is_float or leaf.values != "two")
     require(fits, f"its values are {leaf.dtype}, and cannot be stored as {leaf.values!r} of {stored}")
     lengths = {
-        "positions": in_bytes(leaf.size) if leaf.positions == "mask" else None,  # that of gaps shows in decoding
+        "positions": in_bytes(leaf.size) if leaf.positions == "mask" else None,  # that of others shows in decoding
         "values": {"constant": 1, "two": 2}.get(leaf.values, leaf.kept),
         "signs": in_bytes(leaf.kept),
         "scale": 1,

@@ -1,16 +1,18 @@
 """Compact encodings of a sparse leaf's weights.
 
-Positions of the survivors are stored as a bit mask or as a Golomb-Rice code of the gaps between them; values as they
-are or in a smaller dtype, as one or two numbers, or as int8. :mod:`jaxsparse.artifacts` documents the encodings.
+Positions of the survivors are stored as a bit mask or as a Golomb-Rice code of the gaps between them, in the whole leaf
+or, of a leaf of constant fan-in, among the inputs of each output; values as they are or in a smaller dtype, as one or
+two numbers, or as int8. :mod:`jaxsparse.artifacts` documents the encodings.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 __all__ = [
-    "FLOATS", "SMALLER", "bit_view", "decode_positions", "decode_values", "encode_positions", "encode_values",
-    "in_bytes", "most_low_bits", "require",
+    "FLOATS", "SMALLER", "bit_view", "decode_fan_in", "decode_positions", "decode_values", "encode_fan_in",
+    "encode_positions", "encode_values", "in_bytes", "most_low_bits", "require",
 ]  # fmt: skip
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -35,21 +37,11 @@ def encode_positions(mask: np.ndarray) -> tuple[str, int, np.ndarray]:
       >>> np.flatnonzero(decode_positions(packed, encoding, size=1000, kept=3, low_bits=7)).tolist()
       [100, 103, 590]
     """
-    kept = int(np.count_nonzero(mask))
     gaps = np.diff(np.flatnonzero(mask), prepend=-1) - 1
-    sizes = []
-    for r in range(most_low_bits(mask.size, kept) + 1):
-        sizes.append(in_bytes(kept * r) + in_bytes(kept + int((gaps >> r).sum())))
-    r = int(np.argmin(sizes))
-    if sizes[r] >= in_bytes(mask.size):
+    low_bits, packed = _encode_gaps(gaps, mask.size)
+    if packed.size >= in_bytes(mask.size):
         return "mask", 0, np.packbits(mask)
-    low = np.empty((kept, r), np.uint8)
-    for i in range(r):
-        low[:, i] = (gaps >> (r - 1 - i)) & 1
-    ones = np.cumsum((gaps >> r) + 1) - 1
-    unary = np.zeros(ones[-1] + 1 if kept else 0, np.uint8)
-    unary[ones] = 1
-    return "gaps", r, np.concatenate([np.packbits(low), np.packbits(unary)])
+    return "gaps", low_bits, packed
 
 
 def decode_positions(packed: np.ndarray, encoding: str, size: int, kept: int, low_bits: int) -> np.ndarray:
@@ -72,20 +64,82 @@ def decode_positions(packed: np.ndarray, encoding: str, size: int, kept: int, lo
         mask = _unpacked(packed, size).view(bool)
         require(np.count_nonzero(mask) == kept, f"its mask does not keep {kept} weights")
         return mask
-    low_bytes = in_bytes(kept * low_bits)
-    bits = _unpacked(packed[:low_bytes], kept * low_bits).reshape(kept, low_bits)
-    ones = np.flatnonzero(np.unpackbits(packed[low_bytes:]))
-    length = int(ones[-1]) + 1 if ones.size else 0
-    fits = ones.size == kept and packed.size == low_bytes + in_bytes(length) and length - kept <= size >> low_bits
-    require(fits, f"its gaps are not those of {kept} weights among {size}")
-    gaps = np.diff(ones, prepend=-1) - 1
-    for i in range(low_bits):
-        gaps = 2 * gaps + bits[:, i]
+    gaps = _decode_gaps(packed, size, kept, low_bits)
     positions = np.cumsum(gaps + 1) - 1
     require(not kept or positions[-1] < size, f"its gaps run past its {size} weights")
     mask = np.zeros(size, bool)
     mask[positions] = True
     return mask
+
+
+def encode_fan_in(mask: np.ndarray) -> tuple[tuple[int, int], int, np.ndarray] | None:
+    """Encode a mask of constant fan-in: every output keeps equally many of its inputs, or none.
+
+    Inputs are axes that follow one another, such as all but the last of a kernel, and outputs the others. Which ones
+    they are is found here.
+
+    Args:
+      mask: bool, of the leaf's shape.
+
+    Returns:
+      The first axis of the inputs and the one after their last; the number of low bits of the gaps; and the bytes. None
+      for a mask without a constant fan-in, and one that keeps nothing.
+
+    Examples:
+      >>> mask = np.zeros((100, 64), bool)
+      >>> mask[np.arange(5, 64), np.arange(5, 64)] = mask[80, 5:] = True  # two of 100 inputs, of 59 outputs
+      >>> inputs, low_bits, packed = encode_fan_in(mask)
+      >>> inputs, low_bits, packed.size
+      ((0, 1), 5, 108)
+      >>> decode_fan_in(packed, mask.shape, kept=118, inputs=inputs, low_bits=low_bits)[:3].tolist()
+      [325, 5125, 390]
+    """
+    found = []
+    for start in range(mask.ndim):
+        for stop in range(start + 1, mask.ndim + 1):
+            if math.prod(mask.shape[start:stop]) in (1, mask.size):  # one input, or one output: not a layer
+                continue
+            kept = np.count_nonzero(mask, axis=tuple(range(start, stop)))
+            live = np.ravel(kept != 0)
+            most = np.max(kept, initial=0)
+            if not most or (np.ravel(kept)[live] != most).any():
+                continue
+            outputs = np.moveaxis(mask, range(start, stop), range(start - stop, 0)).reshape(live.size, -1)
+            index = np.nonzero(outputs[live])[1].reshape(-1, most)
+            gaps = np.diff(index, axis=1, prepend=-1) - 1
+            low_bits, packed = _encode_gaps(gaps.ravel(), mask.size)
+            found.append(((start, stop), low_bits, np.concatenate([np.packbits(live), packed])))
+    return min(found, key=lambda code: code[2].size) if found else None
+
+
+def decode_fan_in(
+    packed: np.ndarray, shape: Sequence[int], kept: int, inputs: Sequence[int], low_bits: int
+) -> np.ndarray:
+    """Decode the result of :func:`encode_fan_in`.
+
+    Args:
+      packed: the bytes, uint8.
+      shape: of the leaf.
+      kept: the number of weights that it keeps, from 1 to its size.
+      inputs: the first axis of the inputs and the one after their last.
+      low_bits: as for :func:`decode_positions`.
+
+    Returns:
+      The indices of the weights in the flat leaf, (kept,), int64: output by output.
+
+    Raises:
+      ValueError: if the bytes are not the encoding of such a mask.
+    """
+    fan_in, after = math.prod(shape[slice(*inputs)]), math.prod(shape[inputs[1] :])
+    size = math.prod(shape)
+    first = in_bytes(size // fan_in)
+    live = np.flatnonzero(_unpacked(packed[:first], size // fan_in))[:, None]
+    require(packed.size >= first and live.size, "it has no bit for each output, or no output")
+    require(kept % live.size == 0, f"{live.size} outputs cannot have equally many of {kept} weights")
+    gaps = _decode_gaps(packed[first:], size, kept, low_bits)
+    index = np.cumsum((gaps + 1).reshape(live.size, -1), axis=1) - 1  # so it increases, and nothing is there twice
+    require(index[:, -1].max() < fan_in, f"its indices run past its {fan_in} inputs")
+    return ((live // after * fan_in + index) * after + live % after).ravel()
 
 
 def most_low_bits(size: int, kept: int) -> int:
@@ -185,6 +239,35 @@ def require(condition: object, otherwise: str) -> None:
     """Raise ``ValueError(otherwise)`` unless ``condition`` holds."""
     if not condition:
         raise ValueError(otherwise)
+
+
+def _encode_gaps(gaps: np.ndarray, size: int) -> tuple[int, np.ndarray]:
+    """The Golomb-Rice code of the gaps before each of some weights among ``size``: low bits, and the bytes."""
+    kept = gaps.size
+    sizes = []
+    for r in range(most_low_bits(size, kept) + 1):
+        sizes.append(in_bytes(kept * r) + in_bytes(kept + int((gaps >> r).sum())))
+    r = int(np.argmin(sizes))
+    low = np.empty((kept, r), np.uint8)
+    for i in range(r):
+        low[:, i] = (gaps >> (r - 1 - i)) & 1
+    ones = np.cumsum((gaps >> r) + 1) - 1
+    unary = np.zeros(ones[-1] + 1 if kept else 0, np.uint8)
+    unary[ones] = 1
+    return r, np.concatenate([np.packbits(low), np.packbits(unary)])
+
+
+def _decode_gaps(packed: np.ndarray, size: int, kept: int, low_bits: int) -> np.ndarray:
+    low_bytes = in_bytes(kept * low_bits)
+    bits = _unpacked(packed[:low_bytes], kept * low_bits).reshape(kept, low_bits)
+    ones = np.flatnonzero(np.unpackbits(packed[low_bytes:]))
+    length = int(ones[-1]) + 1 if ones.size else 0
+    fits = ones.size == kept and packed.size == low_bytes + in_bytes(length) and length - kept <= size >> low_bits
+    require(fits, f"its gaps are not those of {kept} weights among {size}")
+    gaps = np.diff(ones, prepend=-1) - 1
+    for i in range(low_bits):
+        gaps = 2 * gaps + bits[:, i]
+    return gaps
 
 
 def _unpacked(packed: np.ndarray, count: int) -> np.ndarray:

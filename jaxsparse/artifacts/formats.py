@@ -1,4 +1,4 @@
-"""Conversions of sparse models: JAX's BCOO and BCSR, SciPy's CSR, ordinary safetensors and NumPy files.
+"""Conversions of sparse models: JAX's BCOO and BCSR, SciPy's CSR, dense arrays of a constant fan-in, and other files.
 
 In memory, sparse leaves become sparse matrices and dense ones stay as they are; :func:`from_sparse` converts all of
 them back, including the zeros that a mask keeps. The files have dense arrays; :mod:`jaxsparse.artifacts` writes small
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsparse.artifacts.fan_in import FanIn, fan_in_of
 from jaxsparse.artifacts.files import (
     DTYPES,
     ArtifactError,
@@ -27,10 +28,11 @@ from jaxsparse.artifacts.files import (
     safetensors_package,
 )
 from jaxsparse.masks import validate_masks
-from jaxsparse.trees import is_masked_node, leaf_paths, path_name
+from jaxsparse.trees import by_path, is_masked_node, leaf_paths, path_name
 
 __all__ = [
-    "from_sparse", "load_dense", "load_npz", "save_dense", "save_npz", "to_bcoo", "to_bcsr", "to_scipy",
+    "FanIn", "from_sparse", "load_dense", "load_npz", "save_dense", "save_npz", "to_bcoo", "to_bcsr", "to_fan_in",
+    "to_scipy",
 ]  # fmt: skip
 
 
@@ -96,6 +98,40 @@ def to_bcsr(params: Any, masks: Any) -> Any:
     return _converted(params, masks, convert)
 
 
+def to_fan_in(params: Any, masks: Any) -> Any:
+    """Convert sparse leaves of constant fan-in to :class:`FanIn`: of every output that is left, as many weights.
+
+    :func:`jaxsparse.srigl` trains such leaves. The last axis is outputs and all others are inputs, as in the kernels of
+    Flax; transpose a leaf that has them otherwise.
+
+    Args:
+      params: a pytree of arrays.
+      masks: a pytree like ``params``: bool arrays, the scalar True for dense leaves.
+
+    Returns:
+      A pytree like ``params``. All weights that a mask keeps are stored, including zeros; dense leaves are unchanged.
+
+    Raises:
+      ValueError: for masks that do not fit, or whose outputs do not keep equally many weights or none, naming the leaf.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> params = {"kernel": jnp.array([[1.0, 0.0, 3.0], [2.0, 0.0, 0.0], [0.0, 0.0, 4.0]])}
+      >>> matrix = to_fan_in(params, {"kernel": params["kernel"] != 0})["kernel"]
+      >>> matrix.indices.tolist(), matrix.values.tolist(), matrix.outputs.tolist()
+      ([[0, 0], [1, 2]], [[1.0, 3.0], [2.0, 4.0]], [0, 2])
+      >>> (jnp.ones(3) @ matrix).tolist()
+      [3.0, 0.0, 7.0]
+    """
+    paths = iter(by_path(validate_masks(masks, params)))  # of the sparse leaves
+
+    def convert(leaf, mask):
+        with naming(next(paths), ValueError):
+            return fan_in_of(leaf.reshape(_matrix(leaf.shape)), mask.reshape(_matrix(leaf.shape)))
+
+    return _converted(params, masks, convert)
+
+
 def to_scipy(params: Any, masks: Any) -> Any:
     """Convert sparse leaves to matrices, :class:`scipy.sparse.csr_array`, with the rows and columns of :func:`to_bcsr`.
 
@@ -127,10 +163,10 @@ def to_scipy(params: Any, masks: Any) -> Any:
 
 
 def from_sparse(tree: Any, like: Any) -> tuple[Any, Any]:
-    """Convert the result of :func:`to_bcoo`, :func:`to_bcsr` or :func:`to_scipy` back to params and masks.
+    """Convert the result of :func:`to_bcoo`, :func:`to_bcsr`, :func:`to_fan_in` or :func:`to_scipy` back.
 
     Args:
-      tree: a pytree like ``like`` whose leaves may be BCOO, BCSR or sparse arrays of SciPy.
+      tree: a pytree like ``like`` whose leaves may be BCOO, BCSR, :class:`FanIn` or sparse arrays of SciPy.
       like: the params, or their shapes and dtypes (``jax.eval_shape``).
 
     Returns:
@@ -138,7 +174,8 @@ def from_sparse(tree: Any, like: Any) -> tuple[Any, Any]:
       or not, and the scalar True for dense leaves.
 
     Raises:
-      ValueError: for leaves that do not fit the shapes, or store an entry twice, naming them.
+      ValueError: for leaves that do not fit the shapes, store an entry twice, or have indices that are none, naming
+        them.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -338,6 +375,10 @@ def _rows(leaf: np.ndarray, mask: np.ndarray) -> tuple[tuple[int, int], np.ndarr
 
 def _stored(value: Any) -> tuple[Any, list[np.ndarray]] | None:
     """The stored entries of a sparse array and their indices along each axis; None if it is dense."""
+    if isinstance(value, FanIn):
+        value.check()
+        outputs = np.broadcast_to(value.outputs, value.indices.shape)
+        return np.ravel(value.values), [np.ravel(value.indices), np.ravel(outputs)]
     if hasattr(value, "tocoo"):
         coo = value.tocoo()
         return coo.data, [coo.row, coo.col]

@@ -12,8 +12,10 @@ from jaxsparse.artifacts.contents import CODES, FORMAT, VERSION, Leaf, as_json, 
 from jaxsparse.artifacts.encodings import (
     SMALLER,
     bit_view,
+    decode_fan_in,
     decode_positions,
     decode_values,
+    encode_fan_in,
     encode_positions,
     encode_values,
 )
@@ -34,6 +36,7 @@ from jaxsparse.trees import is_masked_node, leaf_paths, natural_order, path_name
 
 __all__ = ["describe", "load_sparse", "save_sparse"]
 
+_IN_HEADER = 20  # bytes that a leaf of constant fan-in takes more in the header
 _AT_LEAST, _TIMES_THE_FILE = 1 << 24, 4096  # the default limit of a file's size in memory
 
 
@@ -94,7 +97,7 @@ def save_sparse(
     tensors: dict[str, np.ndarray] = {}
     for i, (name, leaf, mask) in enumerate(zip(names, jax.tree.leaves(tree), kept, strict=True)):
         about, parts = _encode(name, leaf, mask, dtype)
-        leaves.append(about._asdict())
+        leaves.append(about.as_json())
         tensors |= {f"{i}/{part}": np.ascontiguousarray(array) for part, array in parts.items()}
     stamps = {name: [CODES[x.dtype.name], x.shape, sha256(x.view(np.uint8))] for name, x in sorted(tensors.items())}
     model = {"tree": as_json(treedef.unflatten(range(len(leaves)))), "leaves": leaves, "tensors": stamps}
@@ -224,15 +227,21 @@ def _kept(tree: Any, masks: Any) -> list[np.ndarray | None]:
 
 
 def _encode(name: str, leaf: np.ndarray, mask: np.ndarray | None, dtype: str | None) -> tuple[Leaf, dict]:
-    parts = {}
+    parts, inputs = {}, None
     if mask is None:
         positions, low_bits, survivors = "dense", 0, leaf.ravel()
     else:
         positions, low_bits, parts["positions"] = encode_positions(mask.ravel())
         survivors = leaf[mask]
+        fan_in = encode_fan_in(mask)
+        if fan_in is not None and fan_in[2].size + _IN_HEADER < parts["positions"].size:
+            positions, (inputs, low_bits, parts["positions"]) = "fan_in", fan_in
+            outputs = np.moveaxis(leaf, range(*inputs), range(inputs[0] - inputs[1], 0))
+            survivors = outputs[np.moveaxis(mask, range(*inputs), range(inputs[0] - inputs[1], 0))]
     with naming(name, ValueError):
         values, of_values = encode_values(survivors, dtype, sparse=mask is not None)
-    return Leaf(name, leaf.shape, leaf.dtype.name, survivors.size, positions, low_bits, values), parts | of_values
+    about = Leaf(name, leaf.shape, leaf.dtype.name, survivors.size, positions, low_bits, values, inputs)
+    return about, parts | of_values
 
 
 def _decode(leaf: Leaf, parts: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -241,7 +250,12 @@ def _decode(leaf: Leaf, parts: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np
         values = decode_values(parts, leaf.values, leaf.kept, leaf.dtype)
         if leaf.positions == "dense":
             return np.broadcast_to(values, leaf.size).reshape(leaf.shape).copy(), np.array(True)
-        mask = decode_positions(parts["positions"], leaf.positions, leaf.size, leaf.kept, leaf.low_bits)
+        if leaf.positions == "fan_in":
+            where = decode_fan_in(parts["positions"], leaf.shape, leaf.kept, leaf.inputs, leaf.low_bits)
+            mask = np.zeros(leaf.size, bool)
+            mask[where] = True
+        else:
+            where = mask = decode_positions(parts["positions"], leaf.positions, leaf.size, leaf.kept, leaf.low_bits)
     array = np.zeros(leaf.size, leaf.dtype)
-    array[mask] = values
+    array[where] = values
     return array.reshape(leaf.shape), mask.reshape(leaf.shape)

@@ -18,6 +18,7 @@ from jaxsparse.structures import StructureLike, check_structure
 from jaxsparse.transforms.checks import check_range, check_steps
 from jaxsparse.transforms.mask_link import MaskState, dense_start, every, mask_link
 from jaxsparse.transforms.prune import prune_globally
+from jaxsparse.transforms.scoring import scoring
 
 __all__ = ["ASNIState", "asni", "asni_counts"]
 
@@ -34,6 +35,7 @@ def asni(
     sparsity: ArrayLike | optax.Schedule,
     update_every: ArrayLike,
     *,
+    score: Any = "magnitude",
     at_least: ArrayLike = 0,
     structure: StructureLike = "weight",
     prunable: Any = None,
@@ -62,6 +64,7 @@ def asni(
         [0, 1]. A number is the fraction to reach at the next pruning: a constant one prunes once, at step n; one that
         ``optax.inject_hyperparams`` hands in anew on every step is a schedule.
       update_every: n, steps between prunings, int >= 1; the author has one epoch.
+      score: what weights rank by, as for :func:`jaxsparse.magnitude_pruning`.
       at_least: the fewest weights (or units) that any leaf keeps; all, if it has fewer. 0, as published: nothing stops
         a layer from being emptied, which :func:`jaxsparse.check` then says.
       structure: what goes as one, see :mod:`jaxsparse.structures`: "weight", "kernel", "channel",
@@ -80,8 +83,8 @@ def asni(
       needs the params.
 
     Raises:
-      ValueError: for numbers out of range, a structure that does not fit a leaf and says "error" to that, params with
-        a replica axis, 2**31 weights or more, missing params.
+      ValueError: for numbers out of range, scores that do not fit a leaf, a structure that does not fit a leaf and says
+        "error" to that, params with a replica axis, 2**31 weights or more, missing params.
 
     Examples:
       >>> import jax.numpy as jnp, optax, jaxsparse
@@ -101,8 +104,10 @@ def asni(
         check_range("sparsity", sparsity, 0, 1)
     check_steps("at_least", at_least, 0)
     check_structure(structure)
+    scores = scoring(score)
 
     def change(layers, state):
+        values, nans = scores.of(layers)
         total = sum(layer.size for layer in layers)
         if callable(sparsity):
             # Counted from the first pruning on, for with units of several weights the masks may keep fewer.
@@ -114,13 +119,15 @@ def asni(
             )
         else:
             left = _left(sparsity, state.count, update_every, state.kept, total)
-        return *prune_globally(layers, left, at_least=at_least), None
+        return *prune_globally(layers, left, scores=values, at_least=at_least), None, nans
 
     return mask_link(
         ASNIState,
         dense_start(structure, prunable, layout),
         change,
         when=every(update_every),
+        signal=scores.signal,
+        own=scores.own,
         structure=structure,
         layout=layout,
     )

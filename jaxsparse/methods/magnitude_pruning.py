@@ -6,7 +6,7 @@ Magnitude-based Pruning*, 2021 (https://arxiv.org/abs/2010.07611), score weights
 and none is lost (https://github.com/jaeho-lee/layer-adaptive-sparsity at 94e53b1, ``tools/pruners.py``).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -17,22 +17,18 @@ from jax.typing import ArrayLike
 
 from jaxsparse.layouts import LayoutLike
 from jaxsparse.saliency import lamp_scores
-from jaxsparse.structures import StructureLike, check_structure, unit_scores
+from jaxsparse.structures import StructureLike, check_structure, unit_scores, weight
 from jaxsparse.transforms.checks import check_range, check_steps
 from jaxsparse.transforms.layers import Layer, counts, each
 from jaxsparse.transforms.mask_link import MaskState, dense_start, mask_link
-from jaxsparse.transforms.prune import prune_globally, prune_layers
+from jaxsparse.transforms.prune import counts_at, prune_globally, prune_layers, prune_outputs
 from jaxsparse.transforms.ranking import rank_globally
+from jaxsparse.transforms.scoring import scoring
 
 __all__ = ["MagnitudePruningState", "magnitude_pruning"]
 
-Scope: TypeAlias = Literal["layer", "global", "lamp"]
-# How far pruning has come, from 0 to 1, at a share x of its time: 1 - s_t / s_f of eq. (1) is (1 - x) ** 3.
-_PROGRESS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "cubic": lambda x: 1 - (1 - x) ** 3,
-    "linear": lambda x: x,
-    "constant": jnp.ones_like,
-}
+Scope: TypeAlias = Literal["layer", "global", "lamp", "output"]
+_POWERS = {"cubic": 3, "linear": 1, "constant": 0}  # the exponents of eq. (1)
 
 
 class MagnitudePruningState(MaskState):
@@ -48,8 +44,10 @@ def magnitude_pruning(
     end: ArrayLike | None = None,
     every: ArrayLike = 100,
     schedule: Literal["cubic", "linear", "constant"] = "cubic",
+    initial: ArrayLike = 0,
+    power: ArrayLike | None = None,
     scope: Scope = "layer",
-    score: Literal["magnitude"] | Callable[[Any, Any], Any] = "magnitude",
+    score: Literal["magnitude"] | Callable[[Any, Any], Any] | Any = "magnitude",
     at_least: ArrayLike = 0,
     structure: StructureLike = "weight",
     prunable: Any = None,
@@ -62,10 +60,10 @@ def magnitude_pruning(
     On the steps t = begin, begin + every, ... and on step end, the weights of smallest magnitude go until a fraction
     :math:`s_t` of them is 0,
 
-    .. math:: s_t = s_f \left(1 - \left(1 - \frac{t - t_0}{t_1 - t_0}\right)^3\right) \qquad (1)
+    .. math:: s_t = s_f + (s_i - s_f) \left(1 - \frac{t - t_0}{t_1 - t_0}\right)^3 \qquad (1)
 
-    with :math:`s_f` = ``sparsity``, :math:`t_0` = ``begin`` and :math:`t_1` = ``end``: eq. (1) of the paper with
-    :math:`s_i = 0`. What is pruned stays pruned. Counts are exact, ties included (the lowest indices stay), and s is
+    with :math:`s_f` = ``sparsity``, :math:`s_i` = ``initial``, :math:`t_0` = ``begin`` and :math:`t_1` = ``end``. What
+    is pruned stays pruned. Counts are exact, ties included (the lowest indices stay), and s is
     computed in double precision. Pruning happens before the update of its step, from the params as they come in.
 
     Args:
@@ -77,11 +75,16 @@ def magnitude_pruning(
       every: steps between two prunings, int >= 1. (The authors' code has 100.)
       schedule: "cubic", eq. (1), "linear", or "constant": the number itself, for ``optax.inject_hyperparams``, which
         hands in another one on every step.
+      initial: :math:`s_i`, in [0, 1], at most ``sparsity``: what goes on step ``begin``.
+      power: the exponent of eq. (1) in the place of 3, above 0; None: as ``schedule`` says.
       scope: which weights are ranked together: those of each "layer", which all reach :math:`s_t`; "global", all,
-        whatever their layer; or "lamp", all by :func:`lamp_scores`.
-      score: "magnitude"; or a function of params and gradients to a tree like them, such as those of
-        :mod:`jaxsparse.saliency`, of which the largest are kept. It is called with dicts from path to array, of the
-        prunable leaves. A unit of several weights has the mean of their scores (of magnitudes, as its structure says).
+        whatever their layer; "lamp", all by :func:`lamp_scores`; or those of each "output", so that all outputs of a
+        layer keep equally many (:math:`s_t`, rounded), as Wanda does: for single weights.
+      score: of which the largest stay. "magnitude"; or a function of params and gradients to scores of these, such as
+        those of :mod:`jaxsparse.saliency`, which is called with dicts from path to array, of the prunable leaves; or a
+        tree like the params with fixed scores, such as those of :func:`jaxsparse.saliency.snip` before training, which
+        the state then holds (four bytes a weight). A unit of several weights has the mean of their scores (of
+        magnitudes, as its structure says).
       at_least: the fewest weights (or units) that any leaf keeps; all, if it has fewer.
       structure: what goes as one, see :mod:`jaxsparse.structures`. With ``n_of_m``, the n largest of every group always
         stay.
@@ -95,8 +98,9 @@ def magnitude_pruning(
       ``update`` needs the params.
 
     Raises:
-      ValueError: for numbers out of range, unknown options, an ``end`` before ``begin``, a structure that does not fit
-        a leaf and says "error" to that, params with a replica axis, 2**31 weights or more, missing params.
+      ValueError: for numbers out of range, unknown options, an ``end`` before ``begin``, scores that do not fit a leaf
+        (which is named), a structure that does not fit a leaf and says "error" to that, params with a replica axis,
+        2**31 weights or more, missing params.
 
     Examples:
       >>> import jax.numpy as jnp, optax, jaxsparse
@@ -126,52 +130,60 @@ def magnitude_pruning(
         check_steps(name, value, low)
     if end is not None and not any(isinstance(step, jax.core.Tracer) for step in (begin, end)) and end < begin:
         raise ValueError(f"end must be at least begin, {begin}, got {end}")
-    for name, value, options in (("schedule", schedule, _PROGRESS), ("scope", scope, _SCOPES)):
+    for name, value, options in (("schedule", schedule, _POWERS), ("scope", scope, _SCOPES)):
         if value not in options:
             raise ValueError(f"{name} must be one of {list(options)}, got {value!r}")
-    if score != "magnitude" and not callable(score):
-        raise ValueError(f'score must be "magnitude" or a function of params and gradients, got {score!r}')
+    _check_shape(sparsity, schedule, initial, power)
     check_structure(structure)
+    given = structure.values() if isinstance(structure, Mapping) else [structure]
+    if scope == "output" and not all(unit == "weight" or isinstance(unit, weight) for unit in given):
+        raise ValueError(f"scope='output' ranks single weights, got structure={structure!r}")
+    scores = scoring(score)
 
     def due(step):
         now = (step >= begin) & ((step - begin) % every == 0)
         return now if end is None else (now & (step <= end)) | (step == end)
 
     def change(layers, state):
-        scores = None
-        if callable(score):
-            gradients = {layer.path: layer.signal for layer in layers}
-            found = score({layer.path: layer.weight for layer in layers}, gradients)
-            scores = [found[layer.path] for layer in layers]
+        values, nans = scores.of(layers)
         # In double precision, for float32 cannot tell all the weights of a large network.
         with jax.enable_x64(True):
             if callable(sparsity):
                 zeros = jnp.asarray(sparsity(state.count), jnp.float64)
             else:
                 first, last, now = (jnp.asarray(step, jnp.float64) for step in (begin, end, state.count))
-                time = jnp.where(now >= last, 1.0, (now - first) / jnp.maximum(last - first, 1.0))  # (1)
-                zeros = jnp.asarray(sparsity, jnp.float64) * _PROGRESS[schedule](time)
-            zeros = jnp.clip(zeros, 0, 1)
-            units = np.asarray([np.prod(layer.structure.unit_shape(layer.mask.shape)) for layer in layers], np.float64)
-            of_layers = jnp.asarray(units - jnp.round(units * zeros), jnp.int32)
-            total = sum(layer.size for layer in layers)
-            of_all = jnp.asarray(total - jnp.round(total * zeros), jnp.int32)
-        return *_SCOPES[scope](layers, of_layers, of_all, scores, at_least), None
+                time = jnp.where(now >= last, 1.0, (now - first) / jnp.maximum(last - first, 1.0))
+                exponent = jnp.asarray(_POWERS[schedule] if power is None else power, jnp.float64)
+                start, zeros = (jnp.asarray(value, jnp.float64) for value in (initial, sparsity))
+                if schedule != "constant":
+                    zeros = zeros + (start - zeros) * (1 - time) ** exponent  # (1)
+            of_layers, of_all = counts_at(layers, jnp.clip(zeros, 0, 1))
+        return *_SCOPES[scope](layers, of_layers, of_all, values, at_least), None, nans
 
     return mask_link(
         MagnitudePruningState,
         dense_start(structure, prunable, layout),
         change,
         when=due,
-        signal=_gradients if callable(score) else None,
+        signal=scores.signal,
+        own=scores.own,
         structure=structure,
         layout=layout,
     )
 
 
-def _gradients(updates: Any, own: Any, extra_args: Any) -> Any:
-    del own
-    return updates if extra_args.get("grad") is None else extra_args["grad"]
+def _check_shape(sparsity: Any, schedule: str, initial: Any, power: Any) -> None:
+    """Raises a ValueError for a first sparsity or an exponent that are out of range, or have no effect."""
+    check_range("initial", initial, 0, 1)
+    check_range("power", power, 0)
+    known = not any(isinstance(value, jax.core.Tracer) for value in (sparsity, initial, power))
+    if known and power is not None and power == 0:
+        raise ValueError("power must be above 0, got 0")
+    by_itself = callable(sparsity) or schedule == "constant"
+    if by_itself and (power is not None or (known and initial)):
+        raise ValueError("initial and power belong to eq. (1), and there is a schedule in its place")
+    if known and not by_itself and initial > sparsity:
+        raise ValueError(f"initial must be at most sparsity, {sparsity}, got {initial}")
 
 
 def _each_layer(layers, of_layers, of_all, scores, at_least):
@@ -179,6 +191,11 @@ def _each_layer(layers, of_layers, of_all, scores, at_least):
     sizes = [np.prod(layer.structure.unit_shape(layer.mask.shape)) for layer in layers]
     fewest = jnp.minimum(jnp.asarray(at_least, jnp.int32), jnp.asarray(sizes, jnp.int32))
     return prune_layers(layers, jnp.maximum(of_layers, fewest), scores=scores)
+
+
+def _each_output(layers, of_layers, of_all, scores, at_least):
+    del of_all
+    return prune_outputs(layers, of_layers, scores=scores, at_least=at_least)
 
 
 def _together(layers, of_layers, of_all, scores, at_least):
@@ -204,4 +221,4 @@ def _lamp(
     return prune_layers(layers, counts(layers, chosen), scores=scores)
 
 
-_SCOPES = {"layer": _each_layer, "global": _together, "lamp": _lamp}
+_SCOPES = {"layer": _each_layer, "global": _together, "lamp": _lamp, "output": _each_output}

@@ -80,6 +80,27 @@ class n_of_m(Structure):  # noqa: N801
         groups, axis = self._grouped(mask)
         return jnp.squeeze(count_true(groups, (axis + 1,)), axis + 1)
 
+    def group_max(self, values: jax.Array, where: jax.Array) -> jax.Array:
+        """The largest value of each group, at each of its weights.
+
+        Args:
+          values: floats of a leaf's shape, at least 0.
+          where: bool, the shape of ``values``: the others count as 0.
+
+        Returns:
+          Floats of the leaf's shape.
+
+        Examples:
+          >>> import jax.numpy as jnp
+          >>> n_of_m(1, 2, axis=0).group_max(jnp.array([[1.0], [2.0], [4.0], [3.0]]), jnp.ones((4, 1), bool)).tolist()
+          [[2.0], [2.0], [4.0], [4.0]]
+        """
+        groups, axis = self._grouped(jnp.where(where, values, 0))
+        largest = jnp.broadcast_to(jnp.max(groups, axis=axis + 1, keepdims=True), groups.shape)
+        if not self._by_layout:
+            return merged(largest, values)
+        return self.layout.from_matrices(merged(largest, self.layout.to_matrices(values)), values)  # type: ignore[union-attr]
+
     def reserved(self, scores: jax.Array, mask: jax.Array, *, absolute: bool = True) -> jax.Array:
         """The n largest of every group."""
         return self.top(scores, where=mask, absolute=absolute)

@@ -1,6 +1,6 @@
 """Checks of arguments and params, and of the invariants of states."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from jaxsparse.trees import by_path
 __all__ = [
     "check_budget",
     "check_range",
+    "check_schedule",
     "check_steps",
     "check_zeros",
     "hint_of_parts",
@@ -30,6 +31,16 @@ def check_range(name: str, value: Any, low: float, high: float | None = None, op
     if not (value >= low and (high is None or value < high or (value == high and not open_end))):
         upper = "" if high is None else f" and {'below' if open_end else 'at most'} {high}"
         raise ValueError(f"{name} must be at least {low}{upper}, got {value}")
+
+
+def check_schedule(name: str, value: Any, steps: Iterable[Any] = (0, 1, 10, 100, 1000, 10_000)) -> None:
+    """Raises a ValueError for a number out of [0, 1], or a schedule that leaves it on one of some steps."""
+    if not callable(value):
+        check_range(name, value, 0, 1)
+        return
+    for step in steps:
+        if not isinstance(step, jax.core.Tracer):
+            check_range(f"{name} of step {step}", value(jnp.asarray(step, jnp.int32)), 0, 1)
 
 
 def check_steps(name: str, value: Any, low: int) -> None:

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxsparse.placement import copied
+from jaxsparse.placement import copied, of_shapes_too
 from jaxsparse.transforms.checks import check_zeros, refuse_replicated, require_bool, require_params
 from jaxsparse.trees import by_path, is_masked_node
 
-__all__ = ["LatentState", "latent", "map_latents", "straight_through"]
+__all__ = ["LatentState", "identity_pull", "latent", "map_latents"]
 
 
 class _Fields(NamedTuple):
@@ -53,7 +53,7 @@ class LatentState(_Fields):
         return found + ([] if params is None else check_zeros(self.masks, params, self.method))
 
 
-def straight_through(grads: Any, weights: Any, state: Any) -> tuple[Any, Any]:
+def identity_pull(grads: Any, weights: Any, state: Any) -> tuple[Any, Any]:
     """The gradient at f(w), taken for that of w: the default ``pull`` of :func:`latent`."""
     del weights
     return grads, state
@@ -66,7 +66,8 @@ def latent(
     forward: Callable[[Any], tuple[Any, Any]],
     *,
     start: Callable[[Any, Any], Any] | None = None,
-    pull: Callable[[Any, Any, Any], tuple[Any, Any]] = straight_through,
+    pull: Callable[[Any, Any, Any], tuple[Any, Any]] = identity_pull,
+    push: Callable[[Any, Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Optimise latent weights w while the loss sees f(w). A wrapper: around an optimizer.
 
@@ -93,6 +94,7 @@ def latent(
         needs buffers of its own. None: that of ``forward``.
       pull: (gradients, weights, state) -> (gradients of the latent weights, state). Both trees have all leaves of the
         params, and ``state`` is the one that made them. :func:`map_latents` maps over the leaves with latent weights.
+      push: (updates of the inner optimizer, state) -> those by which w moves. None: the same.
 
     Returns:
       A gradient transformation. Its ``update`` needs the params.
@@ -135,18 +137,20 @@ def latent(
         first = state(
             count=jnp.zeros([], jnp.int32),
             weights=jax.tree.map(copied, weights),
-            inner_state=inner.init(_filled(weights, params)),
+            inner_state=inner.init(filled(weights, params)),
         )
         return forward(first)[1] if start is None else start(first, params)
 
     def update_fn(updates, state, params=None, **extra_args):
         require_params(params, who)
         require_bool(getattr(state, "masks", ()), who)
-        behind = _filled(state.weights, params)
+        behind = filled(state.weights, params)
         grads, state = pull(updates, behind, state)
         if "grad" in extra_args:  # what a chain inside takes for its gradient
             extra_args["grad"] = grads
         proposed, inner_state = inner.update(grads, state.inner_state, behind, **extra_args)
+        if push is not None:
+            proposed = push(proposed, state)
 
         leaves, treedef = jax.tree.flatten(params)
         moves, weights = treedef.flatten_up_to(proposed), treedef.flatten_up_to(state.weights)
@@ -168,7 +172,7 @@ def latent(
         rows = zip(leaves, moves, treedef.flatten_up_to(image), strict=True)
         return treedef.unflatten([land(*row) for row in rows]), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(of_shapes_too(init_fn), update_fn)
 
 
 def map_latents(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
@@ -209,6 +213,6 @@ def not_finite(weights: Any, who: str) -> list[str]:
     ]
 
 
-def _filled(weights: Any, params: Any) -> Any:
+def filled(weights: Any, params: Any) -> Any:
     """The latent weights, and the params where there are none."""
     return map_latents(lambda p, w: w, params, weights)

@@ -167,6 +167,14 @@ class Layers(list):
                  for members, shapes in form]  # fmt: skip
         return Column([members for members, _ in form], parts, [shapes for _, shapes in form])
 
+    def with_masks(self, masks: Sequence[jax.Array]) -> "Layers":
+        """The same layers with other masks."""
+        column = self.column(masks)  # whose first parts are those of the stacks
+        stacks = [stack._replace(layer=stack.layer._replace(mask=part))
+                  for stack, part in zip(self.stacks, column.parts, strict=False)]  # fmt: skip
+        layers = [layer._replace(mask=column[i]) for i, layer in enumerate(self)]
+        return Layers(layers, stacks, flat=self._flat)
+
     def some(self, chosen: Sequence[int]) -> "Layers":
         """Some of the layers, the whole of every stack."""
         number = {i: place for place, i in enumerate(chosen)}

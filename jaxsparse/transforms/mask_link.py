@@ -6,7 +6,7 @@ change on the steps on which they are due and cost nothing on the others, and wh
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -32,7 +32,7 @@ from jaxsparse.transforms.checks import (
 )
 from jaxsparse.transforms.landing import land_on_masks, on_update_steps
 from jaxsparse.transforms.layers import Layer, each, layers_of
-from jaxsparse.transforms.renewal import Renewing
+from jaxsparse.transforms.renewal import Renewing, Restarting
 from jaxsparse.trees import is_masked_node, leaf_paths
 
 __all__ = ["MaskState", "Watched", "dense_start", "every", "given_masks", "mask_link"]
@@ -40,7 +40,7 @@ __all__ = ["MaskState", "Watched", "dense_start", "every", "given_masks", "mask_
 _LARGE = 4096  # weights of a layer, from which on its fingerprint is of sums of floats
 
 Start = Callable[[Any, jax.Array | None], Any]
-Change = Callable[[list[Layer], "MaskState"], tuple[Sequence[jax.Array], ArrayLike, jax.Array | None]]
+Change = Callable[[list[Layer], "MaskState"], tuple[Any, ...]]
 
 
 class Watched(NamedTuple):
@@ -84,6 +84,7 @@ class MaskState(_Fields):
 
     method: ClassVar[str] = "masks"
     needs_momentum: ClassVar[bool] = False
+    restarts_all: ClassVar[bool] = False  # whether the whole optimizer starts anew with what is regrown
 
     def sparse_masks(self) -> Any:
         """The masks in the form of a state."""
@@ -186,7 +187,8 @@ def mask_link(
     layout: LayoutLike = None,
     key: ArrayLike | None = None,
     draws: bool = True,
-    renewing: Renewing | None = None,
+    renewing: Renewing | Restarting | None = None,
+    proposed: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """A link that keeps pruned weights at exactly 0 and changes its masks on some steps.
 
@@ -194,8 +196,9 @@ def mask_link(
       state: a subclass of :class:`MaskState` with the name of the ``method``.
       start: (params, key) -> the first masks, in the form of :func:`jaxsparse.random_masks` or of a state.
       change: (layers, state) -> (their new masks, in their order; how many weights these keep; which layers rest, or
-        None). It sees the state as it is at that step, with ``watched.resting`` saying which layers are frozen. None:
-        the masks stay. What it computes of each layer by itself it computes by :func:`each`.
+        None; and, if it makes scores itself, how many NaN are in them besides those of weights and signals). It sees
+        the state as it is at that step, with ``watched.resting`` saying which layers are frozen. None: the masks stay.
+        What it computes of each layer by itself it computes by :func:`each`.
       when: step -> whether masks change on it, such as :func:`every`.
       signal: (updates, own, extra args) -> what ``change`` sees as ``Layer.signal``: a tree like the params, or a
         function that makes one. It is made on the steps on which masks change, only.
@@ -206,6 +209,7 @@ def mask_link(
       key: an int or PRNG key; None for a method that makes no random choice.
       renewing: how regrown weights start, with an optimizer state of zeros; None: with the state that they have. Only
         :func:`jaxsparse.chain` can see to that.
+      proposed: the layers have the weights that the proposed update leads to, pruned ones too, in place of the params.
       draws: whether ``change`` makes random choices, by ``Layer.key``. If not, only ``start`` has the key.
 
     Returns:
@@ -250,12 +254,14 @@ def mask_link(
             def changed(old):
                 masks, kept, nan_scores, next_key, watched, renewal = old
                 next_key, draw = jax.random.split(next_key) if draws and key is not None else ((), None)
-                layers = layers_of(params, seen, masks, structure=structure, layout=layout, key=draw)
+                weights = _moved(params, updates, masks) if proposed else params
+                layers = layers_of(weights, seen, masks, structure=structure, layout=layout, key=draw)
                 nans, *prints = each(layers, _looked_at if watch else _nans)
                 nan_scores += jnp.sum(nans)
                 if watch:
                     watched = Watched(prints[0], prints[0] == watched.fingerprints)
-                new, kept, resting = change(layers, state._replace(kept=kept, watched=watched))
+                new, kept, resting, *of_scores = change(layers, state._replace(kept=kept, watched=watched))
+                nan_scores += sum(of_scores)
                 if watch:
                     resting = watched.resting if resting is None else resting
                     watched = Watched(each(layers, _prints, new), resting)
@@ -275,12 +281,21 @@ def mask_link(
                         "zero: use jaxsparse.chain in place of optax.chain",
                         stacklevel=2,
                     )
-                state = state._replace(renewal=renewing.at(state.renewal, due))
+                state = state._replace(renewal=renewing.at(state.renewal, due, state.count))
                 updates = renewing.updates(updates, state.renewal, params, state.masks, state.count)
         landing = land_on_masks(updates, params, state.masks)
         return landing, state._replace(count=optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _moved(params: Any, updates: Any, masks: Any) -> Any:
+    """The params after an update, in their dtypes, as far as they have masks."""
+    leaves, treedef = jax.tree.flatten(params)
+    rows = zip(leaves, treedef.flatten_up_to(updates), treedef.flatten_up_to(masks), strict=True)
+    return treedef.unflatten([
+        p if u is None or is_masked_node(mask) else p + jnp.asarray(u, jnp.result_type(p)) for p, u, mask in rows
+    ])  # fmt: skip
 
 
 @jax.jit

@@ -17,7 +17,7 @@ def rank_layers(
     scores: Sequence[jax.Array],
     ks: jax.Array,
     *,
-    where: Sequence[jax.Array],
+    where: Sequence[jax.Array] | None,
     absolute: bool = False,
     enough: bool = False,
 ) -> Sequence[jax.Array]:
@@ -27,7 +27,7 @@ def rank_layers(
       layers: the layers, of :func:`jaxsparse.transforms.layers_of`.
       scores: floats, an array for each layer.
       ks: how many to mark in each, int32, (layers,).
-      where: for each layer bool of its scores' shape: only these may be marked.
+      where: for each layer bool of its scores' shape: only these may be marked. None: all.
       absolute: rank by absolute value.
       enough: the caller knows that ``where`` marks at least ``ks``, which saves counting them.
 
@@ -36,15 +36,17 @@ def rank_layers(
     """
     layers = as_layers(layers)
     if not layers.stacks:
-        return top_k_masks(list(scores), ks, where=list(where), absolute=absolute, enough=enough)
-    scores, where = layers.column(scores), layers.column(where)
+        among = None if where is None else list(where)
+        return top_k_masks(list(scores), ks, where=among, absolute=absolute, enough=enough)
+    scores = layers.column(scores)
+    free = [None] * len(scores.parts) if where is None else layers.column(where).parts
     count, chosen = len(layers.stacks), np.concatenate([stack.members for stack in layers.stacks])
     ks_of_stacks = ks if np.array_equal(chosen, np.arange(len(layers))) else ks[chosen]
-    masks = top_k_of_stacks(scores.parts[:count], ks_of_stacks, where.parts[:count], absolute=absolute, enough=enough)
+    masks = top_k_of_stacks(scores.parts[:count], ks_of_stacks, free[:count], absolute=absolute, enough=enough)
     if layers.single:
         masks += top_k_masks(
-            scores.parts[count:], [ks[i] for i in layers.single], where=where.parts[count:], absolute=absolute,
-            enough=enough,
+            scores.parts[count:], [ks[i] for i in layers.single], where=None if where is None else free[count:],
+            absolute=absolute, enough=enough,
         )  # fmt: skip
     return Column(scores.members, masks, scores.shapes)
 
@@ -54,7 +56,7 @@ def rank_globally(
     scores: Sequence[jax.Array],
     k: ArrayLike,
     *,
-    where: Sequence[jax.Array],
+    where: Sequence[jax.Array] | None,
     sizes: Sequence[int] | None = None,
     absolute: bool = False,
     at_least: ArrayLike = 0,
@@ -73,11 +75,12 @@ def rank_globally(
     if not layers:
         return []
     layers = as_layers(layers)
-    column, free = layers.column(scores), layers.column(where)
+    column = layers.column(scores)
+    free = None if where is None else layers.column(where).parts
     counts = {i: part.size // len(members) for members, part in zip(column.members, column.parts, strict=True)
               for i in members}  # fmt: skip
     begins = np.cumsum([0, *(counts[i] for i in range(len(layers)))]).tolist()
     starts = tuple(tuple(begins[i] for i in m) if len(m) > 1 else begins[m[0]] for m in column.members)
     each = (1,) * len(column.parts) if sizes is None else tuple(int(sizes[m[0]]) for m in column.members)
-    masks = top_k_of_all(column.parts, k, free.parts, starts, each, absolute=absolute, at_least=at_least)
+    masks = top_k_of_all(column.parts, k, free, starts, each, absolute=absolute, at_least=at_least)
     return Column(column.members, masks, column.shapes)

@@ -17,7 +17,7 @@ from jaxsparse.transforms.checks import check_range
 from jaxsparse.transforms.protocols import link_states
 from jaxsparse.trees import by_path, is_masked_node, path_name
 
-__all__ = ["Renewal", "Renewing"]
+__all__ = ["Renewal", "Renewing", "Restarting"]
 
 _SLOTS = ("trace", "mu", "nu", "ema")  # what Optax's optimizers call their averages of gradients and their squares
 _OLD = 255  # age of a weight that has been there from the start, or for as many mask updates
@@ -79,8 +79,9 @@ class Renewing(NamedTuple):
             explored=jax.tree.map(lambda mask: mask | False, masks) if self.track else (),
         )
 
-    def at(self, renewal: Renewal, now: jax.Array) -> Renewal:
+    def at(self, renewal: Renewal, now: jax.Array, count: jax.Array) -> Renewal:
         """The state of a step on which masks change, or do not."""
+        del count
         return renewal._replace(now=jnp.asarray(now))
 
     def renewed(self, renewal: Renewal, params: Any, masks: Any, count: jax.Array) -> Renewal:
@@ -134,11 +135,44 @@ class Renewing(NamedTuple):
         return of
 
 
+class Restarting(NamedTuple):
+    """A fresh start of the whole optimizer after some steps: the other treatment of weights that return.
+
+    For links whose state has ``restarts_all``, in the place of :class:`Renewing`, whose methods it has.
+
+    Attributes:
+      when: step -> whether the optimizer starts anew after it, and has a state of zeros on the next one.
+    """
+
+    when: Callable[[jax.Array], jax.Array]
+
+    def init(self, params: Any, masks: Any) -> Renewal:
+        """The first state."""
+        del masks
+        return Renewal(now=varying_like(jnp.zeros([], bool), params))
+
+    def at(self, renewal: Renewal, now: jax.Array, count: jax.Array) -> Renewal:
+        """The state of a step."""
+        del now
+        return renewal._replace(now=jnp.asarray(self.when(count)))
+
+    def renewed(self, renewal: Renewal, params: Any, masks: Any, count: jax.Array) -> Renewal:
+        """The state after a mask update: the same."""
+        del params, masks, count
+        return renewal
+
+    def updates(self, updates: Any, renewal: Renewal, params: Any, masks: Any, count: jax.Array) -> Any:
+        """The proposed update, which holds for all weights."""
+        del renewal, params, masks, count
+        return updates
+
+
 def restarted(states: Any, params: Any) -> Any:
     """The states of a chain's members before a step, with zeros for what links in it regrew in the last step.
 
     A weight that has just been regrown is 0, so only weights are compared with 0, and those that are missing may be
     reset as well: what is kept of them is never used. That reads no mask and costs no loop, which would copy the slots.
+    A link whose state has ``restarts_all`` asks for zeros in the states of all params, those without a mask too.
 
     Args:
       states: the tuple of states that the update begins with.
@@ -182,8 +216,11 @@ def _chosen(first: jax.Array, old: Any, new: list[Any]) -> list[Any]:
 
 
 def _zeroed(states: list[Any], link: Any, params: Any) -> list[Any]:
-    masks, weights = by_path(link.sparse_masks()), by_path(params)
-    bound = _bound(link.renewal.now)
+    now = link.renewal.now
+    if getattr(link, "restarts_all", False):  # of averages that begin anew, the bias is that of their first steps
+        everything = (*_SLOTS, "count")
+        return list(_map_slots(lambda _, x: jnp.where(now, jnp.zeros_like(x), x), tuple(states), everything))
+    masks, weights, bound = by_path(link.sparse_masks()), by_path(params), _bound(now)
 
     def zeroed(path, slot):
         name = path_name(path)
@@ -202,18 +239,19 @@ def _bound(now: jax.Array) -> jax.Array:
     return jnp.where(now, 0.0, -1.0)
 
 
-def _map_slots(function: Callable[[Any, Any], Any], states: Any) -> Any:
+def _map_slots(function: Callable[[Any, Any], Any], states: Any, fields: tuple[str, ...] = _SLOTS) -> Any:
+    def has_slots(node):
+        return any(name in getattr(node, "_fields", ()) for name in _SLOTS)
+
     def of_state(node):
-        fields = [name for name in _SLOTS if name in getattr(node, "_fields", ())]
-        if not fields:
+        if not has_slots(node):
             return node
         return node._replace(**{
-            name: jax.tree_util.tree_map_with_path(function, getattr(node, name)) for name in fields
+            name: jax.tree_util.tree_map_with_path(function, getattr(node, name))
+            for name in fields if name in node._fields
         })  # fmt: skip
 
-    return jax.tree.map(
-        of_state, states, is_leaf=lambda node: any(name in getattr(node, "_fields", ()) for name in _SLOTS)
-    )
+    return jax.tree.map(of_state, states, is_leaf=has_slots)
 
 
 def _map_masked(function: Callable[..., Any], params: Any, masks: Any, tree: Any, dense: Any = None) -> Any:

@@ -62,7 +62,7 @@ def documented_reader():
     """The function ``read`` of the module's docstring."""
     lines = [line[4:] for line in artifacts.__doc__.splitlines() if line.startswith((">>> ", "... "))]
     code = "\n".join(lines[: next(i for i, line in enumerate(lines) if line.startswith("import tempfile"))])
-    assert len(lines) < 32
+    assert len(lines) < 40
     assert "jaxsparse" not in code
     names = {}
     exec(code, names)
@@ -196,6 +196,23 @@ def test_the_smaller_encoding_of_positions_is_taken(tmp_path):
         header = int.from_bytes((tmp_path / "model").read_bytes()[:8], "little") + 8
         assert stored - header <= (2500 if density >= 0.5 else 1.06 * entropy + 4)
         assert ("mask, " if density >= 0.5 else "gaps, ") in describe(tmp_path / "model")
+
+
+def test_a_constant_fan_in_is_coded_by_output_where_that_is_smaller(tmp_path):
+    rng = np.random.default_rng(0)
+    for live in (60, 20):  # of 60 outputs, which have 600 of 12,000 weights
+        columns = np.where(np.arange(60) < live, 600 // live, 0)
+        mask = rng.permuted(np.arange(200)[:, None] < rng.permutation(columns), axis=0)
+        params = {"w": np.where(mask, rng.standard_normal(mask.shape), 0).astype(np.float32)}
+        for name, turn in (("last", lambda x: x), ("first", np.transpose), ("two", lambda x: x.reshape(200, 6, 10))):
+            turned, masks = {"w": turn(params["w"])}, {"w": turn(mask)}
+            path = tmp_path / f"{name} {live}"
+            save_sparse(path, turned, masks)
+            assert ("fan_in, float32" if live == 20 else "gaps, float32") in describe(path)
+            same_bits(load_sparse(path), (turned, masks))
+            same_bits(documented_reader()(path)["w"], turned["w"])
+            save_sparse(path, turned, masks, dtype="int8")
+            np.testing.assert_allclose(load_sparse(path)[0]["w"], turned["w"], atol=0.02)
 
 
 def test_equal_models_give_equal_files(tmp_path):
@@ -416,7 +433,9 @@ def model():
     dense = rng.standard_normal((40, 25))
     mask = rng.random((40, 25)) < 0.1
     half = rng.random((40, 25)) < 0.6
+    fan_in = rng.permuted(np.arange(120)[:, None] < np.array([8, 0, 0, 0] * 16), axis=0).reshape(12, 10, 64)
     params = {
+        "fan_in": np.where(fan_in, rng.standard_normal((12, 10, 64)), 0).astype(np.float32),
         "gaps": np.where(mask, dense, 0).astype(np.float32),
         "mask": np.where(half, dense, 0).astype(jnp.bfloat16),
         "two": [np.where(mask, np.sign(dense) / 8, 0).astype(np.float32), np.float32(np.where(half, -0.5, 0))],
@@ -424,7 +443,7 @@ def model():
     }
     params["gaps"][0, 1] = np.nan
     masks = jax.tree.map(lambda x: np.array(True), params)
-    masks |= {"gaps": params["gaps"] != 0, "mask": half, "two": [mask, half]}
+    masks |= {"fan_in": fan_in, "gaps": params["gaps"] != 0, "mask": half, "two": [mask, half]}
     return params, masks
 
 
@@ -434,8 +453,9 @@ def valid(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("fuzz") / "model"
     save_sparse(path, *model)
     text = describe(path)
-    for encoding in ("gaps, float32", "mask, bfloat16", "gaps, two float32", "mask, one float32", "dense, bool"):
+    for encoding in ("fan_in, float32", "gaps, float32", "mask, bfloat16", "gaps, two float32", "mask, one float32"):
         assert encoding in text
+    assert "dense, bool" in text
     return path.read_bytes(), path
 
 
@@ -558,6 +578,14 @@ HOSTILE = {
        for leaf, name in (("gaps", "int32"), ("gaps", "float16"), ("gaps", "bfloat16"), ("dense/1", "bool"),
                           ("dense/2", "uint8"), ("dense/1", "float64"))},
     "an unknown key of a leaf": of_leaf("gaps", "more", 1),
+    "inputs that nobody needs": of_leaf("gaps", "inputs", [0, 1]),
+    **{f"fan_in of {leaf}": of_leaf(leaf, "positions", "fan_in") for leaf in ("gaps", "mask", "dense/0")},
+    **{f"fan_in as {name}": of_leaf("fan_in", "positions", name) for name in ("gaps", "mask", "dense")},
+    **{f"inputs {axes!r:.30}": of_leaf("fan_in", "inputs", axes)
+       for axes in (None, 2, "02", [], [0], [0, 1, 2], [0, 0], [1, 0], [2, 2], [-1, 2], [0, 4], [0, 1], [1, 2], [0, 3],
+                    [1, 3], [0, 2.0], [False, 2], ["0", 2], {"0": 2}, [0, 10**30])},
+    **{f"fan_in kept {n!r:.20}": of_leaf("fan_in", "kept", n) for n in (*NUMBERS, 112, 127, 144)},
+    **{f"fan_in low_bits {n!r:.20}": of_leaf("fan_in", "low_bits", n) for n in (*NUMBERS, 2, 4, 62, 64)},
     "no name": lambda model, tensors, metadata: model["leaves"][0].pop("name"),
     "a leaf that is a list": of_model("leaves", lambda old: [list(old[0].values()), *old[1:]]),
     "a leaf less": of_model("leaves", lambda old: old[:-1]),
@@ -592,6 +620,13 @@ HOSTILE = {
     "signs that nobody needs": lambda model, tensors, metadata: tensors.update({"0/signs": np.ones(3, np.uint8)}),
     **{f"without tensor {i}": lambda model, tensors, metadata, i=i: tensors.pop(sorted(tensors)[i]).all()
        for i in range(12)},
+    "no bits of outputs": of_tensor("fan_in", "positions", lambda x: x[8:]),
+    "some bits of outputs": of_tensor("fan_in", "positions", lambda x: x[:3]),
+    "a third output": of_tensor("fan_in", "positions", lambda x: np.append(np.uint8([0b10001001]), x[1:])),
+    "no output": of_tensor("fan_in", "positions", lambda x: np.append(np.zeros(8, np.uint8), x[8:])),
+    "half of the outputs": of_tensor("fan_in", "positions", lambda x: np.append(x[:8] & np.uint8(240), x[8:])),
+    "indices past the inputs": of_tensor("fan_in", "positions", lambda x: np.concatenate([
+        x[:8], np.full(48, 255, np.uint8), x[56:]])),
     "two axes": of_tensor("gaps", "values", lambda x: x[None]),
     "a value less": of_tensor("gaps", "values", lambda x: x[:-1]),
     "a value more": of_tensor("gaps", "values", lambda x: np.append(x, x[:1])),

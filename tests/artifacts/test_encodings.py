@@ -32,6 +32,48 @@ def test_every_mask_of_ten_weights():
         np.testing.assert_array_equal(decoded, mask)
 
 
+def test_fan_in_by_hand():
+    # 32 inputs and 9 outputs, of which three keep two each: 2 and 3 (gaps 2, 0), 9 and 30 (9, 20), 0 and 31 (0, 30).
+    mask = np.zeros((32, 9), bool)
+    mask[[2, 3], 1] = mask[[9, 30], 4] = mask[[0, 31], 8] = True
+    inputs, low_bits, packed = encodings.encode_fan_in(mask)
+    assert (inputs, low_bits) == ((0, 1), 4)
+    live = "0100 1000 1000 0000"  # padded to whole bytes
+    low, unary = "0010 0000 1001 0100 0000 1110", "1 1 1 01 1 01"  # gap & 15 and gap >> 4, which is 0 0 0 1 0 1
+    np.testing.assert_array_equal(packed, bits(live + low + unary))
+    where = encodings.decode_fan_in(packed, (32, 9), 6, inputs, low_bits)
+    assert where.tolist() == [2 * 9 + 1, 3 * 9 + 1, 9 * 9 + 4, 30 * 9 + 4, 8, 31 * 9 + 8]
+    for change, words in (
+        (packed[:1], "it has no bit for each output, or no output"),
+        (np.append(np.zeros(2, np.uint8), packed[2:]), "it has no bit for each output, or no output"),
+        (np.append(bits("0100 1000 1100 0000"), packed[2:]), "the bits that pad its last byte are not 0"),
+        (np.append(bits("1100 1000 1000 0000"), packed[2:]), "4 outputs cannot have equally many of 6 weights"),
+        (np.append(bits("0100 1000 0000 0000"), packed[2:]), "its indices run past its 32 inputs"),
+        (packed[:-1], "its gaps are not those of 6 weights among 288"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            encodings.decode_fan_in(change, (32, 9), 6, inputs, low_bits)
+
+
+def test_fan_in_is_found_whichever_axes_are_the_inputs():
+    rng = np.random.default_rng(0)
+    for shape, inputs in (((20, 6), (0, 1)), ((6, 20), (1, 2)), ((3, 3, 4, 6), (0, 3)), ((3, 20, 6), (1, 2))):
+        outputs = shape[: inputs[0]] + shape[inputs[1] :]
+        live = (rng.random(outputs) < 0.7).reshape(-1)
+        kept = rng.permuted(np.arange(np.prod(shape[slice(*inputs)])) < 3 * live[:, None], axis=1)
+        mask = np.moveaxis(
+            kept.reshape(*outputs, *shape[slice(*inputs)]), range(inputs[0] - inputs[1], 0), range(*inputs)
+        )
+        found, low_bits, packed = encodings.encode_fan_in(mask)
+        assert found == inputs
+        where = encodings.decode_fan_in(packed, shape, 3 * live.sum(), inputs, low_bits)
+        np.testing.assert_array_equal(np.sort(where), np.flatnonzero(mask))
+        mask[tuple(np.argwhere(mask)[0])] = False
+        again = encodings.encode_fan_in(mask)
+        assert again is None or again[0] != inputs
+    assert encodings.encode_fan_in(np.zeros((4, 5), bool)) is None
+
+
 @settings(max_examples=60)
 @given(st.integers(1, 3000), st.floats(0, 1), st.integers(0, 1000))
 def test_the_number_of_low_bits_is_the_best(size, density, seed):

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import zipfile
 
@@ -59,6 +60,56 @@ def test_products_with_sparse_arrays():
     kept = masks["layer"]["kernel"].sum()
     assert kept == bcoo.nse == bcsr.nse == csr.nnz
     assert kept > np.count_nonzero(dense)  # zeros that the mask keeps are stored
+
+
+def fan_in(inputs, outputs, k, live, seed=0):
+    """A mask of constant fan-in."""
+    rng = np.random.default_rng(seed)
+    return rng.permuted(np.arange(inputs)[:, None] < k * (rng.permutation(outputs) < live), axis=0)
+
+
+def test_a_constant_fan_in_is_two_dense_arrays_and_a_product():
+    rng = np.random.default_rng(0)
+    mask = fan_in(30, 12, 5, 8)
+    kernel = np.where(mask & (rng.random(mask.shape) < 0.8), rng.standard_normal(mask.shape), 0).astype(np.float32)
+    params, masks = {"w": kernel, "b": np.ones(12, np.float32)}, {"w": mask, "b": np.array(True)}
+    matrix = formats.to_fan_in(params, masks)["w"]
+    assert matrix.indices.shape == matrix.values.shape == (5, 8)
+    same(formats.from_sparse(formats.to_fan_in(params, masks), params), (params, masks))
+    np.testing.assert_array_equal(matrix.todense(), kernel)
+    x = rng.standard_normal((2, 3, 30)).astype(np.float32)
+    for product in (x @ matrix, jnp.asarray(x) @ matrix, jax.jit(lambda x, m: x @ m)(x, matrix)):
+        np.testing.assert_allclose(product, x @ kernel, atol=1e-5)
+    # Its gradient is that of the dense product, of the weights that are kept.
+    grads = jax.grad(lambda m: jnp.sum(jnp.sin(jnp.asarray(x) @ m)), allow_int=True)(matrix).values
+    dense = jax.grad(lambda w: jnp.sum(jnp.sin(jnp.asarray(x) @ w)))(jnp.asarray(kernel))
+    np.testing.assert_allclose(grads, dense[matrix.indices, matrix.outputs[None]], atol=1e-5)
+    with pytest.raises(ValueError, match=r"the last axis must be the 30 inputs of the matrix, got shape \(2, 12\)"):
+        jnp.ones((2, 12)) @ matrix
+
+
+def test_what_is_no_constant_fan_in_is_named():
+    mask = fan_in(6, 5, 2, 4)
+    params, masks = {"a": np.float32(mask)}, {"a": mask}
+    matrix = formats.to_fan_in(params, masks)["a"]
+    indices, outputs = np.array(matrix.indices), np.array(matrix.outputs)
+    for change, words in (
+        ({"indices": indices + 6}, "a: its indices are not all below 6"),
+        ({"indices": indices - 6}, "a: its indices are not all below 6"),
+        ({"indices": indices[::-1]}, "a: its indices do not increase, or are there twice"),
+        ({"indices": indices[[0, 0]]}, "a: its indices do not increase, or are there twice"),
+        ({"outputs": outputs[::-1]}, "a: its outputs do not increase, or are there twice"),
+        ({"outputs": outputs + 5}, "a: its outputs are not all below 5"),
+        ({"outputs": outputs[:3]}, "a: its indices, values and outputs are not of one shape"),
+        ({"shape": (5, 6)}, r"a: "),
+    ):
+        with pytest.raises(ValueError, match=words):
+            formats.from_sparse({"a": dataclasses.replace(matrix, **change)}, params)
+    mask[np.flatnonzero(mask[:, outputs[0]])[0], outputs[0]] = False
+    with pytest.raises(ValueError, match="a: its outputs keep 1 to 2 of 6 inputs, not equally many or none"):
+        formats.to_fan_in(params, masks)
+    nothing = formats.to_fan_in(params, {"a": np.zeros_like(mask)})["a"]
+    np.testing.assert_array_equal(np.ones((2, 6), np.float32) @ nothing, np.zeros((2, 5)))
 
 
 def test_kernels_become_matrices():

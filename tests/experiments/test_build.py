@@ -45,7 +45,7 @@ def values(schedule, steps):
 def test_recipes_of_the_papers_neither_warm_up_nor_scale_and_are_decayed_as_they_say(name, argument):
     config, steps_per_epoch = config_of(name, argument), 391
     given = config.optimizer.learning_rate
-    if config.method.name in ("sparse_momentum", "magnitude_pruning"):
+    if getattr(given, "name", None) == "exponential_decay":
         expected = optax.exponential_decay(0.1, given.transition_steps, 0.1, staircase=True)
     elif isinstance(given, float):
         expected = optax.constant_schedule(given)
@@ -273,3 +273,13 @@ def test_what_makes_no_optimizer_is_no_method():
         config.method = ConfigDict({"name": "block", "bm": 2, "bn": 2})
     with pytest.raises(ValueError, match="config.method: block makes no optax.GradientTransformation"):
         build.make_optimizer(config, 44)
+
+
+def test_phases_of_ac_dc_come_in_epochs_or_by_the_recipe():
+    config = config_of("mnist_ac_dc", "lenet_300_100")
+    calls = build.Calls(config, 10)
+    _, arguments = calls.call(config.method, "config.method")
+    assert arguments["compress_at"] == (100, 200, 300, 400, 500, 600, 700, 850)
+    given = {"name": "ac_dc", "sparsity": 0.9, "compress_at_epochs": (1, 3), "decompress_at_epochs": (2.5,)}
+    _, arguments = calls.call(ConfigDict(given), "config.method")
+    assert arguments == {"sparsity": 0.9, "compress_at": (10, 30), "decompress_at": (25,)}

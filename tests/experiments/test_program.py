@@ -49,6 +49,32 @@ def test_fixed_masks_are_read_once_and_take_the_place_of_the_method(tmp_path, mo
     assert read == [file]
 
 
+@pytest.mark.slow
+def test_weights_are_scaled_to_the_masks_that_they_start_on(tmp_path):
+    dataset, file = data.load("digits", examples=64), str(tmp_path / "sparse.safetensors")
+    plain, scaled = (program.make_program(smoke_config(sparse_init=on), dataset).init(1) for on in (False, True))
+    masks = jaxsparse.get_masks(plain.opt_state, plain.params)
+    chex.assert_trees_all_equal(jaxsparse.get_masks(scaled.opt_state, scaled.params), masks)
+    chex.assert_trees_all_close(scaled.params, jaxsparse.sparse_init(plain.params, masks), rtol=1e-6)
+    fan_in = masks["fc1"]["kernel"].sum(0)
+    ratio = jnp.abs(scaled.params["fc1"]["kernel"]).sum(0) / jnp.abs(plain.params["fc1"]["kernel"]).sum(0)
+    np.testing.assert_allclose(ratio[fan_in > 0], jnp.sqrt(64 / fan_in)[fan_in > 0], rtol=1e-5)
+    jaxsparse.check(scaled.opt_state, scaled.params)
+    jaxsparse.save_sparse(file, plain.params, masks)
+    fixed = smoke_config(sparse_init=True, masks_from=file, start="original")
+    state = program.make_program(fixed, dataset).init(1)
+    chex.assert_trees_all_close(state.params, scaled.params, rtol=1e-6)
+    fixed.start = "weights"
+    with pytest.raises(ValueError, match="config.sparse_init scales random weights, and with config.start='weights'"):
+        program.make_program(fixed, dataset)
+    dense = program.make_program(smoke_config(sparse_init=True, dense=True), dataset).init(1)
+    assert bool(jnp.all(dense.params["fc1"]["kernel"] != 0))
+    wrapper = runpy.run_path(str(CONFIG.with_name("mnist_l0.py")))["get_config"]("lenet_300_100")
+    wrapper.sparse_init = True
+    with pytest.raises(ValueError, match="config.sparse_init is for links, and l0 is a wrapper"):
+        build.make_optimizer(wrapper, 44)
+
+
 @pytest.mark.parametrize(
     "prune_rate",
     [

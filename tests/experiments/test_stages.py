@@ -75,10 +75,13 @@ def test_a_run_that_is_stopped_in_the_second_stage_ends_with_the_same_bits(tmp_p
 
 
 @pytest.mark.slow
-def test_killed_in_both_stages(tmp_path):
-    command = [sys.executable, "-m", "experiments.stages", f"--config={ROOT / 'configs/stages/asni.py'}"]
+@pytest.mark.parametrize(
+    ("config", "both"), [("asni.py", ("asni_1", "asni_2")), ("lottery.py:digits_late", ("round_0", "round_1"))]
+)
+def test_killed_in_both_stages(tmp_path, config, both):
+    command = [sys.executable, "-m", "experiments.stages", f"--config={ROOT / 'configs/stages'}/{config}"]
     changes = {"smoke": True, "data.name": "digits", "data.mean": 0.3, "data.std": 0.4, "epochs": 20}
-    command += [f"--config.{key}={value}" for key, value in changes.items()] + ["--only=asni_1,asni_2"]
+    command += [f"--config.{key}={value}" for key, value in changes.items()] + [f"--only={','.join(both)}"]
 
     def start(workdir):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -90,15 +93,15 @@ def test_killed_in_both_stages(tmp_path):
         return output
 
     finish(start(tmp_path / "whole"))
-    for stage, step in (("asni_1", 440), ("asni_2", 440)):
+    for stage in both:
         run = start(tmp_path / "killed")
-        wait_for_step(run, tmp_path / "killed" / stage, step)
+        wait_for_step(run, tmp_path / "killed" / stage, 440)
         time.sleep(0.1)
         run.kill()
         output, _ = run.communicate()
         assert run.returncode == -signal.SIGKILL, output
     assert "finished before" in finish(start(tmp_path / "killed"))
-    for stage in ("asni_1", "asni_2"):
+    for stage in both:
         assert outcome(tmp_path / "killed" / stage) == outcome(tmp_path / "whole" / stage)
 
 
@@ -216,6 +219,7 @@ def test_another_pruning_in_the_folder_of_a_run_is_refused(tmp_path):
         (1, {"prune": None}, r"config\.stages\[1\] needs 'prune': dense, .* leaves no masks"),
         (1, {"dense": True}, r"config\.stages\[1\] starts from masks, those of dense, but is dense"),
         (1, {"start": "zeros"}, r"config\.stages\[1\]\.start is one of 'centroids', .* got 'zeros'"),
+        (1, {"sparse_init": True}, r"stage fine_tune: config\.sparse_init scales random weights, .*start='weights'"),
         (1, {"epoch": 3}, r"stage fine_tune: config\.epoch cannot be 3"),
         (1, {"epochs.x": 3}, r"stage fine_tune: config\.epochs\.x cannot be 3"),
         (1, {"epochs": "many"}, r"stage fine_tune: config\.epochs cannot be 'many'"),

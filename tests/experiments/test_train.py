@@ -414,7 +414,7 @@ def test_stop_unless_finite_names_the_first(values, step):
     ],
 )
 def test_chunk_grid(arguments, grid):
-    assert train.chunk_grid(*arguments) == grid
+    assert program.chunk_grid(*arguments) == grid
 
 
 @pytest.mark.parametrize("texts", [["0", "x"], [""], ["1", "1"]])

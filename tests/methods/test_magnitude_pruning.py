@@ -1,3 +1,5 @@
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +36,30 @@ def test_every_layer_follows_equation_1_and_ends_where_it_says():
     np.testing.assert_array_equal(history[-1], sizes - np.round(0.9 * sizes))
 
 
+def test_the_cubic_schedule_is_that_of_jaxpruner_a_step_later():
+    golden = np.load(pathlib.Path(__file__).parents[1] / "golden" / "jaxpruner_masks.npz")
+    params = {"w": jnp.arange(1.0, 10_001).reshape(100, 100)}
+    tx = jaxsparse.magnitude_pruning(0.9, begin=100, end=1000, every=1)
+    update, state = jax.jit(tx.update), tx.init(params)
+    for step, sparsity in zip(golden["cubic/steps"], golden["cubic/sparsity"], strict=True):
+        state = state._replace(count=jnp.int32(min(step + 1, 1000)))  # which counts from t + 1, and has no end
+        _, state = update(params, state, params)
+        assert int(state.kept) == 10_000 - round(10_000 * float(sparsity))
+
+
+def test_it_starts_at_another_sparsity_and_falls_with_another_power():
+    params = {"w": jnp.arange(1.0, 201).reshape(20, 10)}
+    link = optax.inject_hyperparams(jaxsparse.magnitude_pruning, static_args=("schedule", "every"))
+    for more, power in (({}, 3), ({"power": 2}, 2), ({"schedule": "linear"}, 1)):
+        tx = link(0.9, begin=1, end=5, every=1, initial=0.5, **more)
+        update, state, kept = jax.jit(tx.update), tx.init(params), []
+        for _ in range(6):
+            _, state = update(params, state, params)
+            kept.append(int(state.inner_state.kept))
+        zeros = [0.9 + (0.5 - 0.9) * (1 - x / 4) ** power for x in range(5)]
+        assert kept == [200, *(200 - round(200 * s) for s in zeros)]
+
+
 def test_at_once_it_is_magnitude_masks():
     params = make_params()
     _, _, masks = kept_by_step(jaxsparse.magnitude_pruning(0.75, begin=0), 1, params)
@@ -41,6 +67,9 @@ def test_at_once_it_is_magnitude_masks():
     jax.tree.map(np.testing.assert_array_equal, masks, expected)
     _, _, masks = kept_by_step(jaxsparse.magnitude_pruning(0.75, scope="global"), 1, params)
     jax.tree.map(np.testing.assert_array_equal, masks, jaxsparse.magnitude_masks(params, 0.75, allocation="global"))
+    _, _, masks = kept_by_step(jaxsparse.magnitude_pruning(0.75, scope="output"), 1, params)
+    by_output = jaxsparse.score_masks(params, jaxsparse.saliency.magnitude(params), 0.75, per_output=True)
+    jax.tree.map(np.testing.assert_array_equal, masks, by_output)
 
 
 def test_a_schedule_of_steps_is_read_as_it_is_and_can_be_injected():
@@ -93,6 +122,66 @@ def test_scores_of_ones_own_replace_the_magnitudes():
     np.testing.assert_array_equal(mask, jaxsparse.top_k_mask(scores, 192))
 
 
+def test_fixed_scores_are_a_tree_like_the_params():
+    params = make_params()
+    scores = jax.tree.map(lambda p: jnp.sin(7 * p), params)
+    tx = jaxsparse.chain(optax.sgd(0.1), jaxsparse.magnitude_pruning(0.5, end=2, every=1, scope="global", score=scores))
+    history, _, masks = kept_by_step(tx, 3, params)
+    expected = jaxsparse.score_masks(params, scores, 0.5, scope="global")
+    jax.tree.map(np.testing.assert_array_equal, masks, expected)
+    assert history.sum(1).tolist() == [SPARSE_SIZE, SPARSE_SIZE - round(SPARSE_SIZE * 0.5 * 7 / 8), SPARSE_SIZE // 2]
+    state = tx.init(params)
+    mine = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)}
+    assert not mine & {x.unsafe_buffer_pointer() for x in jax.tree.leaves(scores)}  # the state may be donated
+    assert isinstance(state[-1].own["dense"]["bias"], optax.MaskedNode)
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        ({"w": None, "b": jnp.ones(4)}, r"score of w: expected shape \(3, 4\), got none"),
+        ({"b": jnp.ones(4)}, r"score of w: expected shape \(3, 4\), got none"),
+        ({"w": jnp.ones((4, 3))}, r"score of w: expected shape \(3, 4\), got shape \(4, 3\)"),
+        ({"w": jnp.ones((3, 4), int)}, "score of w: expected floats, got int32"),
+        ({"w": jnp.ones((3, 4)), "v": jnp.ones(2)}, "score must have the tree of the params, but has v beyond them"),
+        (lambda params, grads: {}, r"score of w: expected shape \(3, 4\), got none"),
+        (lambda params, grads: {"w": params["w"].T}, r"score of w: expected shape \(3, 4\), got shape \(4, 3\)"),
+        (lambda params, grads: params["w"], "score must return scores by path"),
+    ],
+)
+@pytest.mark.parametrize("link", [jaxsparse.magnitude_pruning, jaxsparse.asni])
+def test_scores_that_do_not_fit_are_named(link, score, message):
+    params = {"w": jnp.ones((3, 4)), "b": jnp.ones(4)}
+    tx = link(0.5, score=score) if link is jaxsparse.magnitude_pruning else link(0.5, 1, score=score)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda params: tx.update(params, tx.init(params), params), params)
+
+
+def test_scores_that_are_nan_rank_last_and_are_counted():
+    params = {"w": jnp.arange(1.0, 9).reshape(2, 4)}
+    odd = jnp.where(params["w"] > 6, jnp.nan, -params["w"])  # two of them
+    for score in ({"w": odd}, lambda params, grads: {"w": odd}):
+        tx = jaxsparse.magnitude_pruning(0.5, score=score)
+        _, state = tx.update(params, tx.init(params), params)
+        assert jaxsparse.get_masks(state)["w"].tolist() == [[True] * 4, [False] * 4]
+        with pytest.raises(ValueError, match="magnitude_pruning: 2 NaN among the weights and signals"):
+            jaxsparse.check(state)
+    given = {"w": params["w"].at[0, 0].set(jnp.nan)}  # counted once, in the weights
+    tx = jaxsparse.magnitude_pruning(0.5, score=jaxsparse.saliency.magnitude)
+    assert int(tx.update(params, tx.init(given), given)[1].nan_scores) == 1
+
+
+@pytest.mark.slow
+def test_asni_takes_scores():
+    params = make_params()
+    scores = jax.tree.map(lambda p: jnp.sin(7 * p), params)
+    history, _, masks = kept_by_step(jaxsparse.asni(0.5, 1, score=scores), 2, params)
+    names = ("attention", "conv", "dense")
+    best = jaxsparse.global_top_k_masks([scores[name]["kernel"] for name in names], history[-1].sum())
+    for name, mask in zip(names, best, strict=True):
+        np.testing.assert_array_equal(masks[name]["kernel"], mask)
+
+
 @pytest.mark.slow
 def test_units_and_n_of_m():
     structure = {"attention/kernel": jaxsparse.block(2, 4), "dense/kernel": jaxsparse.n_of_m(1, 4)}
@@ -110,9 +199,16 @@ def test_units_and_n_of_m():
         ({"sparsity": 1.5}, "sparsity must be at least 0 and at most 1, got 1.5"),
         ({"begin": 5, "end": 4}, "end must be at least begin, 5, got 4"),
         ({"every": 0}, "every must be at least 1"),
-        ({"scope": "network"}, r"scope must be one of \['layer', 'global', 'lamp'\], got 'network'"),
+        ({"scope": "network"}, r"scope must be one of \['layer', 'global', 'lamp', 'output'\], got 'network'"),
         ({"schedule": "sudden"}, r"schedule must be one of \['cubic', 'linear', 'constant'\], got 'sudden'"),
         ({"structure": "row"}, "structure must be one of"),
+        ({"structure": "channel", "scope": "output"}, "scope='output' ranks single weights, got structure='channel'"),
+        ({"initial": 0.95}, "initial must be at most sparsity, 0.9, got 0.95"),
+        ({"initial": -0.1}, "initial must be at least 0 and at most 1, got -0.1"),
+        ({"power": 0}, "power must be above 0, got 0"),
+        ({"power": 2, "schedule": "constant"}, "initial and power belong to eq"),
+        ({"score": "size"}, 'score must be "magnitude", a function of params and gradients, or a tree of scores'),
+        ({"score": {}}, 'score must be "magnitude", a function of params and gradients, or a tree of scores'),
     ],
 )
 def test_options_are_checked_when_the_link_is_made(options, message):

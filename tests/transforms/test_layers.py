@@ -109,6 +109,9 @@ RULES = [
     lambda: jaxsparse.magnitude_pruning(0.7, begin=1),
     lambda: jaxsparse.magnitude_pruning(0.7, begin=1, scope="lamp", structure={"*/in/*": "channel"}),
     lambda: jaxsparse.magnitude_pruning(0.7, begin=1, score=jaxsparse.saliency.movement),
+    lambda: jaxsparse.granet(0.7, 1, steps=2, end=2, drop_fraction=0.4, structure={"*/in/*": jaxsparse.block(4, 2)}),
+    lambda: jaxsparse.ac_dc(0.7, [0, 2], [1], scope="layer"),
+    lambda: jaxsparse.iterative_hard_thresholding(0.7, scope="global", at_least=30),
 ]
 
 
@@ -124,7 +127,7 @@ def test_stacked_layers_get_the_masks_that_they_get_by_themselves(make):
         opt_state, weights = tx.init(params), params
         weights = jaxsparse.sparsify(opt_state, weights)
         for _ in range(3):
-            updates, opt_state = update(grads, opt_state, weights)
+            updates, opt_state = update(grads, opt_state, weights, grad=grads)
             weights = optax.apply_updates(weights, updates)
         jaxsparse.check(opt_state, weights)
         return jaxsparse.get_masks(opt_state)

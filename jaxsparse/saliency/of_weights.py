@@ -1,9 +1,4 @@
-"""Saliency scores: the importance of every weight, as a tree like the params. The largest are kept.
-
-:func:`jaxsparse.score_masks` makes masks of such a tree, and :func:`jaxsparse.magnitude_pruning` takes the functions of
-params and gradients as ``score=``. Nothing is normalised, so layers can be ranked together where the scores of the
-paper can.
-"""
+"""Scores of the weights, or of the weights and their gradients."""
 
 from typing import Any
 
@@ -12,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxsparse.masks import as_key
+from jaxsparse.placement import gathered, placed_like
 from jaxsparse.selection import random_scores
 
 __all__ = ["gradient_times_weight", "lamp", "lamp_scores", "magnitude", "movement", "random", "squared_gradient"]
@@ -56,8 +52,7 @@ def random(params: Any, key: ArrayLike) -> Any:
 def gradient_times_weight(params: Any, grads: Any) -> Any:
     r"""The change of the loss to first order if a weight were removed, :math:`|g w|`.
 
-    On the gradients of one or a few batches at initialisation these are the connection sensitivities of SNIP (Lee et
-    al., 2019, https://arxiv.org/abs/1810.02340, eq. 5, without its normalisation).
+    On the gradients of one or a few batches at initialisation these are the scores of SNIP, see :func:`snip`.
 
     Args:
       params, grads: pytrees of arrays of the same shapes.
@@ -75,7 +70,7 @@ def squared_gradient(params: Any, grads: Any) -> Any:
 
     The square of the gradient stands for the diagonal of the Hessian, as in Optimal Brain Damage with the empirical
     Fisher information (LeCun et al., 1989; Theis et al., 2018, https://arxiv.org/abs/1801.05787, eq. 6). For the mean
-    of squares over examples hand in the root of that mean.
+    of squares over examples hand in the root of :func:`fisher_diagonal`.
 
     Args:
       params, grads: pytrees of arrays of the same shapes.
@@ -143,9 +138,9 @@ def lamp_scores(weights: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     References:
       Lee et al., *Layer-adaptive Sparsity for the Magnitude-based Pruning*, 2021, eq. (2).
     """
-    squares = jnp.square(weights.astype(jnp.float32)).reshape(-1)
-    squares = squares if mask is None else jnp.where(mask.reshape(-1), squares, 0)
+    squares = jnp.square(weights.astype(jnp.float32))
+    squares = gathered(squares if mask is None else jnp.where(mask, squares, 0)).reshape(-1)
     order = jnp.argsort(squares, descending=True)
     larger = jnp.cumsum(squares[order])
     scores = jnp.zeros_like(squares).at[order].set(squares[order] / jnp.where(larger > 0, larger, 1))
-    return scores.reshape(weights.shape)
+    return placed_like(scores.reshape(weights.shape), weights)

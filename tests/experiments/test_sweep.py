@@ -1,0 +1,244 @@
+"""A sweep: its plan, its runs, and what is said of them."""
+
+import copy
+import json
+import os
+import runpy
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import sweep
+from experiments.results import sweep as results
+from experiments.stopping import Stopped
+from experiments.workdir import Workdir, write_json
+from tests.experiments.test_resume import outcome
+
+ROOT = Path(__file__).parents[2]
+CONFIG = runpy.run_path(str(ROOT / "configs/sweeps/mnist_lenet_300_100.py"))["get_config"]
+
+
+def read_config(*arms, sparsities=(0.8, 0.9), seeds=(0, 1), **changes):
+    """The sweep with these arms, names or mappings, on digits and made small."""
+    config = CONFIG("all").lock()
+    given = {arm["name"]: arm for arm in config.sweep.arms}
+    with config.unlocked():
+        config.sweep.arms = [copy.deepcopy(given[arm]) if isinstance(arm, str) else arm for arm in arms]
+        config.sweep.sparsities, config.sweep.seeds = sparsities, seeds
+        config.smoke_overrides.epochs = 16
+    config.update_from_flattened_dict({"smoke": True, "data.name": "digits", "data.mean": None, "data.std": None})
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+# --- The plan -------------------------------------------------------------------------------------------------------
+
+
+def test_the_committed_sweep_fits_together(tmp_path):
+    runs = sweep.plan(CONFIG().lock(), tmp_path)
+    assert {run.seed for run in runs} == {0, 1, 2}
+    assert len({run.folder for run in runs}) == len(runs)
+    assert {run.config.epochs for run in runs} == {20}
+    values = {}
+    for run in runs:
+        values.setdefault(run.arm, set()).add(run.value)
+    assert values.pop("dense") == {""}
+    by_layer = "n_of_m_1_16_n_of_m_1_10_n_of_m_1_10"
+    assert values.pop("sparse_momentum_n_of_m") == {"n_of_m_2_4", "n_of_m_1_4", by_layer}
+    strengths = {arm: values.pop(arm) for arm in ("rda", "l0", "dep_l0", "soft_threshold") if arm in values}
+    assert set(map(len, strengths.values())) == {3}
+    told = {run.arm for run in runs if run.sparsity is not None}
+    assert set(values) - {"sr_ste", "s_ste"} == told
+    assert all(values[arm] == {"0.8", "0.9", "0.95", "0.98", "0.99"} for arm in told)
+
+
+def test_a_plan_goes_seed_by_seed_and_fills_in_the_values(tmp_path):
+    config = read_config("dense", "magnitude", "asni", "rda", sparsities=(0.5, 0.75))
+    runs = sweep.plan(config, tmp_path, changed={"epochs": 18})
+    assert [run.seed for run in runs] == [0] * 8 + [1] * 8
+    assert [run.name for run in runs[:3]] == ["dense, seed 0", "magnitude, 0.5, seed 0", "magnitude, 0.75, seed 0"]
+    assert [run.sparsity for run in runs[:8]] == [None, 0.5, 0.75, 0.5, 0.75, None, None, None]
+    assert runs[2].folder == tmp_path / "magnitude/0.75/seed_0"
+    assert (runs[0].config.dense, runs[1].config.dense) == (True, False)
+    assert [run.config.method.sparsity for run in runs[1:3]] == [0.5, 0.75]
+    assert [run.config.method.sparsity.magnitude for run in runs[3:5]] == [0.5, 0.75]
+    assert [run.config.method.l1 for run in runs[5:8]] == [5e-6, 1.5e-5, 4e-5]
+    assert [run.config.optimizer.name for run in runs[4:6]] == ["sgd", "velocity"]
+    assert {run.config.epochs for run in runs} == {18}
+    assert all("sweep" not in run.config and "smoke_overrides" not in run.config for run in runs)
+    some = sweep.plan(config, tmp_path, only=["rda"], seeds=[7])
+    assert [(run.arm, run.seed, run.config.seed) for run in some] == [("rda", 7, 7)] * 3
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ({"method": {"name": "rigle"}}, r"arm a: there is no method 'rigle'; there are .*asni, .*sparse_momentum"),
+        ({"method": {"name": "sgd"}}, r"arm a: there is no method 'sgd'; there are"),
+        (
+            {"method": {"name": "magnitude_pruning", "evry": 3}},
+            r"arm a: config\.method: .* no 'evry'; did you mean 'every'",
+        ),
+        ({"optimiser.name": "adam"}, r"arm a: config\.optimiser\.name cannot be 'adam'"),
+        ({"each": {"method.l1": ()}}, r"arm a: 'each' is one key with its values, got"),
+        ({"each": {"epochs": (1,), "seed": (1,)}}, r"arm a: 'each' is one key with its values, got"),
+    ],
+)
+def test_arms_that_do_not_fit(tmp_path, arm, message):
+    with pytest.raises(ValueError, match=message):
+        sweep.plan(read_config({"name": "a", **arm}), tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_sweeps_that_do_not_fit(tmp_path):
+    config = read_config("dense", "dense")
+    with pytest.raises(ValueError, match="two arms of config.sweep have the same name"):
+        sweep.plan(config, tmp_path)
+    with pytest.raises(ValueError, match=r"two values of an arm of config\.sweep look the same"):
+        sweep.plan(read_config("magnitude", sparsities=(0.9, 0.90000001)), tmp_path)
+    with pytest.raises(ValueError, match="--only takes dense, got rigl"):
+        sweep.plan(read_config("dense"), tmp_path, only=["rigl"])
+    with config.unlocked():
+        del config.sweep
+    with pytest.raises(ValueError, match=r"takes a config with config\.sweep"):
+        sweep.plan(config, tmp_path)
+
+
+def test_the_estimate_goes_by_what_runs_took(tmp_path):
+    runs = sweep.plan(read_config("dense", "magnitude", "rda"), tmp_path)  # 16 epochs; 2 x (1 + 2 + 3) runs
+    known = {"epoch": 1.0, "start": 4.0}
+    assert sweep.seconds_left(runs, known) == 12 * (16 + 4)
+    by_arm = {run.name: run for run in runs}
+    for name, result in {
+        "dense, seed 0": {"test_accuracy": 0.98, "density": 1.0, "seconds": 32.0},
+        "magnitude, 0.8, seed 0": {"test_accuracy": 0.97, "density": 0.2, "seconds": 64.0},
+    }.items():
+        by_arm[name].folder.mkdir(parents=True)
+        write_json(by_arm[name].folder / "result.json", result)
+    # An epoch of dense takes 2 s, of magnitude 4 s, of the other arm as many as their mean, 3 s.
+    assert sweep.seconds_left(runs, known) == (32 + 4) + 3 * (64 + 4) + 6 * (48 + 4)
+    failures = {"rda, 5e-06, seed 0": "FloatingPointError", "rda, 5e-06, seed 1": "RuntimeError"}
+    for name, kind in failures.items():  # the first is not tried again
+        by_arm[name].folder.mkdir(parents=True)
+        write_json(by_arm[name].folder / "failed.json", {"failed": "it is NaN", "kind": kind})
+    assert sweep.seconds_left(runs, known) == (32 + 4) + 3 * (64 + 4) + 5 * (48 + 4)
+    assert sweep.plan_table(runs).rows == (
+        ("dense", "", "2", "2", "1", "0"),
+        ("magnitude", "0.8, 0.9", "2", "4", "1", "0"),
+        ("rda", "5e-06, 1.5e-05, 4e-05", "2", "6", "0", "2"),
+    )
+
+
+# --- The runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_sweep_is_resumed_and_outlives_runs_that_fail(tmp_path, monkeypatch, capsys):
+    explodes = {"name": "explodes", "dense": True, "optimizer": {"name": "sgd", "learning_rate": 1e30}}
+    config = read_config("dense", "magnitude", explodes, sparsities=(0.9,), seeds=(0,), log_every_steps=4)
+    whole, stopped = (sweep.plan(config, tmp_path / name) for name in ("whole", "stopped"))
+    sweep.train_all(whole)
+    found = results.outcomes(whole)
+    assert list(found.arm) == ["dense", "magnitude", "explodes"]
+    assert found.kept[:2].tolist() == pytest.approx([100, 10])
+    assert (found.test_accuracy[:2] > 50).all()
+    assert "train_loss is" in found.failed[2]
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "whole").rglob("*.json*")}
+    sweep.train_all(whole)
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "whole").rglob("*.json*")}
+    assert not list((tmp_path / "whole").rglob("*.png"))
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in printed] == [run.name for run in whole]
+    log = Workdir.log
+
+    def stop_in_the_second(run, metrics):
+        log(run, metrics)
+        if "magnitude" in str(run.path) and metrics["step"] == 30:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Workdir, "log", stop_in_the_second)
+    with pytest.raises(Stopped):
+        sweep.train_all(stopped)
+    monkeypatch.undo()
+    sweep.train_all(stopped)
+    for one, other in zip(whole[:2], stopped[:2], strict=True):
+        assert outcome(one.folder) == outcome(other.folder)
+    said = sweep.write(config, stopped, tmp_path / "tables", "command")
+    assert "Runs that failed: explodes (1)." in said
+    files = {path.name for path in (tmp_path / "tables").iterdir()}
+    assert files == {f"{config.sweep.name}{end}" for end in (".csv", ".md", "_light.png", "_dark.png")}
+
+
+# --- What is said of them -------------------------------------------------------------------------------------------
+
+
+def some_results():
+    """Two seeds of five arms, whose means and errors can be seen at once."""
+    rows = []
+
+    def add(arm, value, sparsity, accuracies, kept):
+        for seed, accuracy in enumerate(accuracies):
+            failed = "" if accuracy else "train_loss is nan"
+            numbers = (accuracy or np.nan, kept if accuracy else np.nan)
+            rows.append((arm, value, sparsity, seed, *numbers, 12.0, failed))
+
+    add("dense", "", None, (98.4, 98.6), 100)
+    add("a", "0.8", 0.8, (98.5, 98.7), 20)  # 98.6 +- 0.1
+    add("b", "0.8", 0.8, (98.4, 98.6), 20)  # 98.5 +- 0.1
+    add("c", "0.8", 0.8, (98.0, 98.0), 20)
+    add("a", "0.99", 0.99, (97.0, 97.2), 1)
+    add("b", "0.99", 0.99, (97.5, None), 1)
+    add("c", "0.99", 0.99, (None, None), 1)
+    add("l1", "1e-06", None, (98.2, 98.4), 8.04)
+    add("l1", "1e-05", None, (97.9, 98.1), 1.96)
+    return results.as_frame(rows)
+
+
+def test_tables():
+    found = some_results()
+    assert results.text(found).splitlines() == [
+        "arm      80% zeros       99% zeros",
+        "---  -------------  --------------",
+        "a    98.60 ± 0.100   97.10 ± 0.100",
+        "b    98.50 ± 0.100  97.50 (1 of 2)",
+        "c    98.00 ± 0.000          failed",
+        "",
+        "arm    value        kept (%)  test accuracy (%)",
+        "-----  -----  --------------  -----------------",
+        "dense         100.00 ± 0.000      98.50 ± 0.100",
+        "l1     1e-06    8.04 ± 0.000      98.30 ± 0.100",
+        "l1     1e-05    1.96 ± 0.000      98.00 ± 0.100",
+    ]
+
+
+def test_the_paragraph_says_what_the_tables_do():
+    assert results.paragraph(some_results()) == (
+        "The dense network reaches 98.50 ± 0.100%. "
+        "At 80% zeros a is best, 98.60 ± 0.100%, b within a standard error of the difference; "
+        "within 0.3 points of the dense network: all but c. "
+        "At 99% zeros b is best, 97.50% (1 of 2); none is within 0.3 points of the dense network. "
+        "l1 reaches 98.30% with 8.04% of the weights and 98.00% with 1.96% of the weights. "
+        "Runs that failed: b 0.99 (1), c 0.99 (2)."
+    )
+
+
+def test_a_csv_file_is_read_back(tmp_path):
+    found = some_results()
+    found.to_csv(tmp_path / "sweep.csv", index=False)
+    assert results.paragraph(results.read(tmp_path / "sweep.csv")) == results.paragraph(found)
+    assert json.loads(found.to_json()) == json.loads(results.read(tmp_path / "sweep.csv").to_json())
+
+
+@pytest.mark.slow
+def test_picture():
+    for theme in results.THEMES:
+        with results.style(theme):
+            figure = results.picture(some_results(), "Title")
+        axes, (legend,) = figure.axes[0], figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == ["dense", "c", "l1", "b", "a"]
+        assert axes.get_xscale() == "log"
+        low, high = axes.get_ylim()
+        assert low < 97.1
+        assert high > 98.6
