@@ -72,8 +72,8 @@ def rigl(
        I_\text{grow} &= \text{arg-top-k}_{i \notin \theta \setminus I_\text{drop}}(|\nabla_\theta L|, \alpha_t A_l)
 
     with :math:`\alpha` = ``drop_fraction`` and :math:`T_\text{end}` = ``stop_at``. A weight that is grown starts at 0
-    with an optimizer state of zeros (``trace``, ``mu``, ``nu`` or ``ema``) and takes its first step on step t + 1; one
-    that was dropped and grown at once keeps its value and its state. Every layer keeps its number of weights, exactly.
+    with an optimizer state of zeros and takes its first step on step t + 1; one that was dropped and grown at once
+    keeps its value and its state. Every layer keeps its number of weights, exactly.
 
     Layers that have not moved since their mask was chosen (``optax.freeze``) keep it.
 

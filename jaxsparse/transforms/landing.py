@@ -12,13 +12,14 @@ from jaxsparse.trees import is_masked_node
 __all__ = ["land_on_masks", "on_update_steps"]
 
 
-def land_on_masks(updates: Any, params: Any, masks: Any) -> Any:
+def land_on_masks(updates: Any, params: Any, masks: Any, *, resting: jax.Array | None = None) -> Any:
     """Turns an update into one that leaves every pruned weight at exactly 0: ``-p``, since ``p + (-p)`` is 0.
 
     Args:
       updates: the proposed update, like ``params``; None for leaves without one, which stays so where they are dense.
       params: the params.
       masks: bool arrays, ``optax.MaskedNode()`` for dense leaves.
+      resting: (), bool: whether kept weights that are 0 stay there, as those do that have just been regrown; None: no.
 
     Returns:
       The update, in the dtypes of the params.
@@ -30,8 +31,11 @@ def land_on_masks(updates: Any, params: Any, masks: Any) -> Any:
         u = jnp.zeros_like(p) if u is None else jnp.asarray(u, jnp.result_type(p))
         if is_masked_node(mask):
             return u
-        # Compared as a byte: on a CPU, XLA's select on a stored bool is not vectorised and takes a third longer.
-        return jnp.where(mask.astype(jnp.uint8) != 0, u, -p)
+        # Compared as a number: on a CPU, XLA's select on a stored bool is not vectorised and takes a third longer.
+        if resting is None:
+            return jnp.where(mask.astype(jnp.uint8) != 0, u, -p)
+        moves = mask.astype(p.dtype) * (jnp.abs(p) + jnp.where(resting, 0, 1).astype(p.dtype)) > 0
+        return jnp.where(moves, u, -p)
 
     leaves, treedef = jax.tree.flatten(params)
     proposed, masks = treedef.flatten_up_to(updates), treedef.flatten_up_to(masks)

@@ -265,10 +265,10 @@ def mask_link(
                 if watch:
                     resting = watched.resting if resting is None else resting
                     watched = Watched(each(layers, _prints, new), resting)
-                masks = jax.tree.structure(masks).unflatten(new)
+                renewed = jax.tree.structure(masks).unflatten(new)
                 if renewing is not None:
-                    renewal = renewing.renewed(renewal, params, masks, state.count)
-                return masks, kept, nan_scores, next_key, watched, renewal
+                    renewal = renewing.renewed(renewal, masks, renewed, state.count)
+                return renewed, kept, nan_scores, next_key, watched, renewal
 
             due = when(state.count)
             new = on_update_steps(due, changed, old)
@@ -282,8 +282,9 @@ def mask_link(
                         stacklevel=2,
                     )
                 state = state._replace(renewal=renewing.at(state.renewal, due, state.count))
-                updates = renewing.updates(updates, state.renewal, params, state.masks, state.count)
-        landing = land_on_masks(updates, params, state.masks)
+                updates = renewing.updates(updates, state.renewal, params, state.count)
+        resting = state.renewal.now if isinstance(renewing, Renewing) else None  # what has just been regrown stays at 0
+        landing = land_on_masks(updates, params, state.masks, resting=resting)
         return landing, state._replace(count=optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -5,6 +5,7 @@ sets its value; the optimizer state is another member's, so :func:`jaxsparse.cha
 and regrown at once were never gone: they keep their value and their state.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,12 +15,12 @@ from jax.typing import ArrayLike
 
 from jaxsparse.placement import varying_like
 from jaxsparse.transforms.checks import check_range
-from jaxsparse.transforms.protocols import link_states
+from jaxsparse.transforms.landing import on_update_steps
+from jaxsparse.transforms.protocols import SparseState, link_states
 from jaxsparse.trees import by_path, is_masked_node, path_name
 
 __all__ = ["Renewal", "Renewing", "Restarting"]
 
-_SLOTS = ("trace", "mu", "nu", "ema")  # what Optax's optimizers call their averages of gradients and their squares
 _OLD = 255  # age of a weight that has been there from the start, or for as many mask updates
 
 
@@ -84,36 +85,30 @@ class Renewing(NamedTuple):
         del count
         return renewal._replace(now=jnp.asarray(now))
 
-    def renewed(self, renewal: Renewal, params: Any, masks: Any, count: jax.Array) -> Renewal:
-        """The state after a mask update, in which ``masks`` became the masks."""
-        new = renewal
+    def renewed(self, renewal: Renewal, old: Any, new: Any, count: jax.Array) -> Renewal:
+        """The state after a mask update, in which the ``old`` masks became the ``new`` ones."""
         if self.betas is not None:
 
-            def older(p, mask, since):
-                return jnp.where(mask & (p == 0), 0, jnp.minimum(since, _OLD - 1) + 1).astype(jnp.uint8)
+            def older(before, after, since):
+                return jnp.where(after & ~before, 0, jnp.minimum(since, _OLD - 1) + 1).astype(jnp.uint8)
 
-            new = new._replace(changed_at=count, since=_map_masked(older, params, masks, renewal.since))
+            renewal = renewal._replace(changed_at=count, since=jax.tree.map(older, old, new, renewal.since))
         if self.track:
-            new = new._replace(explored=jax.tree.map(jnp.logical_or, renewal.explored, masks))
-        return new
+            renewal = renewal._replace(explored=jax.tree.map(jnp.logical_or, renewal.explored, new))
+        return renewal
 
-    def updates(self, updates: Any, renewal: Renewal, params: Any, masks: Any, count: jax.Array) -> Any:
-        """The proposed update, as far as it holds for weights that have just been regrown: these stay at 0."""
-        now, bound = renewal.now, _bound(renewal.now)
-
-        def first(p, mask, u):
-            return None if u is None else jnp.where(jnp.abs(p) <= bound.astype(p.dtype), jnp.zeros_like(u), u)
-
-        updates = _map_masked(first, params, masks, updates, dense=lambda u: u)
+    def updates(self, updates: Any, renewal: Renewal, params: Any, count: jax.Array) -> Any:
+        """The proposed update, with steps for the age of regrown weights, and none for an optimizer that is held."""
         if self.betas is not None:
             aged = self._corrections(renewal, count)
-
-            def corrected(p, since, u):
-                return None if u is None else (u.astype(jnp.float32) * aged(since)).astype(u.dtype)
-
-            updates = _map_masked(corrected, params, renewal.since, updates, dense=lambda u: u)
+            treedef = jax.tree.structure(params)
+            rows = zip(treedef.flatten_up_to(updates), treedef.flatten_up_to(renewal.since), strict=True)
+            updates = treedef.unflatten([
+                u if u is None or is_masked_node(since) else (u.astype(jnp.float32) * aged(since)).astype(u.dtype)
+                for u, since in rows
+            ])  # fmt: skip
         if self.hold:
-            updates = jax.tree.map(lambda u: jnp.where(now, 0, u).astype(u.dtype), updates)
+            updates = jax.tree.map(lambda u: jnp.where(renewal.now, jnp.zeros_like(u), u), updates)
         return updates
 
     def _corrections(self, renewal: Renewal, count: jax.Array) -> Callable[[jax.Array], jax.Array]:
@@ -156,27 +151,29 @@ class Restarting(NamedTuple):
         del now
         return renewal._replace(now=jnp.asarray(self.when(count)))
 
-    def renewed(self, renewal: Renewal, params: Any, masks: Any, count: jax.Array) -> Renewal:
+    def renewed(self, renewal: Renewal, old: Any, new: Any, count: jax.Array) -> Renewal:
         """The state after a mask update: the same."""
-        del params, masks, count
+        del old, new, count
         return renewal
 
-    def updates(self, updates: Any, renewal: Renewal, params: Any, masks: Any, count: jax.Array) -> Any:
+    def updates(self, updates: Any, renewal: Renewal, params: Any, count: jax.Array) -> Any:
         """The proposed update, which holds for all weights."""
-        del renewal, params, masks, count
+        del renewal, params, count
         return updates
 
 
 def restarted(states: Any, params: Any) -> Any:
     """The states of a chain's members before a step, with zeros for what links in it regrew in the last step.
 
-    A weight that has just been regrown is 0, so only weights are compared with 0, and those that are missing may be
-    reset as well: what is kept of them is never used. That reads no mask and costs no loop, which would copy the slots.
+    Before the next step, not after the mask update: states that come in are changed in place, those that an update has
+    just made would be copied. What was regrown is 0 then, and so is what is missing, whose state nothing needs: weights
+    alone are compared with 0, for masks that are read here could not change in place afterwards.
+
     A link whose state has ``restarts_all`` asks for zeros in the states of all params, those without a mask too.
 
     Args:
       states: the tuple of states that the update begins with.
-      params: the params, in which what was regrown in the last step is still 0.
+      params: the params.
     """
     if type(states) is not tuple:  # optimizer states of other types are no chains
         return states
@@ -184,8 +181,13 @@ def restarted(states: Any, params: Any) -> Any:
     for member in states:
         member = restarted(member, params)
         for link in link_states(member):
-            if isinstance(getattr(link, "renewal", ()), Renewal):
-                done = _zeroed(done, link, params)
+            if not isinstance(getattr(link, "renewal", ()), Renewal):
+                continue
+            if getattr(link, "restarts_all", False):
+                # Of averages that begin anew, the bias is that of their first steps: the counts beside them too.
+                done = [_map_averages(functools.partial(_zero_if, link.renewal.now), state) for state in done]
+            else:
+                done = _zeroed_where_regrown(done, link, params)
         done.append(member)
     return tuple(done)
 
@@ -215,50 +217,67 @@ def _chosen(first: jax.Array, old: Any, new: list[Any]) -> list[Any]:
     return list(jax.tree.map(choose, tuple(old), tuple(new)))
 
 
-def _zeroed(states: list[Any], link: Any, params: Any) -> list[Any]:
-    now = link.renewal.now
-    if getattr(link, "restarts_all", False):  # of averages that begin anew, the bias is that of their first steps
-        everything = (*_SLOTS, "count")
-        return list(_map_slots(lambda _, x: jnp.where(now, jnp.zeros_like(x), x), tuple(states), everything))
-    masks, weights, bound = by_path(link.sparse_masks()), by_path(params), _bound(now)
-
-    def zeroed(path, slot):
-        name = path_name(path)
-        if name not in masks or jnp.shape(slot) != jnp.shape(weights.get(name)):
-            return slot
-        return jnp.where(jnp.abs(weights[name]) <= bound.astype(weights[name].dtype), jnp.zeros_like(slot), slot)
-
-    return list(_map_slots(zeroed, tuple(states)))
+def _zero_if(now: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.where(now, jnp.zeros_like(x), x)
 
 
-def _bound(now: jax.Array) -> jax.Array:
-    """A number that the magnitude of zero alone does not exceed, or none does: 0, if ``now``, or -1.
+def _zeroed_where_regrown(states: list[Any], link: Any, params: Any) -> list[Any]:
+    sparse = set(by_path(link.sparse_masks()))
+    weights = {name: w for name, w in by_path(params).items() if name in sparse}
+    owners: list[str] = []  # the param that each slot is of: an optimizer may have several of one
+    slots: list[jax.Array] = []
 
-    One comparison with a number: on a CPU, XLA does not vectorise what is made of bools.
-    """
-    return jnp.where(now, 0.0, -1.0)
+    def collect(path, leaf):
+        if (name := _owner(path, leaf, weights)) is not None:
+            owners.append(name)
+            slots.append(leaf)
+
+    _map_outside_links(collect, states)
+    if not slots:
+        return states
+
+    @jax.custom_jvp  # a loop cannot be differentiated in reverse, and where can
+    def zeroed(now, slots, weights):
+        return on_update_steps(
+            now, lambda slots: [_zero_if(weights[name] == 0, x) for name, x in zip(owners, slots, strict=True)], slots
+        )
+
+    @zeroed.defjvp
+    def _(primals, tangents):
+        now, _, weights = primals
+        moved = [_zero_if(now & (weights[name] == 0), t) for name, t in zip(owners, tangents[1], strict=True)]
+        return zeroed(*primals), moved
+
+    new = iter(zeroed(link.renewal.now, slots, weights))
+    return _map_outside_links(lambda path, leaf: leaf if _owner(path, leaf, weights) is None else next(new), states)
 
 
-def _map_slots(function: Callable[[Any, Any], Any], states: Any, fields: tuple[str, ...] = _SLOTS) -> Any:
-    def has_slots(node):
-        return any(name in getattr(node, "_fields", ()) for name in _SLOTS)
+def _owner(path: tuple, leaf: Any, params: dict[str, jax.Array]) -> str | None:
+    """The param whose path a leaf's path ends with, if it has its shape and is of floats; None for other leaves."""
+    if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+        return None
+    names = [*(path_name(path[begin:]) for begin in range(len(path))), ""]
+    return next((name for name in names if name in params and jnp.shape(params[name]) == jnp.shape(leaf)), None)
+
+
+def _map_outside_links(function: Callable[[Any, Any], Any], states: list[Any]) -> list[Any]:
+    def outside(path, node):
+        return node if isinstance(node, SparseState) else function(path, node)
+
+    return jax.tree_util.tree_map_with_path(outside, states, is_leaf=lambda node: isinstance(node, SparseState))
+
+
+def _map_averages(function: Callable[[Any], Any], states: Any) -> Any:
+    """Maps over the averages that optimizers keep of gradients and their squares, and over the counts beside them."""
+    averages = ("trace", "mu", "nu", "ema")
+
+    def has_averages(node):
+        return any(name in getattr(node, "_fields", ()) for name in averages)
 
     def of_state(node):
-        if not has_slots(node):
+        if not has_averages(node):
             return node
-        return node._replace(**{
-            name: jax.tree_util.tree_map_with_path(function, getattr(node, name))
-            for name in fields if name in node._fields
-        })  # fmt: skip
+        fields = [name for name in (*averages, "count") if name in node._fields]
+        return node._replace(**{name: jax.tree.map(function, getattr(node, name)) for name in fields})
 
-    return jax.tree.map(of_state, states, is_leaf=has_slots)
-
-
-def _map_masked(function: Callable[..., Any], params: Any, masks: Any, tree: Any, dense: Any = None) -> Any:
-    """Maps over the leaves that have masks: function(param, mask, leaf). Others become ``dense`` of their leaf."""
-    leaves, treedef = jax.tree.flatten(params)
-    rows = zip(leaves, treedef.flatten_up_to(masks), treedef.flatten_up_to(tree), strict=True)
-    return treedef.unflatten([
-        (mask if dense is None else dense(leaf)) if is_masked_node(mask) else function(p, mask, leaf)
-        for p, mask, leaf in rows
-    ])  # fmt: skip
+    return jax.tree.map(of_state, states, is_leaf=has_averages)
