@@ -144,7 +144,7 @@ def prune_at_init(
     choose(dict.fromkeys(_SCORES), score, "score")
     check_sparsities(sparsity)
     scope = scope or ("layer" if score == "random" or allocation != "uniform" else "global")
-    if score == "synflow" and scope != "global":
+    if score == "synflow" and (scope != "global" or allocation != "uniform"):
         raise ValueError("synflow ranks the whole network, and takes neither scope='layer' nor an allocation")
     for name, value in (("examples", examples), ("rounds", rounds)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -8,6 +8,7 @@ instead, which has no array to shard.
 """
 
 import itertools
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -153,7 +154,8 @@ def score_masks(
       at_least, prunable, layout: as for :func:`random_masks`.
       structure: as for :func:`random_masks`. A unit of several weights ranks by the mean (or the sum) of their scores.
       per_output: rank the weights of every output by themselves, so that all outputs of a layer keep equally many
-        (rounded, and at least one if ``at_least`` asks for any), as Wanda does. For single weights, ranked by layer.
+        (rounded, and at least one if ``at_least`` asks for any), as Wanda does. Leaves without inputs, such as biases,
+        are ranked as a whole. For single weights, ranked by layer.
 
     Returns:
       A pytree like ``params``: bool arrays, the scalar True for dense leaves.
@@ -403,6 +405,8 @@ def best_of_outputs(
 ) -> jax.Array:
     """Marks the largest scores of every output, which share the weights that the layer keeps, rounded.
 
+    What has no inputs, such as a bias, is ranked as a whole, each layer of a stack by itself.
+
     Args:
       scores: floats, of a leaf's shape.
       kept: how many weights the layer keeps.
@@ -411,12 +415,14 @@ def best_of_outputs(
       where, absolute: as for :func:`jaxsparse.top_k_mask`.
     """
     matrices = layout.to_matrices(scores)
-    stack = tuple(range(len(layout.stack)))  # type: ignore[arg-type]
-    outputs = int(np.prod([matrices.shape[axis] for axis in (*stack, -1)]))
+    apart = tuple(range(len(layout.stack)))  # type: ignore[arg-type]
+    if layout.is_matrix:
+        apart = (*apart, matrices.ndim - 1)
+    outputs = math.prod(matrices.shape[axis] for axis in apart)
     fewest = jnp.minimum(jnp.asarray(at_least, jnp.int32), scores.size)
     of_output = jnp.maximum((kept + outputs // 2) // outputs, -(-fewest // outputs))
     where = None if where is None else layout.to_matrices(where)
-    marked = top_k_mask(matrices, of_output, where=where, absolute=absolute, axis=(*stack, matrices.ndim - 1))
+    marked = top_k_mask(matrices, of_output, where=where, absolute=absolute, axis=apart)
     return layout.from_matrices(marked, scores)
 
 

@@ -219,6 +219,19 @@ def test_per_output_of_heads_and_stacks():
     assert (mask.sum(1) == 4).all()
 
 
+def test_per_output_what_has_no_inputs_is_ranked_as_a_whole():
+    params = {"kernel": jnp.arange(24.0).reshape(2, 4, 3), "bias": jnp.arange(8.0).reshape(2, 4), "b": jnp.arange(4.0)}
+    layout = {"bias": jaxsparse.Layout((), 1, stack=0), "b": jaxsparse.Layout((), 0)}
+    everything = dict.fromkeys(params, True)
+    masks = jaxsparse.score_masks(params, params, 0.5, per_output=True, prunable=everything, layout=layout)
+    assert masks["bias"].tolist() == [[False, False, True, True]] * 2
+    assert masks["b"].tolist() == [False, False, True, True]
+    assert (masks["kernel"].sum(1) == 2).all()
+    tx = jaxsparse.magnitude_pruning(0.5, scope="output", prunable=everything, layout=layout)
+    _, state = tx.update(params, tx.init(params), params)
+    jax.tree.map(np.testing.assert_array_equal, jaxsparse.get_masks(state), masks)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -167,6 +167,9 @@ def test_low_precision_weights_have_scores_of_32_bits():
             saliency.grasp(loss, params),
             saliency.synflow(two_layers, params, jnp.ones((1, 6), jnp.bfloat16)),
             saliency.fisher_diagonal(lambda params, x: loss(params) * x, params, jnp.ones(2, jnp.bfloat16)),
+            saliency.gradient_times_weight(params, params),
+            saliency.movement(params, params),
+            saliency.squared_gradient(params, params),
         )
 
     found = jax.eval_shape(scores, two_layer_params())

@@ -84,7 +84,8 @@ def magnitude_pruning(
         those of :mod:`jaxsparse.saliency`, which is called with dicts from path to array, of the prunable leaves; or a
         tree like the params with fixed scores, such as those of :func:`jaxsparse.saliency.snip` before training, which
         the state then holds (four bytes a weight). A unit of several weights has the mean of their scores (of
-        magnitudes, as its structure says).
+        magnitudes, as its structure says). Scores by gradients need :func:`jaxsparse.chain`, or ``grad=`` in
+        ``update``: in ``optax.chain`` a link is given the updates of the optimizer before it, and takes these.
       at_least: the fewest weights (or units) that any leaf keeps; all, if it has fewer.
       structure: what goes as one, see :mod:`jaxsparse.structures`. With ``n_of_m``, the n largest of every group always
         stay.

@@ -84,8 +84,9 @@ def powerpropagation(
        g_w &= G \, \alpha |w|^{\alpha - 1}
 
     So large weights learn faster than small ones, which stay near 0, and more of them can be pruned. The first latent
-    weights are :math:`\mathrm{sign}(p) |p|^{1 / \alpha}`: training starts from the params as they are. A weight at
-    exactly 0 has no slope and stays there.
+    weights are :math:`\mathrm{sign}(p) |p|^{1 / \alpha}`: training starts from the params as they are. (In bfloat16
+    they move by a few percent in the first update: the root is rounded, and the power multiplies that error.) A weight
+    at exactly 0 has no slope and stays there.
 
     By itself it makes no weight 0: ``prune`` does, a link that acts on the latent weights. Their order of
     magnitude is that of the params, in a layer and in the whole network, so magnitude pruning chooses the same weights.

@@ -63,7 +63,7 @@ def s_ste(
         the "outputs", or an axis of all leaves by its number.
       ragged: what becomes of leaves that do not divide into groups of m: "error" names them in a ValueError (leave them
         out by ``prunable``); "warn" names them in a warning and takes each whole leaf for a group, of which a fraction
-        n / m stays.
+        n / m stays, and at least one weight.
       prunable: which leaves have latent weights, see :func:`jaxsparse.prunable.prunable_leaves`; default: matrices and
         convolutions, the first and last layer included.
       layout: which axes of leaves are inputs, outputs and stacked layers, where names and shapes do not tell

@@ -68,7 +68,7 @@ def sr_ste(
         the "outputs", or an axis of all leaves by its number.
       ragged: what becomes of leaves that do not divide into groups of m: "error" names them in a ValueError (leave them
         out by ``prunable``, as the authors do with a first convolution); "warn" names them in a warning and keeps their
-        largest weights, a fraction n / m of each leaf.
+        largest weights, a fraction n / m of each leaf, and at least one.
       prunable: which leaves have latent weights, see :func:`jaxsparse.prunable.prunable_leaves`; default: matrices and
         convolutions, the first and last layer included.
       layout: which axes of leaves are inputs, outputs and stacked layers, where names and shapes do not tell

@@ -56,8 +56,9 @@ def straight_through(
 
     Args:
       inner: the optimizer of the weights, with its weight decay and schedules.
-      sparsity: the fraction of zeros, in [0, 1); one for each leaf, as for :func:`jaxsparse.random_masks`; or a
-        schedule, step -> fraction, which is clipped to [0, 1]: :func:`jaxsparse.check` says so.
+      sparsity: the fraction of zeros, in [0, 1); one for each leaf, a mapping from patterns of paths to such numbers,
+        as for :func:`jaxsparse.random_masks`; or a schedule, step -> fraction, which is clipped to [0, 1]:
+        :func:`jaxsparse.check` says so.
       scope: which weights are ranked together: those of each "layer", or "global", all, whatever their layer.
       allocation: how layers share the sparsity, for the scope "layer": "uniform", all have it, "erdos_renyi" or
         "erdos_renyi_kernel" (:func:`jaxsparse.erdos_renyi`).

@@ -1,4 +1,4 @@
-"""Top-KAST: a forward set of weights, a larger backward set, and no dense gradient.
+"""Top-KAST: a forward set of weights that the loss sees, and a larger backward set that learns.
 
 Jayakumar et al., *Top-KAST: Top-K Always Sparse Training*, 2020 (https://arxiv.org/abs/2106.03517). There is no code of
 the authors; sparseml (``modifier_pruning_topkast.py`` at 1c04a01) and torch_topkast (at bf38ad2) are by others.

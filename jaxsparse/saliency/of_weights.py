@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 
 from jaxsparse.masks import as_key
 from jaxsparse.placement import gathered, placed_like
+from jaxsparse.saliency.floats import wide
 from jaxsparse.selection import random_scores
 
 __all__ = ["gradient_times_weight", "lamp", "lamp_scores", "magnitude", "movement", "random", "squared_gradient"]
@@ -62,7 +63,7 @@ def gradient_times_weight(params: Any, grads: Any) -> Any:
       >>> gradient_times_weight({"w": jnp.array([1.0, -2.0])}, {"w": jnp.array([3.0, 1.0])})["w"].tolist()
       [3.0, 2.0]
     """
-    return jax.tree.map(lambda w, g: jnp.abs(w * g), params, grads)
+    return jax.tree.map(lambda w, g: jnp.abs(wide(w) * wide(g)), params, grads)
 
 
 def squared_gradient(params: Any, grads: Any) -> Any:
@@ -80,7 +81,7 @@ def squared_gradient(params: Any, grads: Any) -> Any:
       >>> squared_gradient({"w": jnp.array([1.0, -2.0])}, {"w": jnp.array([3.0, 1.0])})["w"].tolist()
       [4.5, 2.0]
     """
-    return jax.tree.map(lambda w, g: jnp.square(w * g) / 2, params, grads)
+    return jax.tree.map(lambda w, g: jnp.square(wide(w) * wide(g)) / 2, params, grads)
 
 
 def movement(params: Any, grads: Any) -> Any:
@@ -97,7 +98,7 @@ def movement(params: Any, grads: Any) -> Any:
       >>> movement({"w": jnp.array([1.0, -2.0])}, {"w": jnp.array([3.0, 1.0])})["w"].tolist()
       [-3.0, 2.0]
     """
-    return jax.tree.map(lambda w, g: -g * w, params, grads)
+    return jax.tree.map(lambda w, g: -wide(g) * wide(w), params, grads)
 
 
 def lamp(params: Any, grads: Any = None) -> Any:
@@ -121,7 +122,8 @@ def lamp_scores(weights: jax.Array, mask: jax.Array | None = None) -> jax.Array:
 
     .. math:: \frac{w_i^2}{\sum_{j:\, w_j^2 \ge w_i^2} w_j^2}
 
-    over the weights of one layer. The largest of every layer has the score 1, so no layer is lost.
+    over the weights of one layer. The largest of every layer has the score 1, so no layer is lost. (A leaf counts as
+    one layer, also if it is a stack of several.)
 
     Args:
       weights: floats of any shape.

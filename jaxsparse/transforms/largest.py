@@ -76,7 +76,12 @@ class Largest(NamedTuple):
         when = jax.ensure_compile_time_eval() if known else contextlib.nullcontext()
         # In double precision, for float32 cannot tell all the weights of a large network.
         with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"), when:
-            wide = jnp.asarray(sparsity, jnp.float64) if isinstance(sparsity, jax.Array) else sparsity
+            # A schedule may reach 1, a number may not: the last value below it keeps nothing either.
+            wide = (
+                jnp.minimum(jnp.asarray(sparsity, jnp.float64), 1 - 2.0**-53)
+                if isinstance(sparsity, jax.Array)
+                else sparsity
+            )
             return self._counts(layers, wide, params)
 
     def masks(self, layers: Layers, counts: jax.Array) -> tuple[Sequence[jax.Array], jax.Array]:
@@ -103,11 +108,14 @@ class Largest(NamedTuple):
 
 
 def n_largest(n: int, m: int) -> Callable[..., Any]:
-    """Choose the n largest of every group of m, as :func:`masked_latent` has it; of ragged leaves the same fraction."""
+    """Choose the n largest of every group of m, as :func:`masked_latent` has it.
+
+    Of ragged leaves the same fraction stays, rounded, and at least one weight.
+    """
 
     def choose(layers, state, params):
         del params
-        left = np.asarray([(2 * n * layer.size + m) // (2 * m) for layer in layers], np.int32)
+        left = np.asarray([max((2 * n * layer.size + m) // (2 * m), min(1, layer.size)) for layer in layers], np.int32)
         masks, kept = prune_layers(layers, left, revive=True)
         return masks, state._replace(kept=kept)
 

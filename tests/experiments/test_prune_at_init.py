@@ -116,6 +116,10 @@ def test_convolutions_and_batch_statistics_too():
         ({"score": "grasp", "examples": 9}, "config.method: examples is shared equally by the 10 classes"),
         ({"score": "synflow", "rounds": 0}, "config.method: rounds is a whole number of at least 1, got 0"),
         ({"score": "synflow", "scope": "layer"}, "config.method: synflow ranks the whole network"),
+        (
+            {"score": "synflow", "scope": "global", "allocation": "erdos_renyi"},
+            "method: synflow ranks the whole network",
+        ),
         ({"score": "synflow", "temperature": 2.0}, "config.method: temperature is above 0, and for the scores snip"),
         ({"score": "snip", "samples": 2}, "config.method: prune_at_init takes no 'samples'; did you mean 'examples'"),
     ],

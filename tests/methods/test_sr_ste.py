@@ -80,6 +80,9 @@ def test_leaves_that_do_not_divide_are_named():
         state = jaxsparse.sr_ste(optax.sgd(0.1), 1, 4, ragged="warn").init(weights)
     assert state.masks["conv"]["kernel"].reshape(-1).tolist() == [False] * 18 + [True] * 6
     assert int(state.kept) == 6 + 4
+    with pytest.warns(UserWarning, match="single weights"):
+        state = jaxsparse.sr_ste(optax.sgd(0.1), 1, 8, ragged="warn").init({"w": jnp.arange(3.0)[:, None]})
+    assert state.masks["w"][:, 0].tolist() == [False, False, True]
 
 
 @pytest.mark.parametrize(

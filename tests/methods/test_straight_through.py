@@ -97,6 +97,17 @@ def test_a_schedule_is_that_of_the_step_that_sees_the_masks(scope):
     assert [sum(kept(masks)) for masks in history] == [totals[0], *totals[:-1]]
 
 
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_schedule_may_reach_1_outside_of_jit_too(scope):
+    weights = {"w": jnp.arange(1.0, 9.0).reshape(2, 4)}
+    tx = jaxsparse.straight_through(optax.sgd(0.0), optax.linear_schedule(0.0, 1.0, 2), scope=scope, at_least=1)
+    opt_state, found = tx.init(weights), []
+    for _ in range(3):
+        _, opt_state = tx.update(weights, opt_state, weights)
+        found.append(int(opt_state.kept))
+    assert (found, int(opt_state.clipped)) == ([4, 1, 1], 0)
+
+
 @pytest.mark.slow
 def test_masks_are_chosen_on_the_multiples_of_every():
     tx = jaxsparse.straight_through(optax.sgd(0.3), optax.linear_schedule(0.2, 0.8, 6), every=3)
