@@ -94,6 +94,7 @@ def run(
             own = (
                 "stages",
                 "masks_from",
+                "keep_epochs",
                 *stage_of(config, name),
                 *(["start"] if "rewind" in stage_of(config, name) else []),
             )

@@ -12,7 +12,8 @@ these values of another key: "config.sweep.sparsities", or strengths of a penalt
 the runs keep. An arm that is dense is run once.
 
 Every run has a folder WORKDIR/ARM/VALUE/seed_N, with all that experiments.train leaves but for its pictures. The same
-command skips runs that are finished and goes on with one that was stopped; in a second terminal it takes part. A run
+command skips runs that are finished and goes on with one that was stopped; in a second terminal it takes part. Finished
+runs of another configuration, such as those of config.smoke, are an error: they need another workdir. A run
 that fails says so in the table, and the sweep goes on. Runs whose numbers were not finite are not tried again, unless
 their folder is deleted.
 
@@ -41,7 +42,7 @@ from experiments.results import sweep as results
 from experiments.stages import REFUSED, changes_besides, replace_key
 from experiments.stopping import Stopped
 from experiments.train import FLAGS, train
-from experiments.workdir import WorkdirInUseError, read_json, write_json
+from experiments.workdir import WorkdirInUseError, read_json, refuse_another, write_json
 from jaxsparse.tables import Table
 
 flags.DEFINE_bool("dry_run", False, "Print the plan of a sweep and how long it takes, and train nothing.")
@@ -115,7 +116,7 @@ def plan(
             for value in values:
                 text = "" if key is None else label(value)
                 mine = config_of(config, arms[name], key, value, seed)
-                own = ("sweep", *arms[name], *([key] if key else []))
+                own = ("sweep", "seed", *arms[name], *([key] if key else []))
                 mine = for_run(mine, changes_besides(own, changed or {}))
                 folder = workdir / name / text / f"seed_{seed}"
                 runs.append(Run(name, text, value if told else None, seed, folder, mine))
@@ -160,6 +161,13 @@ def check(config: ConfigDict) -> None:
     if not config.dense and (name := config.method.get("name")) not in (known := methods()):
         raise ValueError(f"there is no method {name!r}; there are {', '.join(known)}")
     make_optimizer(config, 100, make_model(config, config.model.get("num_classes") or 10))
+
+
+def check_finished(runs: Sequence[Run]) -> None:
+    """Raises a WorkdirError for a finished run of another configuration, which a table must not have beside others."""
+    for run in runs:
+        if run.outcome() is not None:
+            refuse_another(run.folder, run.config)
 
 
 def methods() -> list[str]:
@@ -294,6 +302,8 @@ def main(argv: Sequence[str]) -> None:
         changed = config_flags.get_override_values(FLAGS["config"])
         refuse_idle(config, changed)
         runs = plan(config, workdir, FLAGS.only, seeds, changed)
+        every = plan(config, workdir, (), sorted({*config.sweep.seeds, *(seeds or ())}), changed)
+        check_finished(every)
         left = datetime.timedelta(seconds=round(seconds_left(runs, config.sweep.seconds)))
         print(plan_table(runs).text())
         print(f"{sum(map(_is_open, runs))} of {len(runs)} runs are to be trained, in about {left}", flush=True)
@@ -304,7 +314,6 @@ def main(argv: Sequence[str]) -> None:
                 train_all(runs)
             except Stopped as stop:
                 stopped = stop
-        every = plan(config, workdir, (), sorted({*config.sweep.seeds, *(seeds or ())}), changed)
         folder = workdir if FLAGS.results is None else Path(FLAGS.results)
         command = f"python -m experiments.sweep --config={config_flags.get_config_filename(FLAGS['config'])}"
         print(write(config, every, folder, command))

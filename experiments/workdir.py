@@ -57,7 +57,7 @@ class Workdir:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.path)
             try:
-                _refuse_another(self.path, config)
+                refuse_another(self.path, config)
                 write_json(self.path / "config.json", json.loads(config.to_json()))
             except BaseException:
                 os.close(self._lock)
@@ -237,7 +237,8 @@ def _lock(path: Path) -> int:
     return folder
 
 
-def _refuse_another(path: Path, config: ConfigDict) -> None:
+def refuse_another(path: Path, config: ConfigDict) -> None:
+    """Raises a WorkdirError if a folder holds a run with another configuration, and says which keys differ."""
     there = read_json(path / "config.json")
     if there is None:
         return

@@ -5,16 +5,14 @@
 DIR is where TensorFlow Datasets has MNIST as array_record. All arms have batches of 100, the same 54,000 images and,
 unless an arm says otherwise, SGD with Nesterov momentum 0.9, a learning rate that falls from 0.1 to 0 along a cosine,
 and weight decay 5e-4. Methods that prune gradually do so once an epoch until epoch 15, and until then those that grow
-weights change their masks, once an epoch as well, RigL and SRigL five times.
+weights change their masks, once an epoch as well, RigL and SRigL five times; GraNet goes on to the end.
 
-An arm is a change of the config, see experiments/sweep.py. Arms whose method this version of jaxsparse does not have
-are left out; with the argument "all" they are an error that names the methods that there are.
+An arm is a change of the config, see experiments/sweep.py.
 """
 
 from ml_collections import ConfigDict
 
 from configs import common
-from experiments.build import ROOMS
 
 EPOCHS, LAST = 20, 15
 SPARSITIES = (0.8, 0.9, 0.95, 0.98, 0.99)
@@ -136,18 +134,13 @@ ARMS = {
 }  # fmt: skip
 
 
-def get_config(arms: str = "available") -> ConfigDict:
-    """The sweep, with the arms that are "available", or with "all"."""
-    if arms not in ("available", "all"):
-        raise ValueError(f"this config comes with the arms 'available' and 'all', got {arms!r}")
+def get_config() -> ConfigDict:
+    """The sweep."""
     config = common.mnist(common.training(), "lenet_300_100")
     config.epochs = EPOCHS
     config.eval_every_epochs = 10
     config.optimizer = ConfigDict({"name": "sgd", "momentum": 0.9, "nesterov": True})
     common.cosine(config)
-
-    def available(arm: dict) -> bool:
-        return "method" not in arm or any(hasattr(room, arm["method"]["name"]) for room in ROOMS)
 
     config.smoke_overrides.optimizer = ConfigDict()  # arms may have another
     config.smoke_overrides.epochs = LAST + 2  # fewer would end before the masks do
@@ -158,7 +151,7 @@ def get_config(arms: str = "available") -> ConfigDict:
         "title": "LeNet-300-100 on MNIST, 20 epochs",
         "sparsities": SPARSITIES,
         "seeds": (0, 1, 2),
-        "arms": [{"name": name, **arm} for name, arm in ARMS.items() if arms == "all" or available(arm)],
+        "arms": [{"name": name, **arm} for name, arm in ARMS.items()],
         # Of a run on two CPU cores, for the estimate before any run is finished.
         "seconds": {"epoch": 0.8, "start": 4.0},
     })  # fmt: skip

@@ -74,7 +74,7 @@ def granet(
     .. math:: p_t = 0.005 + (p - 0.005) \frac{1 + \cos(\pi t / T)}{2} \qquad (2)
 
     with p = ``drop_fraction`` and T = ``steps``. A weight that is grown starts at 0 with an optimizer state of zeros
-    (``trace``, ``mu``, ``nu`` or ``ema``) and takes its first step on step t + 1; one that goes and is grown at once
+    and takes its first step on step t + 1; one that goes and is grown at once
     keeps its value and its state. Counts are exact, ties included (the lowest indices stay), and s is computed in
     double precision.
 
@@ -199,6 +199,7 @@ def granet(
         key=key,
         draws=False,
         renewing=renewing,
+        what="gradient",
     )
 
 

@@ -70,8 +70,8 @@ def magnitude_pruning(
       sparsity: :math:`s_f`, the fraction of zeros at the end, in [0, 1]; or a schedule, step -> fraction, which is then
         read on the steps above, and ``schedule`` is not used.
       begin: the first step on which weights go, int >= 0.
-      end: the last one, int >= begin, on which the sparsity is exactly :math:`s_f`. None: ``begin``, all at once; of a
-        ``sparsity`` that is a schedule: there is no last one.
+      end: the last one, int >= begin, on which the sparsity is exactly :math:`s_f`. None: ``begin``, all at once; there
+        is no last one with ``schedule="constant"``, or with a ``sparsity`` that is a schedule.
       every: steps between two prunings, int >= 1. (The authors' code has 100.)
       schedule: "cubic", eq. (1), "linear", or "constant": the number itself, for ``optax.inject_hyperparams``, which
         hands in another one on every step.
@@ -123,7 +123,7 @@ def magnitude_pruning(
     .. warning::
       "lamp" sorts each layer where weights go; on sharded leaves a sort gathers them.
     """
-    if end is None and not callable(sparsity):
+    if end is None and not callable(sparsity) and schedule != "constant":
         end = begin
     if not callable(sparsity):
         check_range("sparsity", sparsity, 0, 1)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxsparse.transforms.protocols import link_states
-from jaxsparse.transforms.renewal import held, restarted
+from jaxsparse.transforms.renewal import held, restarted, stilled
 from jaxsparse.trees import align, by_path, is_function, is_masked_node, leaf_paths, path_name
 
 __all__ = ["Signal", "align_signal", "chain", "signals_of", "stored_momentum"]
@@ -51,6 +51,10 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
     leaves have the same kind of optimizer. What the caller passes under these
     names wins, and goes to every member that accepts extra args, as in :func:`optax.chain`. (The others are not handed
     ours: line searches such as that of ``optax.lbfgs`` refuse what they do not know.)
+
+    When a link has regrown weights, as :func:`jaxsparse.rigl` does, what members before it have stored of these is set
+    to 0 ahead of the next step: all arrays of floats whose path ends with that of the param, in its shape, such as the
+    ``mu`` and ``nu`` of Adam. What an optimizer keeps of whole rows, as ``optax.adafactor`` does, goes on.
 
     Args:
       *transforms: the members, in order; sparse links last.
@@ -106,7 +110,7 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
                 ours = {name: ours[name] for name in names}
             updates, new_state = member.update(updates, member_state, params, **{**ours, **given}, **extra_args)
             states.append(new_state)
-        return updates, held(state, tuple(states))
+        return stilled(updates, tuple(states)), held(state, tuple(states))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

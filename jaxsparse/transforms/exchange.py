@@ -113,6 +113,7 @@ def exchange_link(
         key=key,
         draws=draws,
         renewing=renewing,
+        what="gradient",
     )
 
 

@@ -223,7 +223,8 @@ def layers_of(
     layers = []
     for i, ((path, weight, given, mask), unit) in enumerate(zip(sparse, units, strict=True)):
         if signal is not None and given is None:
-            raise ValueError(f"there is no {what} of {path}: use an optimizer that stores one, or decay=")
+            hint = ": use an optimizer that stores one, or decay=" if what == "momentum" else ""
+            raise ValueError(f"there is no {what} of {path}{hint}")
         if given is not None and given.parts[0].shape != weight.shape:
             raise ValueError(f"{what} of {path}: expected shape {weight.shape}, got {given.parts[0].shape}")
         odd = unit.unit_size(weight.shape) == 1 and not layouts[path].is_plain(weight.ndim)

@@ -188,6 +188,7 @@ def mask_link(
     key: ArrayLike | None = None,
     draws: bool = True,
     renewing: Renewing | Restarting | None = None,
+    what: str = "momentum",
     proposed: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """A link that keeps pruned weights at exactly 0 and changes its masks on some steps.
@@ -209,6 +210,7 @@ def mask_link(
       key: an int or PRNG key; None for a method that makes no random choice.
       renewing: how regrown weights start, with an optimizer state of zeros; None: with the state that they have. Only
         :func:`jaxsparse.chain` can see to that.
+      what: what to call the signal in errors.
       proposed: the layers have the weights that the proposed update leads to, pruned ones too, in place of the params.
       draws: whether ``change`` makes random choices, by ``Layer.key``. If not, only ``start`` has the key.
 
@@ -255,7 +257,7 @@ def mask_link(
                 masks, kept, nan_scores, next_key, watched, renewal = old
                 next_key, draw = jax.random.split(next_key) if draws and key is not None else ((), None)
                 weights = _moved(params, updates, masks) if proposed else params
-                layers = layers_of(weights, seen, masks, structure=structure, layout=layout, key=draw)
+                layers = layers_of(weights, seen, masks, structure=structure, layout=layout, key=draw, what=what)
                 nans, *prints = each(layers, _looked_at if watch else _nans)
                 nan_scores += jnp.sum(nans)
                 if watch:

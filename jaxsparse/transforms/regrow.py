@@ -64,8 +64,9 @@ def drop_by_sign(layers: Sequence[Layer], fraction: ArrayLike, resting: jax.Arra
 
     survivors = []
     for of_sign in each(layers, signs):
-        there = counts(layers, of_sign).astype(jnp.float32)
-        left = jnp.round(there * (1 - jnp.asarray(fraction, jnp.float32))).astype(jnp.int32)
+        there = counts(layers, of_sign)
+        left = jnp.round(there.astype(jnp.float32) * (1 - jnp.asarray(fraction, jnp.float32))).astype(jnp.int32)
+        left = jnp.clip(left, 0, there)  # float32 may round a large number up
         survivors.append(rank_layers(layers, _weights(layers), left, where=of_sign, absolute=True, enough=True))
     return each(layers, all_that_stays, resting, *survivors)
 

@@ -6,6 +6,7 @@ and regrown at once were never gone: they keep their value and their state.
 """
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -175,8 +176,17 @@ def restarted(states: Any, params: Any) -> Any:
       states: the tuple of states that the update begins with.
       params: the params.
     """
-    if type(states) is not tuple:  # optimizer states of other types are no chains
-        return states
+    if type(states) is not tuple:  # optimizer states of other types are no chains, but may have some inside
+        if not _has_chains(states):
+            return states
+        if isinstance(states, dict):  # which has lost the order of its members
+            warnings.warn(
+                "a link that regrows weights stands in optax.named_chain, so their optimizer state cannot be set to "
+                "zero: use jaxsparse.chain",
+                stacklevel=4,
+            )
+        parts, treedef = _parts(states)
+        return treedef.unflatten([restarted(part, params) for part in parts])
     done: list[Any] = []
     for member in states:
         member = restarted(member, params)
@@ -195,7 +205,10 @@ def restarted(states: Any, params: Any) -> Any:
 def held(old: Any, new: Any) -> Any:
     """The states of a chain's members after a step, which are the old ones before links that hold the optimizer."""
     if type(new) is not tuple:
-        return new
+        if not _has_chains(new):
+            return new
+        (before, _), (after, treedef) = _parts(old), _parts(new)
+        return treedef.unflatten([held(*both) for both in zip(before, after, strict=True)])
     done: list[Any] = []
     for i, (before, after) in enumerate(zip(old, new, strict=True)):
         after = held(before, after)
@@ -205,6 +218,28 @@ def held(old: Any, new: Any) -> Any:
                 done = _chosen(renewal.now, old[:i], done)
         done.append(after)
     return tuple(done)
+
+
+def stilled(updates: Any, states: Any) -> Any:
+    """The updates of a chain whose optimizer is held: none for leaves that the links which hold it do not see."""
+    for link in link_states(states):
+        renewal = getattr(link, "renewal", ())
+        if isinstance(renewal, Renewal) and not isinstance(renewal.hold, tuple):
+            seen, now = set(by_path(link.sparse_masks())), renewal.now
+            updates = jax.tree_util.tree_map_with_path(
+                lambda path, u, seen=seen, now=now: u if path_name(path) in seen else _zero_if(now, u), updates
+            )
+    return updates
+
+
+def _has_chains(state: Any) -> bool:
+    """Whether an optimizer state that is no chain, such as that of ``optax.masked``, may have one with links inside."""
+    links = [] if isinstance(state, SparseState) else link_states(state)
+    return any(isinstance(getattr(link, "renewal", ()), Renewal) for link in links)
+
+
+def _parts(state: Any) -> tuple[list[Any], Any]:
+    return jax.tree.flatten(state, is_leaf=lambda node: node is not state)
 
 
 def _chosen(first: jax.Array, old: Any, new: list[Any]) -> list[Any]:
@@ -268,8 +303,11 @@ def _map_outside_links(function: Callable[[Any, Any], Any], states: list[Any]) -
 
 
 def _map_averages(function: Callable[[Any], Any], states: Any) -> Any:
-    """Maps over the averages that optimizers keep of gradients and their squares, and over the counts beside them."""
-    averages = ("trace", "mu", "nu", "ema")
+    """Maps over the averages that optimizers keep of gradients and their squares, and over the counts beside them.
+
+    By name, for other arrays of the params' shapes may be copies of the params.
+    """
+    averages = ("trace", "mu", "nu", "ema", "nu_max", "m1", "m2")
 
     def has_averages(node):
         return any(name in getattr(node, "_fields", ()) for name in averages)
@@ -277,7 +315,7 @@ def _map_averages(function: Callable[[Any], Any], states: Any) -> Any:
     def of_state(node):
         if not has_averages(node):
             return node
-        fields = [name for name in (*averages, "count") if name in node._fields]
+        fields = [name for name in (*averages, "count", "count_m2") if name in node._fields]
         return node._replace(**{name: jax.tree.map(function, getattr(node, name)) for name in fields})
 
     return jax.tree.map(of_state, states, is_leaf=has_averages)

@@ -1,5 +1,6 @@
 """The ``score=`` of links that prune: magnitudes, a function of params and gradients, or a tree of fixed scores."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -58,7 +59,14 @@ def scoring(score: Any) -> Scoring:
 
 def _gradients(updates: Any, own: Any, extra_args: Mapping[str, Any]) -> Any:
     del own
-    return updates if extra_args.get("grad") is None else extra_args["grad"]
+    if extra_args.get("grad") is None:
+        warnings.warn(
+            "the link's score= is a function, and no gradient is handed in for it: it takes what the link gets, which "
+            "behind an optimizer is its update. Use jaxsparse.chain in place of optax.chain, or pass grad= to update",
+            stacklevel=4,
+        )
+        return updates
+    return extra_args["grad"]
 
 
 def _computed(score: Callable[[Any, Any], Any], layers: Sequence[Layer]) -> tuple[Sequence[jax.Array], jax.Array]:

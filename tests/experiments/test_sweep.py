@@ -13,7 +13,7 @@ import pytest
 from experiments import sweep
 from experiments.results import sweep as results
 from experiments.stopping import Stopped
-from experiments.workdir import Workdir, write_json
+from experiments.workdir import Workdir, WorkdirError, write_json
 from tests.experiments.test_resume import outcome
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +22,7 @@ CONFIG = runpy.run_path(str(ROOT / "configs/sweeps/mnist_lenet_300_100.py"))["ge
 
 def read_config(*arms, sparsities=(0.8, 0.9), seeds=(0, 1), **changes):
     """The sweep with these arms, names or mappings, on digits and made small."""
-    config = CONFIG("all").lock()
+    config = CONFIG().lock()
     given = {arm["name"]: arm for arm in config.sweep.arms}
     with config.unlocked():
         config.sweep.arms = [copy.deepcopy(given[arm]) if isinstance(arm, str) else arm for arm in arms]
@@ -129,6 +129,22 @@ def test_the_estimate_goes_by_what_runs_took(tmp_path):
         ("magnitude", "0.8, 0.9", "2", "4", "1", "0"),
         ("rda", "5e-06, 1.5e-05, 4e-05", "2", "6", "0", "2"),
     )
+
+
+def test_finished_runs_of_another_configuration_are_not_mixed_in(tmp_path):
+    small, changed = read_config("dense", seeds=(0,)), read_config("dense", seeds=(0,), log_every_steps=7)
+    (run,) = sweep.plan(small, tmp_path)
+    Workdir(run.folder, run.config).close()
+    sweep.check_finished(sweep.plan(changed, tmp_path, changed={"log_every_steps": 7}))  # it is not finished
+    write_json(run.folder / "result.json", {"test_accuracy": 0.98, "density": 1.0, "seconds": 32.0})
+    sweep.check_finished([run])
+    with pytest.raises(WorkdirError, match=r"(?s)holds a run with another configuration:.*log_every_steps: .* 7 now"):
+        sweep.check_finished(sweep.plan(changed, tmp_path, changed={"log_every_steps": 7}))
+
+
+def test_a_seed_on_the_command_line_is_not_that_of_all_runs(tmp_path):
+    runs = sweep.plan(read_config("dense", seed=5), tmp_path, changed={"seed": 5})
+    assert [run.config.seed for run in runs] == [0, 1]
 
 
 # --- The runs -------------------------------------------------------------------------------------------------------

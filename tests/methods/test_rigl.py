@@ -103,6 +103,45 @@ def test_by_hand():
     assert optax.tree.get(opt_state, "trace")["kernel"].tolist() == [0.125, 0, 0, 0, 0, 1, 0, 0, 0, 0]
 
 
+@pytest.mark.parametrize("optimizer", [optax.amsgrad(0.1), optax.contrib.ademamix(0.1), optax.rmsprop(0.1)])
+def test_all_averages_of_a_regrown_weight_start_anew(optimizer):
+    _, opt_state = by_hand(optimizer)
+    # On step 3 place 9 has a gradient of 0, so what it had on step 2, -2, shows in no average.
+    leaves = [leaf for leaf in jax.tree.leaves(opt_state[0]) if jnp.shape(leaf) == (10,)]
+    assert leaves
+    assert [float(leaf[9]) for leaf in leaves] == [0] * len(leaves)
+    assert all(leaf[5] != 0 for leaf in leaves)
+
+
+WITHIN = {
+    "masked": lambda chain: optax.masked(chain, {"kernel": True}),
+    "partition": lambda chain: optax.partition({"a": chain}, {"kernel": "a"}),
+    "apply_if_finite": lambda chain: optax.apply_if_finite(chain, 3),
+    "inject_hyperparams": lambda chain: optax.inject_hyperparams(lambda number: chain)(0.5),
+}
+
+
+@pytest.mark.parametrize("hold", [False, True])
+@pytest.mark.parametrize("wrapper", WITHIN)
+def test_a_plain_chain_within_a_wrapper_starts_anew_too(wrapper, hold):
+    link = jaxsparse.rigl(
+        0.6, 2, masks={"kernel": jnp.asarray(START) != 0}, drop_fraction=optax.constant_schedule(0.5), hold=hold
+    )
+    optimizer, ends = optax.sgd(1.0, momentum=0.5), []
+    for tx in (
+        jaxsparse.chain(optimizer, link),
+        jaxsparse.chain(WITHIN[wrapper](optax.chain(optimizer, link))),
+    ):
+        params = {"kernel": jnp.asarray(START)}
+        opt_state = tx.init(params)
+        for grads in GRADS:
+            updates, opt_state = tx.update({"kernel": jnp.asarray(grads, jnp.float32)}, opt_state, params)
+            params = optax.apply_updates(params, updates)
+        ends.append((params["kernel"].tolist(), optax.tree.get(opt_state, "trace")["kernel"].tolist()))
+    assert ends[0] == ends[1]
+    assert ends[0][1][9] == 0
+
+
 def test_accumulated_gradients_are_those_of_the_last_steps():
     params, seen = {"kernel": jnp.ones((4, 5))}, []
     tx = jaxsparse.chain(optax.sgd(0.1), jaxsparse.rigl(0.5, 4, stop_at=100, accumulate=3))
