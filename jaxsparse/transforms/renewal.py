@@ -179,7 +179,8 @@ def restarted(states: Any, params: Any) -> Any:
     if type(states) is not tuple:  # optimizer states of other types are no chains, but may have some inside
         if not _has_chains(states):
             return states
-        if isinstance(states, dict):  # which has lost the order of its members
+        if isinstance(states, dict) and any(isinstance(state, SparseState) for state in states.values()):
+            # which has lost the order of its members
             warnings.warn(
                 "a link that regrows weights stands in optax.named_chain, so their optimizer state cannot be set to "
                 "zero: use jaxsparse.chain",

@@ -271,3 +271,24 @@ def test_numbers_may_be_injected():
             trained, opt_state = step(trained, opt_state, count)
         ends.append(trained)
     jax.tree.map(np.testing.assert_array_equal, *ends)
+
+
+def test_a_named_chain_is_warned_of():
+    link = jaxsparse.rigl(0.5, 2, stop_at=10)
+    tx = jaxsparse.chain(optax.named_chain(("optimizer", optax.sgd(0.1, momentum=0.9)), ("link", link)))
+    params = {"kernel": jnp.ones((4, 5))}
+    with pytest.warns(UserWarning, match=r"a link that regrows weights stands in optax\.named_chain"):
+        jax.eval_shape(tx.update, params, tx.init(params), params)
+
+
+def test_a_held_optimizer_moves_no_leaf_that_the_link_does_not_see():
+    params = make_params()
+    seen = {"attention": True, "conv": False, "dense": True, "temperature": False}
+    link = jaxsparse.rigl(0.75, 2, stop_at=100, hold=True)
+    tx = jaxsparse.chain(optax.sgd(0.1, momentum=0.9), optax.masked(link, seen))
+    opt_state, step = tx.init(params), make_step(tx)
+    params = jaxsparse.sparsify(opt_state, params)
+    for count in range(3):
+        before, (params, opt_state) = params, step(params, opt_state, count)
+    np.testing.assert_array_equal(before["conv"]["kernel"], params["conv"]["kernel"])
+    np.testing.assert_array_equal(before["dense"]["bias"], params["dense"]["bias"])
