@@ -4,6 +4,7 @@
   python -m experiments.sweep ... --dry_run                      # the plan, and how long it takes
   python -m experiments.sweep ... --only=dense,rda --seeds=0     # these arms, these seeds
   python -m experiments.sweep ... --results=results              # write the tables and pictures to this folder instead
+  python -m experiments.sweep ... --take_over=results/NAME.csv   # go on without the folders of runs in this table
 
 The config is one of experiments.train with one key more, config.sweep. Each of its "arms" has a "name" and changes of
 the config, as a stage of experiments.stages has: "method" replaces the whole method, "optimizer.learning_rate" a single
@@ -23,6 +24,8 @@ At the end there are NAME.csv with every run, NAME.md with tables and what they 
 import contextlib
 import copy
 import datetime
+import hashlib
+import json
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,12 +45,14 @@ from experiments.results import sweep as results
 from experiments.stages import REFUSED, changes_besides, replace_key
 from experiments.stopping import Stopped
 from experiments.train import FLAGS, train
-from experiments.workdir import WorkdirInUseError, read_json, refuse_another, write_json
+from experiments.workdir import NOT_COMPARED, WorkdirInUseError, flat, read_json, refuse_another, write_json
 from jaxsparse.tables import Table
 
 flags.DEFINE_bool("dry_run", False, "Print the plan of a sweep and how long it takes, and train nothing.")
 flags.DEFINE_alias("dry-run", "dry_run")
 flags.DEFINE_string("results", None, "Folder for the tables and pictures of a sweep; by default its workdir.")
+
+flags.DEFINE_string("take_over", None, "A .csv file of this sweep: its runs are not trained again.")
 
 OWN = ("name", "each")  # the keys of an arm that are not keys of the config
 GRID = "config.sweep.sparsities"
@@ -76,6 +81,14 @@ class Run(NamedTuple):
     def name(self) -> str:
         """Arm, value and seed."""
         return ", ".join(filter(None, (self.arm, self.value, f"seed {self.seed}")))
+
+    @property
+    def fingerprint(self) -> str:
+        """A short name for the config: that of another one differs."""
+        compared = {
+            key: value for key, value in flat(json.loads(self.config.to_json())).items() if key not in NOT_COMPARED
+        }
+        return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()[:12]
 
     def outcome(self) -> dict[str, Any] | None:
         """The contents of result.json, or of failed.json; None for a run that is not finished."""
@@ -168,6 +181,30 @@ def check_finished(runs: Sequence[Run]) -> None:
     for run in runs:
         if run.outcome() is not None:
             refuse_another(run.folder, run.config)
+
+
+def take_over(runs: Sequence[Run], file: Path) -> int:
+    """Makes the folders of runs that are not there from the table of an earlier sweep, and returns how many.
+
+    Raises:
+      ValueError: for a run of another configuration, naming it, and a file without the fingerprints of configs.
+    """
+    rows = {(row.arm, row.value, row.seed): row for row in results.read(file).itertuples() if not row.failed}
+    taken = 0
+    for run in runs:
+        row = rows.get((run.arm, run.value, run.seed))
+        if row is None or run.outcome() is not None:
+            continue
+        if row.config != run.fingerprint:
+            raise ValueError(
+                f"{file} has {run.name} with another configuration, {row.config or 'which it does not say'}"
+            )
+        run.folder.mkdir(parents=True, exist_ok=True)
+        write_json(run.folder / "config.json", json.loads(run.config.to_json()))
+        result = {"test_accuracy": row.test_accuracy / 100, "density": row.kept / 100, "seconds": row.seconds}
+        write_json(run.folder / "result.json", result)
+        taken += 1
+    return taken
 
 
 def methods() -> list[str]:
@@ -304,6 +341,8 @@ def main(argv: Sequence[str]) -> None:
         runs = plan(config, workdir, FLAGS.only, seeds, changed)
         every = plan(config, workdir, (), sorted({*config.sweep.seeds, *(seeds or ())}), changed)
         check_finished(every)
+        if FLAGS.take_over is not None and not FLAGS.dry_run:
+            print(f"{take_over(every, Path(FLAGS.take_over))} runs are taken over from {FLAGS.take_over}")
         left = datetime.timedelta(seconds=round(seconds_left(runs, config.sweep.seconds)))
         print(plan_table(runs).text())
         print(f"{sum(map(_is_open, runs))} of {len(runs)} runs are to be trained, in about {left}", flush=True)

@@ -14,7 +14,7 @@ from jaxsparse.inspect.plots import style as plots
 if TYPE_CHECKING:
     import pandas as pd
 
-COLUMNS = ("arm", "value", "sparsity", "seed", "test_accuracy", "kept", "seconds", "failed")
+COLUMNS = ("arm", "value", "sparsity", "seed", "test_accuracy", "kept", "seconds", "failed", "config")
 DENSE = "dense"  # the arm that the others are held against
 WITHIN = 0.3  # points below the dense network
 # Text, ground and lines of the pictures, and colours that colour-blind people tell apart on this ground.
@@ -34,7 +34,7 @@ def outcomes(runs: Sequence[Any]) -> "pd.DataFrame":
             rows.append({
                 "arm": run.arm, "value": run.value, "sparsity": run.sparsity, "seed": run.seed,
                 **{name: 100 * result.get(key, np.nan) for name, key in numbers.items()},
-                "seconds": result.get("seconds"), "failed": result.get("failed", ""),
+                "seconds": result.get("seconds"), "failed": result.get("failed", ""), "config": run.fingerprint,
             })  # fmt: skip
     return as_frame(rows)
 
@@ -44,15 +44,16 @@ def as_frame(rows: Any) -> "pd.DataFrame":
     import pandas as pd
 
     numbers = dict.fromkeys(("sparsity", "test_accuracy", "kept", "seconds"), float)
+    texts = ("value", "failed", "config")
     found = pd.DataFrame(rows, columns=list(COLUMNS)).astype(numbers)
-    return found.fillna({"value": "", "failed": ""}).astype({"arm": str, "value": str, "seed": int, "failed": str})
+    return found.fillna(dict.fromkeys(texts, "")).astype({"arm": str, "seed": int, **dict.fromkeys(texts, str)})
 
 
 def read(file: Any) -> "pd.DataFrame":
     """The runs in the .csv file of a sweep."""
     import pandas as pd
 
-    return as_frame(pd.read_csv(file, dtype={"value": str, "failed": str}))
+    return as_frame(pd.read_csv(file, dtype={"value": str, "failed": str, "config": str}))
 
 
 def means(found: "pd.DataFrame") -> "pd.DataFrame":

@@ -198,7 +198,7 @@ def some_results():
         for seed, accuracy in enumerate(accuracies):
             failed = "" if accuracy else "train_loss is nan"
             numbers = (accuracy or np.nan, kept if accuracy else np.nan)
-            rows.append((arm, value, sparsity, seed, *numbers, 12.0, failed))
+            rows.append((arm, value, sparsity, seed, *numbers, 12.0, failed, "0123456789ab"))
 
     add("dense", "", None, (98.4, 98.6), 100)
     add("a", "0.8", 0.8, (98.5, 98.7), 20)  # 98.6 +- 0.1
@@ -258,3 +258,22 @@ def test_picture():
         low, high = axes.get_ylim()
         assert low < 97.1
         assert high > 98.6
+
+
+def test_runs_are_taken_over_from_the_table_of_an_earlier_sweep(tmp_path):
+    config = read_config("dense", "magnitude")
+    runs = sweep.plan(config, tmp_path / "one")
+    for run in runs[:2]:
+        run.folder.mkdir(parents=True)
+        write_json(run.folder / "config.json", json.loads(run.config.to_json()))
+        write_json(run.folder / "result.json", {"test_accuracy": 0.75, "density": 0.125, "seconds": 3.0})
+    found = results.outcomes(runs)
+    found.to_csv(tmp_path / "sweep.csv", index=False, float_format="%.6g")
+    again = sweep.plan(config, tmp_path / "two")
+    assert sweep.take_over(again, tmp_path / "sweep.csv") == 2
+    assert sweep.take_over(again, tmp_path / "sweep.csv") == 0
+    sweep.check_finished(again)
+    assert json.loads(results.outcomes(again).to_json()) == json.loads(found.to_json())
+    other = sweep.plan(config, tmp_path / "three", changed={"epochs": 18})
+    with pytest.raises(ValueError, match="sweep.csv has dense, seed 0 with another configuration"):
+        sweep.take_over(other, tmp_path / "sweep.csv")
