@@ -54,6 +54,13 @@ def test_the_committed_sweep_fits_together(tmp_path):
     assert all(values[arm] == {"0.8", "0.9", "0.95", "0.98", "0.99"} for arm in told)
 
 
+def test_the_sweep_of_options_fits_together(tmp_path):
+    config = runpy.run_path(str(ROOT / "configs/sweeps/mnist_rigl_options.py"))["get_config"]().lock()
+    runs = sweep.plan(config, tmp_path)
+    assert len({run.folder for run in runs}) == len(runs) == 45
+    assert {run.fingerprint for run in runs if run.seed} & {run.fingerprint for run in runs if not run.seed} == set()
+
+
 def test_a_plan_goes_seed_by_seed_and_fills_in_the_values(tmp_path):
     config = read_config("dense", "magnitude", "asni", "rda", sparsities=(0.5, 0.75))
     runs = sweep.plan(config, tmp_path, changed={"epochs": 18})
