@@ -68,7 +68,7 @@ def rising_cosine(end_value: float, steps: int) -> optax.Schedule:
     if not end_value >= 0 or not steps >= 1:
         raise ValueError(f"end_value must be at least 0 and steps at least 1, got {end_value} and {steps}")
     falling = optax.cosine_decay_schedule(1.0, steps)
-    return lambda step: end_value * (1 - falling(step))
+    return lambda step: end_value * (1 - falling(jnp.asarray(step, jnp.float32)))
 
 
 def sigmoid_sparsity(
