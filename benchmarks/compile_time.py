@@ -1,4 +1,4 @@
-"""How long XLA takes to compile one update with each link, beside AdamW alone: 72 kernels of a 12-layer transformer.
+"""How long XLA takes to compile an update with each link or wrapper, beside AdamW: 72 kernels of a 12-layer transformer.
 
 Compiles ``tx.update`` and ``optax.apply_updates`` for shapes, from tracing on, every case in turn, ``--rounds`` times,
 and prints the median as a multiple of AdamW's.
@@ -27,10 +27,21 @@ LINKS = {
     "rigl": lambda: jaxsparse.rigl(0.9, stop_at=1000),
     "rigl, bias_correction": lambda: jaxsparse.rigl(0.9, stop_at=1000, bias_correction=(0.9, 0.999)),
     "sparse_evolutionary": lambda: jaxsparse.sparse_evolutionary(0.9, 100),
+    "srigl": lambda: jaxsparse.srigl(0.9, stop_at=1000, never_ablate=()),
+    "granet": lambda: jaxsparse.granet(0.9, steps=10_000),
+    "ac_dc": lambda: jaxsparse.ac_dc(0.9, [0, 200], [100]),
+    "iterative_hard_thresholding": lambda: jaxsparse.iterative_hard_thresholding(0.9, every=100),
     "asni": lambda: jaxsparse.asni(0.9, 100),
     "magnitude_pruning": lambda: jaxsparse.magnitude_pruning(0.9, end=1000),
     "magnitude_pruning, lamp": lambda: jaxsparse.magnitude_pruning(0.9, end=1000, scope="lamp"),
     "reweighted_l1": lambda: jaxsparse.reweighted_l1(1e-3, l1=1e-3),
+}
+WRAPPERS = {  # around AdamW
+    "straight_through": lambda inner: jaxsparse.straight_through(inner, 0.9, every=100),
+    "sr_ste": lambda inner: jaxsparse.sr_ste(inner, 2, 4),
+    "top_kast": lambda inner: jaxsparse.top_kast(inner, 0.9, 0.8, every=100),
+    "soft_threshold": lambda inner: jaxsparse.soft_threshold(inner),
+    "admm": lambda inner: jaxsparse.admm(inner, 0.9),
 }
 
 
@@ -49,10 +60,17 @@ def transformer() -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in params.items()}
 
 
-def seconds(link) -> float:
+def around_adamw(name: str) -> optax.GradientTransformation:
+    """AdamW with the link or wrapper of that name; by its own name alone."""
+    adamw = optax.adamw(1e-3)
+    if name in WRAPPERS:
+        return WRAPPERS[name](adamw)
+    return jaxsparse.chain(*([adamw] if name == "AdamW" else [adamw, LINKS[name]()]))
+
+
+def seconds(name: str) -> float:
     """Of tracing, lowering and compiling one step."""
-    members = [optax.adamw(1e-3)] if link is None else [optax.adamw(1e-3), link()]
-    tx, params = jaxsparse.chain(*members), transformer()
+    tx, params = around_adamw(name), transformer()
     state = jax.eval_shape(tx.init, params)
 
     def step(grads, state, params):
@@ -67,17 +85,18 @@ def seconds(link) -> float:
 
 def main() -> None:
     """Prints a table."""
+    known = [*LINKS, *WRAPPERS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of these alone: {', '.join(LINKS)}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of these alone: {', '.join(known)}")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    if unknown := sorted({*arguments.names} - {*LINKS}):
-        parser.error(f"there is no {', '.join(unknown)}: choose from {', '.join(LINKS)}")
-    cases = {"AdamW": None} | {name: LINKS[name] for name in arguments.names or LINKS}
+    if unknown := sorted({*arguments.names} - {*known}):
+        parser.error(f"there is no {', '.join(unknown)}: choose from {', '.join(known)}")
+    cases = ["AdamW", *(arguments.names or known)]
     taken: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(arguments.rounds):
-        for name, link in cases.items():
-            taken[name].append(seconds(link))
+        for name in cases:
+            taken[name].append(seconds(name))
     base = statistics.median(taken["AdamW"])
     print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}, {arguments.rounds} rounds\n")
     print("| chain | seconds | of AdamW's |\n|---|---|---|")

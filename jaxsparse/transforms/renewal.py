@@ -30,7 +30,7 @@ class Renewal(NamedTuple):
 
     Attributes:
       now: (), bool: whether masks changed in the last step.
-      hold: (0,), bool, if the optimizer takes no step then; () if it does.
+      hold: (), bool, True, if the optimizer takes no step then; () if it does.
       changed_at: (), int32: the step of the last mask update; () without a bias correction.
       since: like the masks: uint8: the mask updates since the weight was regrown, 255 for older ones; () without a bias
         correction.
@@ -75,7 +75,7 @@ class Renewing(NamedTuple):
         no = varying_like(jnp.zeros([], bool), params)
         return Renewal(
             now=no,
-            hold=jnp.zeros(0, bool) if self.hold else (),
+            hold=varying_like(jnp.ones([], bool), params) if self.hold else (),
             changed_at=varying_like(jnp.zeros([], jnp.int32), params) if aged else (),
             since=jax.tree.map(lambda mask: jnp.full_like(mask, _OLD, jnp.uint8), masks) if aged else (),
             explored=jax.tree.map(lambda mask: mask | False, masks) if self.track else (),

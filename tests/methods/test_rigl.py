@@ -292,3 +292,11 @@ def test_a_held_optimizer_moves_no_leaf_that_the_link_does_not_see():
         before, (params, opt_state) = params, step(params, opt_state, count)
     np.testing.assert_array_equal(before["conv"]["kernel"], params["conv"]["kernel"])
     np.testing.assert_array_equal(before["dense"]["bias"], params["dense"]["bias"])
+
+
+def test_no_array_of_the_state_is_empty():
+    """Orbax saves none that is."""
+    params = make_params()
+    link = jaxsparse.rigl(0.75, 2, stop_at=9, accumulate=2, hold=True, bias_correction=(0.9, 0.99), track=True)
+    shapes = jax.eval_shape(link.init, params)
+    assert all(leaf.size for leaf in jax.tree.leaves(shapes))
