@@ -1,4 +1,4 @@
-"""How long XLA takes to compile an update with each link or wrapper, beside AdamW: 72 kernels of a 12-layer transformer.
+"""How long XLA takes to compile an update with each link or wrapper, beside AdamW: 72 kernels of 12 transformer layers.
 
 Compiles ``tx.update`` and ``optax.apply_updates`` for shapes, from tracing on, every case in turn, ``--rounds`` times,
 and prints the median as a multiple of AdamW's.
