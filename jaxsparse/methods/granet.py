@@ -14,13 +14,12 @@ from jax.typing import ArrayLike
 
 from jaxsparse.allocation import Allocation, check_allocation
 from jaxsparse.layouts import LayoutLike
-from jaxsparse.masks import random_masks
 from jaxsparse.structures import StructureLike, check_structure
 from jaxsparse.transforms import regrow
 from jaxsparse.transforms.checks import check_range, check_schedule, check_steps
 from jaxsparse.transforms.exchange import gradient_of
 from jaxsparse.transforms.layers import as_layers, on_units
-from jaxsparse.transforms.mask_link import MaskState, every, given_masks, mask_link
+from jaxsparse.transforms.mask_link import MaskState, every, given_masks, mask_link, random_start
 from jaxsparse.transforms.prune import counts_at, prune_globally
 from jaxsparse.transforms.renewal import Renewing
 
@@ -153,12 +152,6 @@ def granet(
     renewing = Renewing(False, bias_correction, update_every, track)
     renewing.check()
 
-    def random_start(params, key):
-        return random_masks(
-            params, initial_sparsity, allocation=allocation, at_least=at_least, prunable=prunable, structure=structure,
-            layout=layout, key=key,
-        )  # fmt: skip
-
     def left(layers, count):
         with jax.enable_x64(True):  # float32 cannot tell all the weights of a large network
             passed = [jnp.asarray(step, jnp.int32) // update_every for step in (count, begin, last)]
@@ -189,7 +182,9 @@ def granet(
 
     return mask_link(
         GraNetState,
-        random_start if masks is None else given_masks(masks, structure, layout),
+        random_start(initial_sparsity, allocation, at_least, structure, prunable, layout)
+        if masks is None
+        else given_masks(masks, structure, layout),
         change,
         when=every(update_every, start_at=begin),
         signal=lambda updates, own, extra_args: gradient_of(extra_args, "granet"),

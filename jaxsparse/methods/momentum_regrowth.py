@@ -18,13 +18,13 @@ from jax.typing import ArrayLike
 
 from jaxsparse.allocation import apportion, exact_mean, exact_sum, with_floor
 from jaxsparse.layouts import LayoutLike
-from jaxsparse.masks import as_key, validate_masks
+from jaxsparse.masks import as_key
 from jaxsparse.selection import count_true
-from jaxsparse.structures import StructureLike, check_structure, check_units, made_of, mask_structures, require_signs
+from jaxsparse.structures import StructureLike, check_structure, made_of, require_signs
 from jaxsparse.transforms import regrow
 from jaxsparse.transforms.checks import check_range
-from jaxsparse.transforms.layers import Layer, Rule, each, layers_of, on_units
-from jaxsparse.trees import is_masked_node
+from jaxsparse.transforms.exchange import exchanged_masks
+from jaxsparse.transforms.layers import Layer, Rule, each
 
 __all__ = ["Growth", "Prune", "Redistribution", "check_options", "exchange", "momentum_regrowth"]
 
@@ -92,14 +92,9 @@ def momentum_regrowth(
     check_range("prune_rate", prune_rate, 0, 1)
     if key is None and growth == "random":
         raise ValueError('growth="random" needs a key')
-    checked = validate_masks(masks, params)
-    check_units(checked, mask_structures(structure, params, checked, layout=layout))
-    draw = as_key(0 if key is None else key)
-    layers = layers_of(params, momentum, checked, structure=structure, layout=layout, key=draw)
     rule = exchange(prune_rate, growth, redistribution, prune, at_least)
-    new, _ = on_units(layers, rule, jnp.zeros(len(layers), bool))
-    renewed = jax.tree.structure(checked).unflatten(new)
-    return jax.tree.map(lambda n, old: old if is_masked_node(n) else n, renewed, masks, is_leaf=is_masked_node)
+    draw = as_key(0 if key is None else key)
+    return exchanged_masks(params, momentum, masks, rule, structure, layout, key=draw)
 
 
 _SHARES = {

@@ -7,28 +7,24 @@ d39fc7d (``sparse_optimizers_base.py``) and, in JAX, https://github.com/google-r
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
 from jaxsparse.allocation import Allocation, Sparsity
 from jaxsparse.layouts import LayoutLike
-from jaxsparse.masks import validate_masks
-from jaxsparse.structures import StructureLike, check_units, mask_structures
+from jaxsparse.structures import StructureLike
 from jaxsparse.transforms import regrow
 from jaxsparse.transforms.checks import check_range
 from jaxsparse.transforms.exchange import (
     check_fraction,
     drop_and_grow,
     exchange_link,
+    exchanged_masks,
     gradient_of,
     sums_of_gradients,
 )
-from jaxsparse.transforms.layers import layers_of, on_units
 from jaxsparse.transforms.mask_link import MaskState
 from jaxsparse.transforms.renewal import Renewing
-from jaxsparse.trees import is_masked_node
 
 __all__ = ["RigLState", "rigl", "rigl_update"]
 
@@ -201,10 +197,5 @@ def rigl_update(
       [[True, False, False, True]]
     """
     check_range("drop_fraction", drop_fraction, 0, 1)
-    checked = validate_masks(masks, params)
-    check_units(checked, mask_structures(structure, params, checked, layout=layout))
-    layers = layers_of(params, grads, checked, structure=structure, layout=layout, what="grads")
     rule = drop_and_grow(drop_fraction, regrow.drop_smallest, regrow.grow_largest)
-    new, _ = on_units(layers, rule, jnp.zeros(len(layers), bool))
-    renewed = jax.tree.structure(checked).unflatten(new)
-    return jax.tree.map(lambda n, old: old if is_masked_node(n) else n, renewed, masks, is_leaf=is_masked_node)
+    return exchanged_masks(params, grads, masks, rule, structure, layout, what="grads")

@@ -20,13 +20,12 @@ from jaxsparse.allocation import (
     check_sparsities,
 )
 from jaxsparse.layouts import LayoutLike
-from jaxsparse.masks import random_masks
 from jaxsparse.methods.momentum_regrowth import Growth, Prune, Redistribution, check_options, exchange
 from jaxsparse.structures import StructureLike
 from jaxsparse.transforms.chain import align_signal
 from jaxsparse.transforms.checks import check_range, check_steps
 from jaxsparse.transforms.layers import on_units
-from jaxsparse.transforms.mask_link import MaskState, every, given_masks, mask_link
+from jaxsparse.transforms.mask_link import MaskState, every, given_masks, mask_link, random_start
 from jaxsparse.trees import is_masked_node
 
 __all__ = ["SparseMomentumState", "sparse_momentum"]
@@ -170,12 +169,6 @@ def sparse_momentum(
     if not callable(prune_rate):
         check_range("prune_rate", prune_rate, 0, 1)
 
-    def random_start(params, key):
-        return random_masks(
-            params, sparsity, allocation=allocation, at_least=at_least, prunable=prunable, structure=structure,
-            layout=layout, key=key,
-        )  # fmt: skip
-
     def signal(updates, own, extra_args):
         if decay is not None:
             return own
@@ -202,7 +195,9 @@ def sparse_momentum(
 
     return mask_link(
         SparseMomentumState,
-        random_start if masks is None else given_masks(masks, structure, layout),
+        random_start(sparsity, allocation, at_least, structure, prunable, layout)
+        if masks is None
+        else given_masks(masks, structure, layout),
         change,
         when=every(update_every, start_at=start_at, stop_at=stop_at),
         signal=signal,

@@ -16,12 +16,12 @@ from jaxsparse.transforms.checks import (
     require_bool,
     require_params,
 )
-from jaxsparse.transforms.exchange import drop_and_grow, exchange_link
+from jaxsparse.transforms.exchange import drop_and_grow, exchange_link, exchanged_masks
 from jaxsparse.transforms.landing import land_on_masks, on_update_steps
 from jaxsparse.transforms.largest import Largest, n_largest
 from jaxsparse.transforms.latent import LatentState, identity_pull, latent, map_latents
 from jaxsparse.transforms.layers import Column, Layer, Layers, each, layers_of, on_units
-from jaxsparse.transforms.mask_link import MaskState, Watched, dense_start, every, given_masks, mask_link
+from jaxsparse.transforms.mask_link import MaskState, Watched, dense_start, every, given_masks, mask_link, random_start
 from jaxsparse.transforms.masked_latent import MaskedLatentState, masked_latent
 from jaxsparse.transforms.protocols import HasGates, HasLatents, HasNotes, SparseState, Wraps, link_states
 from jaxsparse.transforms.prune import counts_at, prune_globally, prune_layers, prune_outputs, prune_to
@@ -34,9 +34,9 @@ __all__ = [
     "Column", "HasGates", "HasLatents", "HasNotes", "Largest", "LatentState", "Layer", "Layers", "MaskState",
     "MaskedLatentState", "Renewal", "Renewing", "Restarting", "Scoring", "Signal", "SparseState", "VelocityState",
     "Watched", "Wraps", "align_signal", "chain", "check_budget", "check_range", "check_schedule", "check_steps",
-    "check_zeros", "counts_at", "dense_start", "drop_and_grow", "each", "every", "exchange_link", "given_masks",
-    "identity_pull", "land_on_masks", "latent", "layers_of", "link_states", "map_latents", "mask_link",
-    "masked_latent", "n_largest", "on_units", "on_update_steps", "prune_globally", "prune_layers", "prune_outputs",
-    "prune_to", "rank_globally", "rank_layers", "refuse_replicated", "require_bool", "require_params", "scoring",
-    "signals_of", "stored_momentum", "velocity",
+    "check_zeros", "counts_at", "dense_start", "drop_and_grow", "each", "every", "exchange_link", "exchanged_masks",
+    "given_masks", "identity_pull", "land_on_masks", "latent", "layers_of", "link_states", "map_latents",
+    "mask_link", "masked_latent", "n_largest", "on_units", "on_update_steps", "prune_globally", "prune_layers",
+    "prune_outputs", "prune_to", "random_start", "rank_globally", "rank_layers", "refuse_replicated",
+    "require_bool", "require_params", "scoring", "signals_of", "stored_momentum", "velocity",
 ]  # fmt: skip

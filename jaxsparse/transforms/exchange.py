@@ -10,18 +10,18 @@ from jax.typing import ArrayLike
 
 from jaxsparse.allocation import Allocation, Sparsity, check_allocation, check_sparsities
 from jaxsparse.layouts import LayoutLike
-from jaxsparse.masks import random_masks
-from jaxsparse.structures import StructureLike, check_structure
+from jaxsparse.masks import validate_masks
+from jaxsparse.structures import StructureLike, check_structure, check_units, mask_structures
 from jaxsparse.transforms import regrow
 from jaxsparse.transforms.chain import align_signal
 from jaxsparse.transforms.checks import check_range, check_steps
 from jaxsparse.transforms.landing import on_update_steps
-from jaxsparse.transforms.layers import Layer, Rule, on_units
-from jaxsparse.transforms.mask_link import MaskState, every, given_masks, mask_link
+from jaxsparse.transforms.layers import Layer, Rule, layers_of, on_units
+from jaxsparse.transforms.mask_link import MaskState, every, given_masks, mask_link, random_start
 from jaxsparse.transforms.renewal import Renewing
 from jaxsparse.trees import is_masked_node
 
-__all__ = ["drop_and_grow", "exchange_link", "gradient_of"]
+__all__ = ["drop_and_grow", "exchange_link", "exchanged_masks", "gradient_of"]
 
 Drop = Callable[[Sequence[Layer], jax.Array, jax.Array], Sequence[jax.Array]]
 Grow = Callable[[Sequence[Layer], Sequence[jax.Array], jax.Array], Sequence[jax.Array]]
@@ -45,6 +45,32 @@ def drop_and_grow(fraction: ArrayLike, drop: Drop, grow: Grow) -> Rule:
         return grow(layers, drop(layers, kept, lose), lose), resting
 
     return rule
+
+
+def exchanged_masks(
+    params: Any,
+    signal: Any,
+    masks: Any,
+    rule: Rule,
+    structure: StructureLike,
+    layout: LayoutLike,
+    *,
+    key: jax.Array | None = None,
+    what: str = "momentum",
+) -> Any:
+    """One mask update by a rule, as a pure function: the new masks, of the form of ``masks``, which are checked.
+
+    Args:
+      params, signal, masks: trees: the weights, what growth goes by, and bool arrays, the scalar True or ``MaskedNode``
+        for dense leaves.
+      rule, structure, layout, key, what: as :func:`on_units` and :func:`layers_of` take them.
+    """
+    checked = validate_masks(masks, params)
+    check_units(checked, mask_structures(structure, params, checked, layout=layout))
+    layers = layers_of(params, signal, checked, structure=structure, layout=layout, key=key, what=what)
+    new, _ = on_units(layers, rule, jnp.zeros(len(layers), bool))
+    renewed = jax.tree.structure(checked).unflatten(new)
+    return jax.tree.map(lambda n, old: old if is_masked_node(n) else n, renewed, masks, is_leaf=is_masked_node)
 
 
 def exchange_link(
@@ -89,19 +115,15 @@ def exchange_link(
     if masks is None:
         check_sparsities(sparsity)
 
-    def random_start(params, key):
-        return random_masks(
-            params, sparsity, allocation=allocation, at_least=at_least, prunable=prunable, structure=structure,
-            layout=layout, key=key,
-        )  # fmt: skip
-
     def change(layers, state):
         new, resting = on_units(layers, rule(state), state.watched.resting)
         return new, state.kept, resting
 
     return mask_link(
         state,
-        random_start if masks is None else given_masks(masks, structure, layout),
+        random_start(sparsity, allocation, at_least, structure, prunable, layout)
+        if masks is None
+        else given_masks(masks, structure, layout),
         change,
         when=every(update_every, start_at=start_at, stop_at=stop_at),
         signal=signal,

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from jaxsparse.allocation import check_total
+from jaxsparse.allocation import Allocation, Sparsity, check_total
 from jaxsparse.layouts import LayoutLike
-from jaxsparse.masks import as_key, copied_masks, validate_masks
+from jaxsparse.masks import as_key, copied_masks, random_masks, validate_masks
 from jaxsparse.placement import is_abstract, varying_like
 from jaxsparse.prunable import prunable_leaves
 from jaxsparse.selection import count_true
@@ -35,7 +35,7 @@ from jaxsparse.transforms.layers import Layer, each, layers_of
 from jaxsparse.transforms.renewal import Renewing, Restarting
 from jaxsparse.trees import is_masked_node, leaf_paths
 
-__all__ = ["MaskState", "Watched", "dense_start", "every", "given_masks", "mask_link"]
+__all__ = ["MaskState", "Watched", "dense_start", "every", "given_masks", "mask_link", "random_start"]
 
 _LARGE = 4096  # weights of a layer, from which on its fingerprint is of sums of floats
 
@@ -157,6 +157,25 @@ def given_masks(masks: Any, structure: StructureLike = "weight", layout: LayoutL
         checked = validate_masks(masks, params)
         check_units(checked, mask_structures(structure, params, checked, layout=layout))
         return copied_masks(checked, params)
+
+    return start
+
+
+def random_start(
+    sparsity: Sparsity,
+    allocation: Allocation,
+    at_least: ArrayLike,
+    structure: StructureLike,
+    prunable: Any,
+    layout: LayoutLike,
+) -> Start:
+    """A start from random masks, as :func:`jaxsparse.random_masks` makes them of these options."""
+
+    def start(params, key):
+        return random_masks(
+            params, sparsity, allocation=allocation, at_least=at_least, prunable=prunable, structure=structure,
+            layout=layout, key=key,
+        )  # fmt: skip
 
     return start
 
