@@ -124,10 +124,10 @@ ARMS = {
             "name": "reweighted_l1", "schedules": "config.optimizer.schedules", "max_factor": 500.0,
             "weight_time": "config.optimizer.momentum_time",
         },
-        "each": {"method.l1": (5e-6, 1.5e-5, 4e-5)},
+        "each": {"method.l1": (1e-6, 5e-6, 1.5e-5)},
     },
-    "l0": gates((0.1, 0.3, 1.0), name="l0", log_alpha=2.0, clamp=(-4.605, 4.605)),
-    "dep_l0": gates((0.1, 0.3, 1.0), name="dep_l0"),
+    "l0": gates((0.5, 1.0, 2.0), name="l0", log_alpha=2.0, clamp=(-4.605, 4.605)),
+    "dep_l0": gates((0.5, 1.0, 3.0), name="dep_l0"),
     "soft_threshold": {
         "method": {"name": "soft_threshold", "init": -5.0}, "each": {"weight_decay": (5e-4, 1e-3, 2e-3)}
     },
