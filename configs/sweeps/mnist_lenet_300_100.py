@@ -92,7 +92,6 @@ ARMS = {
     "straight_through": {"method": {"name": "straight_through"}},
     "top_kast": {"method": {"name": "top_kast", "backward_sparsity": 0.5}, "weight_decay": 0.0},
     "powerpropagation": {
-        "optimizer": {"name": "sgd", "learning_rate": 0.1},
         "weight_decay": 0.0,
         "method": {
             "name": "powerpropagation",
