@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG := configs/digits_sparse_momentum.py
 
-.PHONY: help train test test-all test-versions test-optax notebooks docs lint clean
+.PHONY: help train test test-all test-versions test-optax test-interop notebooks docs lint clean
 
 help:
 	@echo "make train      train sparse momentum at 90% sparsity on digits, and a dense baseline, and compare"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-all   run the slow tests"
 	@echo "make test-versions  make test with every Python from 3.11 to 3.13 that is here, and with each JAX"
 	@echo "make test-optax run Optax's own tests over our links (OPTAX=CHECKOUT: those of another Optax)"
+	@echo "make test-interop  round trips with transformers and torch, which go into an environment of their own, 6 GB"
 	@echo "make notebooks  execute the notebooks and write their outputs back"
 	@echo "make docs       build the documentation, into build/docs/index.html"
 	@echo "make lint       ruff, mypy, and a wheel that installs and imports"
@@ -34,6 +35,9 @@ test-versions:
 test-optax: $(VENV)/test.installed
 	$(BIN)/python -m tests.optax_contract $(OPTAX)
 
+test-interop: $(VENV)/interop.installed
+	$(VENV)/interop/bin/python -m pytest tests/interop
+
 notebooks: $(VENV)/notebooks.installed
 	$(BIN)/python -m notebooks.run
 
@@ -55,6 +59,12 @@ $(VENV)/%.installed: pyproject.toml setup.py
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'jaxsparse needs Python 3.11 or newer, $(PYTHON) is ' + sys.version.split()[0] + '; try: make PYTHON=python3.12 ...')"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	touch $@
+
+# torch and transformers want their own versions of what others use too.
+$(VENV)/interop.installed: pyproject.toml setup.py
+	test -x $(VENV)/interop/bin/python || $(PYTHON) -m venv $(VENV)/interop
+	$(VENV)/interop/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[interop]"
 	touch $@
 
 # TPU kernels are compiled in the tests, which needs no TPU. Not into site-packages, where every JAX program would look

@@ -38,7 +38,7 @@ class Steps:
         self.step = made.train_step
         self.state = made.init(0)
         draw = np.random.RandomState(0)
-        images = draw.randint(0, 256, (options.batch, *made.image_shape), np.uint8)
+        images = draw.randint(0, 256, (options.batch, *made.task.shape), np.uint8)
         numbers = np.arange(options.batch, dtype=np.int32)
         labels = draw.randint(0, 1000, options.batch).astype(np.int32)
         self.batch = jax.device_put((images, labels, numbers))
@@ -47,7 +47,8 @@ class Steps:
     def __call__(self, steps: int):
         loss = None
         for _ in range(steps):
-            self.state, (loss, _) = self.step(self.state, self.batch, 1)
+            self.state, measured = self.step(self.state, self.batch, 1)
+            loss = measured["losses"]
         return loss
 
     def mask_update(self):

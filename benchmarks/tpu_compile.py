@@ -24,6 +24,8 @@ from jaxsparse.parallel import AXIS, DeviceLayout
 
 GIB = 2**30
 MEMORY = {"v5e": 16 * GIB, "v6e": 32 * GIB, "v5p": 95 * GIB, "v4": 32 * GIB}  # of a chip
+COLUMNS = ["compiled in", "peak memory a chip", "arguments", "a chip and step"]
+COLUMNS += ["collectives of a step, and what they give"]
 KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
 
@@ -64,28 +66,35 @@ def compile_step(topology: str, layout: str, experiment: str, images: int, size:
     dataset = data.Dataset(nothing, range(0), range(50_000), 1000, mean, std)
     made = program.make_program(config, dataset, devices=devices)
     batch = (
-        jax.ShapeDtypeStruct((config.data.batch_size, *made.image_shape), jnp.uint8),
+        jax.ShapeDtypeStruct((config.data.batch_size, *made.task.shape), jnp.uint8),
         jax.ShapeDtypeStruct((config.data.batch_size,), jnp.int32),
         jax.ShapeDtypeStruct((config.data.batch_size,), jnp.int32),
     )
     state, batch = shapes_of(made.layout, jax.eval_shape(made.init, 0), batch)
+    return [
+        f"{topology} ({len(devices)})",
+        layout,
+        experiment,
+        str(images),
+        *compiled_as(made.train_step.lower(state, batch, 1), topology),
+    ]
+
+
+def compiled_as(lowered, topology: str) -> list[str]:
+    """Seconds of compiling, memory, arguments and operations of a chip, and collectives: the last columns."""
     start = time.perf_counter()
-    compiled = made.train_step.lower(state, batch, 1).compile()
+    compiled = lowered.compile()
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     (cost,) = [compiled.cost_analysis()] if isinstance(compiled.cost_analysis(), dict) else compiled.cost_analysis()
     available = MEMORY[topology.partition(":")[0]]
     traffic = ", ".join(f"{n} {kind} ({b / 1e6:.1f} MB)" for kind, (n, b) in sorted(sent(compiled.as_text()).items()))
     return [
-        f"{topology} ({len(devices)})",
-        layout,
-        experiment,
-        str(images),
         f"{seconds:.0f} s",
         f"{memory.peak_memory_in_bytes / GIB:.1f} of {available / GIB:.0f} GiB",
         f"{memory.argument_size_in_bytes / 2**20:.0f} MiB",
         f"{cost['flops'] / 1e12:.2f} TFLOP",
-        traffic,
+        traffic or "none",
     ]
 
 
@@ -97,8 +106,7 @@ def main():
     parser.add_argument("--images", type=int, default=256, help="a chip")
     parser.add_argument("--size", type=int, default=224, help="pixels")
     options = parser.parse_args()
-    head = ["slice (chips)", "layout", "config", "images a chip", "compiled in", "peak memory a chip", "arguments"]
-    head += ["a chip and step", "collectives of a step, and what they give"]
+    head = ["slice (chips)", "layout", "config", "images a chip", *COLUMNS]
     rows = []
     for topology in options.topologies:
         for layout in options.layouts:

@@ -43,6 +43,17 @@ def training() -> ConfigDict:
     config.masks_from = config_dict.placeholder(str)
     config.start = "centroids"
 
+    # The file of params that the weights start from instead of random ones, such as WORKDIR/epoch_N.safetensors, to
+    # train a network on, densely or with a method. Batch statistics start anew.
+    config.start_from = config_dict.placeholder(str)
+
+    # Learn from a dense network too: the folder of a run with its checkpoint, or a file of params of the same model,
+    # such as WORKDIR/epoch_N.safetensors. The loss is (1 - weight) times that of the data, plus weight times
+    # temperature squared times KL(teacher || student) of the outputs softened by the temperature.
+    config.distill_from = config_dict.placeholder(str)
+    config.distill_temperature = 2.0
+    config.distill_weight = 0.5
+
     config.data = ConfigDict()
     config.data.name = ""
     config.data.batch_size = 100
@@ -230,6 +241,22 @@ def cifar(config: ConfigDict) -> ConfigDict:
     config.data.flip = True
     config.smoke_overrides.checkpoint_every_epochs = 2
     set_width(config)
+    return config
+
+
+def text(config: ConfigDict) -> ConfigDict:
+    """A text instead of images: by default the source of Python's standard library, byte by byte."""
+    config.data.name = "text"
+    config.data.files = config_dict.placeholder(str)  # a file, a folder or a pattern; None: the standard library
+    config.data.test_files = config_dict.placeholder(str)  # the text to test on; None: a share of the files,
+    config.data.test = 0.05  # this one, whole files by a hash of their path, as for config.data.validation
+    config.data.vocab_size = config_dict.placeholder(int)  # None: bytes. The files are of ids below it, .npy or .bin
+    config.data.length = 256  # of a window, in tokens
+    config.data.epoch_tokens = config_dict.placeholder(int)  # the tokens of an epoch; None: as many as there are
+    config.data.eval_windows = config_dict.placeholder(int)  # of a split at most this many are evaluated; None: all
+    config.smoke_overrides.data = ConfigDict({
+        "batch_size": 8, "length": 32, "examples": 44 * 8, "epoch_tokens": 44 * 8 * 32, "eval_windows": 16,
+    })  # fmt: skip
     return config
 
 

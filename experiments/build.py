@@ -80,7 +80,9 @@ def make_optimizer(config: ConfigDict, steps_per_epoch: int, model: Any = None) 
                 "trained network: it needs 'original'"
             )
         return Optimizer(on_masks)
-    every, total = update_every(config, steps_per_epoch), config.epochs * steps_per_epoch
+    if config.sparse_init and config.get("start_from"):
+        raise ValueError("config.sparse_init scales random weights, and with config.start_from there are none")
+    every, total = update_every(config, steps_per_epoch), round(config.epochs * steps_per_epoch)
     if every > total:
         raise ValueError(f"config.method changes masks every {every} steps, and there are {total} steps in all")
     function, arguments = calls.call(config.method, "config.method")

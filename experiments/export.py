@@ -26,7 +26,7 @@ from experiments.checkpoints import Checkpoints, size_in_bytes
 from experiments.command_line import as_path, not_empty
 from experiments.inputs import open_dataset
 from experiments.outcome import one_a_run
-from experiments.program import make_program
+from experiments.program import Program, TrainState, make_program
 from experiments.workdir import read_json
 from jaxsparse import artifacts, inspect
 from jaxsparse.artifacts import formats
@@ -74,6 +74,17 @@ def restore(workdir: Path, data_dir: str | None = None) -> tuple[Any, Any]:
     """The params that a run evaluates at its last checkpoint, and its masks; None for the masks of gates.
 
     Raises:
+      OSError, ValueError: as :func:`restore_run`.
+    """
+    program, params, state = restore_run(workdir, data_dir)
+    gated = program.optimizer.groups is not None
+    return params, None if gated else inspect.current_masks(state.opt_state, state.params)
+
+
+def restore_run(workdir: Path, data_dir: str | None = None) -> tuple[Program, Any, TrainState]:
+    """The program of a run, the params that it evaluates at its last checkpoint, and its state there, on one device.
+
+    Raises:
       OSError: if this is not the folder of a run, it has no checkpoint, or its data are not there.
       ValueError: if its configuration is none of this version.
     """
@@ -88,6 +99,8 @@ def restore(workdir: Path, data_dir: str | None = None) -> tuple[Any, Any]:
     if not folder.is_dir():
         raise OSError(f"{str(workdir)!r} has no checkpoint")
     config.data_dir = data_dir or config.data_dir
+    if "distill_from" in config:
+        del config.distill_from  # the weights do not depend on the teacher any more
     dataset, seed = open_dataset(config), np.asarray(config.seed if seeds is None else seeds, np.uint32)
     program = make_program(config, dataset, side_by_side=seeds is not None)
 
@@ -102,9 +115,9 @@ def restore(workdir: Path, data_dir: str | None = None) -> tuple[Any, Any]:
     if restored is None:
         raise OSError(f"{str(workdir)!r} has no checkpoint")
     state = one_a_run(restored[1], seeds)[0 if seeds is None else list(seeds).index(config.seed)]
+    state = program.layout.one_copy(program.layout.restore(state))
     params = state.params if config.dense else jaxsparse.eval_params(state.opt_state, state.params)
-    gated = program.optimizer.groups is not None
-    return params, None if gated else inspect.current_masks(state.opt_state, state.params)
+    return program, params, state
 
 
 def main(argv: Sequence[str] | None = None) -> None:

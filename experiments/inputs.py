@@ -1,4 +1,4 @@
-"""The images of a run: opened, in batches, and augmented."""
+"""The data of a run: opened, in batches, and images augmented."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
@@ -10,15 +10,30 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from experiments import data
+from experiments import data, text
+from experiments.measures import TEXT
 from experiments.options import choose
 from jaxsparse.parallel import DeviceLayout
 
 PADDINGS = {"zeros": "constant", "reflect": "reflect"}
 
 
-def open_dataset(config: ConfigDict) -> data.Dataset:
-    """The images of ``config.data``: as arrays, or if they are streamed as sources that are read while training."""
+def open_dataset(config: ConfigDict) -> Any:
+    """The data of ``config.data``: images as arrays, or if they are streamed as sources that are read; or a text."""
+    if config.data.name == TEXT:
+        if config.data.streamed:
+            raise ValueError("config.data.streamed is for images, and a text is held in the memory")
+        return text.load(
+            config.data.files,
+            length=config.data.length,
+            vocab_size=config.data.vocab_size,
+            validation=config.data.validation,
+            test=config.data.test,
+            test_files=config.data.test_files,
+            epoch_tokens=config.data.epoch_tokens,
+            eval_windows=config.data.eval_windows,
+            examples=config.data.examples,
+        )
     mean, std = (None if given == (None,) else given for given in (config.data.mean, config.data.std))  # =None, as read
     if not config.data.streamed:
         return data.load(
@@ -45,13 +60,9 @@ def open_dataset(config: ConfigDict) -> data.Dataset:
     return data.Dataset(images.train, images.validation, images.test, images.num_classes, mean, std)
 
 
-def open_source(
-    stack: ExitStack, config: ConfigDict, dataset: data.Dataset, layout: DeviceLayout, position: Any
-) -> Any:
+def open_source(stack: ExitStack, config: ConfigDict, dataset: Any, layout: DeviceLayout, position: Any) -> Any:
     """The input of a program: the data on the devices, or the stream of images from a position on."""
     if not config.data.streamed:
-        if layout.name == "one_device":
-            return jax.device_put(dataset)
         return dataset._replace(
             **{name: layout.replicate(getattr(dataset, name)) for name in ("train", "validation", "test")}
         )

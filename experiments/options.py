@@ -6,6 +6,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from experiments.measures import TEXT
+
+# Keys of config.data that a text alone has.
+OF_TEXT = ("files", "test_files", "test", "length", "vocab_size", "epoch_tokens", "eval_windows")
 SEEDS = 2**32  # how many there are: PRNG keys are made of 32 bits
 
 
@@ -47,9 +51,12 @@ def with_seed(config: ConfigDict, seed: int) -> ConfigDict:
 
 def check_config(config: ConfigDict, num_examples: int) -> None:
     """Raises a ValueError for numbers out of range that nothing else would notice."""
-    for key in ("epochs", "eval_every_epochs", "checkpoint_every_epochs", "log_every_steps"):
+    for key in ("eval_every_epochs", "checkpoint_every_epochs", "log_every_steps"):
         if config[key] < 1:
             raise ValueError(f"config.{key} is at least 1, got {config[key]}")
+    steps_per_epoch = num_examples // max(config.data.batch_size, 1)
+    if config.epochs <= 0 or (steps_per_epoch and not round(config.epochs * steps_per_epoch)):
+        raise ValueError(f"config.epochs is at least one step, {1 / max(steps_per_epoch, 1):.3g}, got {config.epochs}")
     if "stages" in config:
         raise ValueError("config.stages is for experiments.stages, which trains one stage after another")
     start, epochs = config.start_epochs, config.epochs
@@ -76,10 +83,14 @@ def check_config(config: ConfigDict, num_examples: int) -> None:
 def refuse_idle(config: ConfigDict, changed: Iterable[str]) -> None:
     """Raises a ValueError if one of the keys ``changed``, such as "data.workers", has no effect in this run."""
     methods = [key for key in changed if key.startswith("method.")]
+    of_images = [f"data.{name}" for name in ("mean", "std", "pad", "flip", "streamed")]
     needs = {  # what is needed: whether it is there, and the keys that need it
         "config.data.streamed": (config.data.streamed, ["data.image_size", "data.workers", "data.classes"]),
         "config.data.pad": (config.data.pad, ["data.pad_mode"]),
+        "images": (config.data.name != TEXT, of_images),
+        "a text": (config.data.name == TEXT, [f"data.{name}" for name in OF_TEXT]),
         "config.masks_from": (config.masks_from, ["start"]),
+        "config.distill_from": (config.get("distill_from"), ["distill_temperature", "distill_weight"]),
         "a method: with config.masks_from the masks are fixed": (not config.masks_from, methods),
     }
     for what, (there, keys) in needs.items():

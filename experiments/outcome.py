@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 import jaxsparse
-from experiments.networks import positions
 from experiments.program import Program, TrainState
 from experiments.workdir import Workdir
 from jaxsparse import inspect, models
@@ -22,6 +21,8 @@ def chunk_metrics(chunk: Mapping[str, Any], updated: bool) -> dict[str, Any]:
         "train_accuracy": chunk["accuracies"].mean(dtype=float),
         "density": round(float(chunk["density"]), 6),
     }
+    if "divergences" in chunk:
+        metrics["train_divergence"] = chunk["divergences"].mean(dtype=float)
     metrics |= {name: round(float(share), 6) for name, share in chunk["remaining"].items()}
     if chunk["layer_density"]:
         metrics["layer_density"] = {path: round(float(share), 6) for path, share in chunk["layer_density"].items()}
@@ -43,7 +44,9 @@ def draw(run: Workdir, state: TrainState, program: Program) -> None:
     if program.optimizer.groups is None:
         params = jaxsparse.eval_params(state.opt_state, state.params)
         inspect.plot_weights(masks, params).savefig(run.path / "weights.png")
-    image_shape = program.image_shape
+    image_shape = program.task.shape
+    if len(image_shape) != 3:  # of text: no filters to see
+        return
     for mask in jax.tree.leaves(masks):
         if mask.shape == (np.prod(image_shape),):  # gates on the pixels
             mask = mask[:, None]
@@ -62,9 +65,12 @@ def finish(run: Workdir, state: TrainState, program: Program) -> None:
     result = {"dense": run.config.dense, "seed": run.config.seed, "steps": lines[-1]["step"]}
     names = ("density", "validation", "test", "multiply_adds")
     result |= {name: value for name, value in lines[-1].items() if name.startswith(names)}
+    if program.task.about:  # of a text
+        of_a_step = run.config.data.batch_size * program.task.unit[1]
+        result |= {"tokens": result["steps"] * of_a_step, "data": program.task.about}
     result["seconds"] = sum(line["seconds"] for line in lines)
     masks, widths = inspect.current_masks(state.opt_state, state.params), ""
-    places = positions(model, program.image_shape)
+    places = program.positions()
     if groups is not None:
         params = jaxsparse.eval_params(state.opt_state, state.params)
         small, slim_params, _ = models.slim(model, params, state.model_state.get("batch_stats"))
@@ -81,7 +87,7 @@ def finish(run: Workdir, state: TrainState, program: Program) -> None:
             jaxsparse.save_sparse(run.path / "sparse.safetensors", params, masks)
     run.finish(result)
     print(
-        f"test accuracy {result['test_accuracy']:.2%} at density {result['density']:g}{widths}, "
+        f"{program.task.said(result)} at density {result['density']:g}{widths}, "
         f"{result['seconds']:.1f} s; see {run.path}"
     )
 

@@ -1,6 +1,7 @@
 """The computations of a run: the model, the optimizer with its method, and the compiled functions around them."""
 
 import abc
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,10 +14,10 @@ from absl import logging
 from ml_collections import ConfigDict
 
 import jaxsparse
-from experiments import data
+from experiments import data, tasks
 from experiments.build import make_optimizer, named, update_every
-from experiments.inputs import batches, in_batches, make_augmentation
-from experiments.networks import INITS, STARTS, check_fits, load_start, make_model, positions
+from experiments.distillation import load_teacher
+from experiments.networks import INITS, load_start, make_model, positions, started
 from experiments.options import choose
 from jaxsparse import inspect
 from jaxsparse.models.channels import narrowed
@@ -24,7 +25,6 @@ from jaxsparse.parallel import DeviceLayout, device_layout
 from jaxsparse.trees import by_path
 
 NO_EPOCH = 2**31  # what is drawn besides the orders of the epochs is drawn with a key that belongs to none of them
-EVAL_BATCH = 500  # examples; more is no faster, and takes memory in convolutional networks
 
 
 class TrainState(NamedTuple):
@@ -45,13 +45,14 @@ class TrainState(NamedTuple):
 
 def make_program(
     config: ConfigDict,
-    dataset: data.Dataset,
+    dataset: Any,
     side_by_side: bool = False,
     devices: Sequence[jax.Device] | None = None,
     pruned: Sequence[Mapping[str, str]] = (),
 ) -> "Program":
     """The computations of a run, or with ``side_by_side`` those of several seeds in one; on all or on these devices.
 
+    The dataset is of images (:class:`experiments.data.Dataset`) or text (:class:`experiments.text.TextDataset`).
     With ``pruned`` they are of the network without the channels that went while it trained: for each time which ones
     stayed, see :func:`experiments.prune_while_training.open_gates`.
     """
@@ -65,8 +66,8 @@ class Program(abc.ABC):
     Attributes:
       model: the model.
       layout: how devices share the steps; ``train_chunk`` and ``evaluate`` take states that it has placed.
+      task: what it learns, of which data.
       optimizer: with its method.
-      image_shape: (height, width, channels) of the images that the model sees.
       pruned: for each time that channels left the network, which ones stayed.
       left: how much of the network is left since then: the shares of "params" and "multiply_adds".
     """
@@ -74,7 +75,7 @@ class Program(abc.ABC):
     def __init__(
         self,
         config: ConfigDict,
-        dataset: data.Dataset,
+        dataset: Any,
         side_by_side: bool,
         devices: Sequence[jax.Device] | None,
         pruned: Sequence[Mapping[str, str]],
@@ -91,23 +92,23 @@ class Program(abc.ABC):
                 f"{config.parallel.accumulate} parts each (config.parallel)"
             )
         self.model = make_model(config, dataset.num_classes, self.layout)
-        self.image_shape = data.image_shape(dataset, config.data.image_size)
+        self.task = tasks.make_task(config, dataset)
         self.pruned, whole = tuple(pruned), self.model
         for stays in pruned:
             self.model = narrowed(self.model, {name: np.array(list(bits)) == "1" for name, bits in stays.items()})
-        self._config, self._dataset, self._side_by_side = config, dataset, side_by_side
+        self._config, self._side_by_side = config, side_by_side
         self._steps_per_epoch = num_examples // batch_size  # the rest of an epoch is dropped
-        self._augmented = make_augmentation(config)
         self._fresh = choose(INITS, config.init, "config.init")
-        self._start = None if config.dense or not config.masks_from else load_start(config)
+        self._start = load_start(config)
         self.optimizer = make_optimizer(config, self._steps_per_epoch, self.model)
         self._tx = self.optimizer.make(masks=self._start and self._start[1])
-        self._scored = None  # the images that masks are made by
+        self._scored = None  # the examples that masks are made by
         if self.optimizer.pruner is not None:
             with named("config.method"):
-                self.optimizer.pruner.check(dataset, config.data.streamed)
+                self.optimizer.pruner.check(self.task, config.data.streamed)
             self._scored = None if config.data.streamed else dataset.train
-        self._positions = positions(self.model, self.image_shape) if self.optimizer.groups else None
+        self._positions = self.positions() if self.optimizer.groups else None
+        self._teacher = load_teacher(config, whole, self.task.first)
         self.left = self._left_of(whole) if pruned else {"params": 1.0, "multiply_adds": 1.0}
         # Layers that skip dead blocks take the masks; to others pruned weights are zeros among the rest.
         self._takes_masks = not config.dense and bool(config.model.get("blocks"))
@@ -118,6 +119,10 @@ class Program(abc.ABC):
                 f"{self._dense_gradient_steps} for {config.model.name!r} with blocks {config.model.get('blocks')}"
             )
         self._compiled_init = jax.jit(self._for_seeds(self._init))
+
+    def positions(self, model: Any = None) -> dict[str, int | float]:
+        """The number of positions of an input at which each kernel of the model is applied, by path."""
+        return positions(self.model if model is None else model, self.task.shape, self.task.dtype)
 
     def init(self, seed: Any) -> TrainState:
         """The state that a seed starts with, on one device."""
@@ -133,15 +138,15 @@ class Program(abc.ABC):
     def train_chunk(self, state: TrainState, source: Any, start: int, length: int) -> tuple[TrainState, dict[str, Any]]:
         """The state after the steps start, ..., start + length - 1, and measurements. Donates the state.
 
-        Measured are "losses" and "accuracies" of the batches, (length,); what :class:`jaxsparse.inspect.Measured` has,
-        with the flips of the chunk; "finite" by the path of every leaf, whether all of its weights are. Of streamed
-        images also "input_wait", the seconds that were spent waiting for them, and "replaced", the numbers of those
-        that could not be read.
+        Measured are "losses" and "accuracies" of the batches, (length,), and with a teacher the "divergences" from it;
+        what :class:`jaxsparse.inspect.Measured` has, with the flips of the chunk; "finite" by the path of every leaf,
+        whether all of its weights are. Of streamed images also "input_wait", the seconds that were spent waiting for
+        them, and "replaced", the numbers of those that could not be read.
         """
 
     @abc.abstractmethod
     def evaluate(self, state: TrainState, source: Any) -> dict[str, Any]:
-        """Mean "loss" and "accuracy" on a split.
+        """Mean "loss" and "accuracy" on a split; of text also what follows from the loss.
 
         Of streamed images also "unreadable": how many of them cannot be read, which are left out.
         """
@@ -156,17 +161,15 @@ class Program(abc.ABC):
     def _init(self, seed, start, scored):
         config = self._config
         init_key, order_key, mask_key = jax.random.split(jax.random.key(seed), 3)
-        first_image = jnp.zeros((1, *self.image_shape), jnp.float32)
-        variables = dict(self.model.init(init_key, first_image))
+        variables = dict(self.model.init(init_key, self.task.first))
         params = self._fresh(variables.pop("params"), init_key)
         if start is not None:
-            check_fits(start[0], params, config.masks_from)
-            params = choose(STARTS, config.start, "config.start")(params, *start)
+            params = started(params, start, config)
         masks, not_finite = start and start[1], jnp.int32(0)
         if self.optimizer.pruner is not None:
             with named("config.method", (ValueError,)):
                 masks, not_finite = self.optimizer.pruner.masks(
-                    mask_key, params, self.model, variables, self._dataset, scored, self.image_shape
+                    mask_key, params, self.model, variables, self.task, scored
                 )
         tx = self.optimizer.make(mask_key, masks)
         opt_state = tx.init(params)
@@ -184,45 +187,50 @@ class Program(abc.ABC):
     def _loss(self, params, model_state, batch, common):
         # Layers with batch statistics use those of the batch, and update them, where the collection is mutable; there
         # is dropout where there is a key for it.
-        images, labels, numbers = batch
-        step, collections, augment_key, dropout_key = common
-        # An image is augmented by its number and that of the epoch, in whatever batch and on whatever device it comes.
-        images = self._augmented(images, jax.random.fold_in(augment_key, step // self._steps_per_epoch), numbers)
-        how = {}
+        examples, targets, numbers = batch
+        step, collections, augment_key, dropout_key, teacher = common
+        # An example is changed by its number and that of the epoch, in whatever batch and on whatever device it comes.
+        key = jax.random.fold_in(augment_key, step // self._steps_per_epoch)
+        inputs = self.task.inputs(self.task.augmented(examples, key, numbers))
+        options = dict(self.task.options)
         if self._dense_gradient_steps is not None:  # all weights before masks change: momentum tells which to grow
             every = update_every(self._config, self._steps_per_epoch)
-            how = {"dense_weight_grad": -step % every < self._dense_gradient_steps}
+            options["dense_weight_grad"] = -step % every < self._dense_gradient_steps
         dropout_key = jax.random.fold_in(jax.random.fold_in(dropout_key, step), numbers[0])  # each device its own
         logits, model_state = self.model.apply(
             {"params": params, **model_state, **collections},
-            data.normalise(images, self._dataset),
+            inputs,
             mutable=list(model_state),
             rngs={"dropout": dropout_key},
-            **how,
+            **options,
         )
-        loss = jnp.mean(cross_entropy(logits, labels, self._config.label_smoothing))
-        return loss, ((loss, jnp.mean(logits.argmax(-1) == labels)), dict(model_state))
+        loss = jnp.mean(cross_entropy(logits, targets, self._config.label_smoothing))
+        measured = {"losses": loss, "accuracies": jnp.mean(logits.argmax(-1) == targets)}
+        if self._teacher is not None:
+            loss, divergence = self._teacher.mixed(loss, logits, self._teacher.logits(teacher, inputs))
+            measured["divergences"] = divergence
+        return loss, (measured, dict(model_state))
 
     def _step(self, look_up: Callable) -> Callable:
-        """A step; ``look_up`` finds images, labels and numbers of a batch among the examples."""
+        """A step; ``look_up`` finds examples, targets and numbers of a batch in the split."""
 
         def loss_of_batch(params, model_state, batch, common):
-            shared, examples = common
-            return self._loss(params, model_state, look_up(batch, examples), shared)
+            shared, split = common
+            return self._loss(params, model_state, look_up(batch, split), shared)
 
         gradients = self.layout.gradients(loss_of_batch, self._config.parallel.accumulate)
 
-        def train_step(state, batch, step, examples=None):
+        def train_step(state, batch, step, split=None, teacher=None):
             augment_key, dropout_key = jax.random.split(jax.random.fold_in(state.order_key, NO_EPOCH))
-            shared = (step, self._constants(state), augment_key, dropout_key)
-            grads, model_state, measured = gradients(state.params, state.model_state, batch, (shared, examples))
+            shared = (step, self._constants(state), augment_key, dropout_key, teacher)
+            grads, model_state, measured = gradients(state.params, state.model_state, batch, (shared, split))
             updates, opt_state = self._tx.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             return TrainState(params, opt_state, model_state, state.order_key), measured
 
         return train_step
 
-    def _measured(self, before, state, losses, accuracies):
+    def _measured(self, before, state, of_steps):
         found = inspect.measure(
             state.opt_state, state.params, self._positions, groups=self.optimizer.groups, before=before
         )
@@ -233,28 +241,28 @@ class Program(abc.ABC):
             }
             found = found._replace(density=found.density * self.left["params"], remaining=remaining)
         finite = {path: jnp.all(jnp.isfinite(leaf)) for path, leaf in by_path(state.params).items()}
-        return {"losses": losses, "accuracies": accuracies, **found._asdict(), "finite": finite}
+        return {**of_steps, **found._asdict(), "finite": finite}
 
     def _left_of(self, whole):
         sizes = []
         for model in (self.model, whole):
-            shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *self.image_shape)))["params"]
+            shapes = jax.eval_shape(model.init, jax.random.key(0), self.task.first)["params"]
             leaves = {path: leaf.size for path, leaf in by_path(shapes).items()}
-            adds = sum(n * leaves[path] for path, n in positions(model, self.image_shape).items())
+            adds = sum(n * leaves[path] for path, n in self.positions(model).items())
             sizes.append((sum(leaves.values()), adds))
         (params, adds), (all_params, all_adds) = sizes
         return {"params": params / all_params, "multiply_adds": adds / all_adds}
 
     def _sums(self, state):
-        """A function of (images, labels, which are real): the sums of losses and of hits, and how many are real."""
+        """A function of (examples, targets, which are real): the sums of losses and of hits, and how many are real."""
         params = state.params if self._config.dense else jaxsparse.eval_params(state.opt_state, state.params)
         variables = {"params": params, **self.layout.synchronised(state.model_state), **self._constants(state)}
 
         def measure(batch, variables):
-            images, labels, real = batch
-            logits = self.model.apply(variables, data.normalise(images, self._dataset))
-            losses = cross_entropy(logits, labels)
-            return jnp.sum(losses, where=real), jnp.sum(logits.argmax(-1) == labels, where=real), jnp.sum(real)
+            examples, targets, real = batch
+            logits = self.model.apply(variables, self.task.inputs(examples))
+            losses = cross_entropy(logits, targets)
+            return jnp.sum(losses, where=real), jnp.sum(logits.argmax(-1) == targets, where=real), jnp.sum(real)
 
         return lambda batch: self.layout.sums(measure)(batch, variables)
 
@@ -274,30 +282,37 @@ class ResidentProgram(Program):
     def train_chunk(self, state, source, start, length):
         """See :class:`Program`; the source is the dataset, on the devices."""
         first, last = start // self._steps_per_epoch, (start + length - 1) // self._steps_per_epoch
-        return self._compiled_chunk(state, source.train, start, length, last - first + 1)
+        return self._compiled_chunk(state, (source.train, self._on_devices), start, length, last - first + 1)
 
     def evaluate(self, state, source):
         """See :class:`Program`; the source is a split, on the devices."""
         return self._compiled_evaluation(state, source)[1]
 
-    def _chunk(self, state, examples, start, length, epochs):
-        train_step = self._step(lambda rows, examples: (examples.images[rows], examples.labels[rows], rows))
+    @functools.cached_property
+    def _on_devices(self):
+        """The teacher's variables."""
+        return None if self._teacher is None else self.layout.replicate(self._teacher.variables)
 
-        def scanned(state, step_and_rows):
-            step, rows = step_and_rows
-            return train_step(state, self.layout.share(rows), step, examples)
+    def _chunk(self, state, source, start, length, epochs):
+        split, teacher = source
+        train_step = self._step(self.task.look_up)
+
+        def scanned(state, step_and_numbers):
+            step, numbers = step_and_numbers
+            return train_step(state, self.layout.share(numbers), step, split, teacher)
 
         before = inspect.current_masks(state.opt_state, state.params)
-        batch_size = self._config.data.batch_size
-        rows = batches(state.order_key, start, length, batch_size, data.count(self._dataset.train), epochs)
-        state, (losses, accuracies) = jax.lax.scan(scanned, state, (start + jnp.arange(length), rows))
-        return state, self._measured(before, state, losses, accuracies)
+        numbers = self.task.numbers(state.order_key, start, length, epochs)
+        state, of_steps = jax.lax.scan(scanned, state, (start + jnp.arange(length), numbers))
+        return state, self._measured(before, state, of_steps)
 
     def _evaluation(self, state, split):
         sums, size = self._sums(state), self.layout.size
-        in_parts = in_batches(split, size * max(1, EVAL_BATCH // size))
-        losses, hits, _ = jax.lax.map(lambda batch: sums(self.layout.share(batch)), in_parts)
-        return None, {"loss": losses.sum() / len(split.labels), "accuracy": hits.sum() / len(split.labels)}
+        in_parts = self.task.in_batches(split, size * max(1, self.task.eval_batch // size))
+        losses, hits, _ = jax.lax.map(
+            lambda batch: sums(self.layout.share(self.task.evaluated(batch, split))), in_parts
+        )
+        return None, self.task.results(losses.sum(), hits.sum(), split)
 
 
 class _Masks(NamedTuple):
@@ -311,12 +326,14 @@ class StreamedProgram(Program):
     """Trains on images that are read while it runs, with one compiled call per step.
 
     Attributes:
-      train_step: (state, (images, labels, numbers), step) -> the state after the step, and loss and accuracy. Donates
-        the state.
+      train_step: (state, (images, labels, numbers), step) -> the state after the step, and what is measured of it.
+        Donates the state.
     """
 
     def __init__(self, *args):
         super().__init__(*args)
+        if self._teacher is not None:
+            raise ValueError("config.distill_from is for data that fit into the memory, not for config.data.streamed")
         compile_ = self.layout.compile
         self.train_step = compile_(self._step(lambda batch, _: batch))
         # Of a copy: the state itself is given up by the first step.
@@ -325,7 +342,11 @@ class StreamedProgram(Program):
             donate=False,
         )
         self._compiled_measured = compile_(
-            lambda state, before, *of_batches: (None, self._measured(before.masks, state, *of_batches)), donate=False
+            lambda state, before, *of_steps: (
+                None,
+                self._measured(before.masks, state, dict(zip(("losses", "accuracies"), of_steps, strict=True))),
+            ),
+            donate=False,
         )
         self._compiled_sums = compile_(lambda state, batch: (None, self._sums(state)(batch)), donate=False)
         self._left_out: set[str] = set()  # images that were named
@@ -342,9 +363,9 @@ class StreamedProgram(Program):
             placed = self.layout.place_batch((batch.images, batch.labels, batch.numbers))
             if step > start + 1:  # one step runs and one waits, so that the devices have something to do, and no more
                 jax.block_until_ready(losses[-2])
-            state, (loss, accuracy) = self.train_step(state, placed, step)
-            losses.append(loss)
-            accuracies.append(accuracy)
+            state, measured = self.train_step(state, placed, step)
+            losses.append(measured["losses"])
+            accuracies.append(measured["accuracies"])
         losses, accuracies = jax.device_get((losses, accuracies))
         _, results = self._compiled_measured(state, before, np.stack(losses), np.stack(accuracies))
         return state, results | {"input_wait": waited, "replaced": np.asarray(replaced, np.int64)}
@@ -356,7 +377,7 @@ class StreamedProgram(Program):
         loss, hits, count, layout, config = 0.0, 0, 0, self.layout, self._config.data
         for batch in streams.eval_batches(
             source,
-            batch_size=layout.local_size * max(1, max(EVAL_BATCH, config.batch_size) // layout.size),
+            batch_size=layout.local_size * max(1, max(self.task.eval_batch, config.batch_size) // layout.size),
             image_size=config.image_size,
             shard=(jax.process_index(), jax.process_count()),
             workers=config.workers,

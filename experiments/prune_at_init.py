@@ -1,7 +1,7 @@
 """Pruning before training, by scores of the weights that a run starts with: a method of the trainer.
 
 ``config.method = {"name": "prune_at_init", "score": "snip", "sparsity": 0.98}`` makes the masks when a run starts, for
-each seed its own, by images of the train split where the score asks for a loss; after that they stay
+each seed its own, by examples of the train split where the score asks for a loss; after that they stay
 (:func:`jaxsparse.mask_updates`).
 """
 
@@ -17,6 +17,7 @@ import optax
 import jaxsparse
 from experiments import data
 from experiments.options import choose
+from experiments.tasks import Task, TextTask
 from jaxsparse import saliency
 from jaxsparse.allocation import check_sparsities
 
@@ -34,16 +35,20 @@ class Pruner(NamedTuple):
     rounds: int
     options: Mapping[str, Any]
 
-    def check(self, dataset: data.Dataset, streamed: bool) -> None:
-        """Raises a ValueError if the train split has no such images to score by."""
+    def check(self, task: Task, streamed: bool) -> None:
+        """Raises a ValueError if the train split has no such examples to score by."""
+        dataset = task.dataset
+        if isinstance(task, TextTask) and self.score in ("grasp", "synflow"):
+            needs = "examples of every class" if self.score == "grasp" else "inputs that can be ones, not tokens"
+            raise ValueError(f"the score {self.score!r} is for images: it takes {needs}")
         if self.score not in _TEMPERATURES:
             return
         if streamed:
             raise ValueError(
                 f"the score {self.score!r} takes images that fit into the memory, not config.data.streamed"
             )
-        if self.examples > len(dataset.train.labels):
-            raise ValueError(f"examples is at most the {len(dataset.train.labels)} train examples, got {self.examples}")
+        if self.examples > data.count(dataset.train):
+            raise ValueError(f"examples is at most the {data.count(dataset.train)} train examples, got {self.examples}")
         if self.score == "grasp":
             each, counts = self.examples // dataset.num_classes, _counts(dataset)
             if not 1 <= each <= counts.min():
@@ -52,16 +57,19 @@ class Pruner(NamedTuple):
                     f"{counts.min()} train examples, got {self.examples}"
                 )
 
-    def images(self, key: jax.Array, dataset: data.Dataset, train: data.Split) -> tuple[jax.Array, jax.Array]:
-        """The images to score by, normalised, and their labels: drawn at random; for GraSP equally many of a class."""
-        rows = jax.random.permutation(key, len(train.labels))
+    def inputs(self, key: jax.Array, task: Task, train: Any) -> tuple[jax.Array, jax.Array]:
+        """The inputs to score by, drawn at random, and what is to be predicted; for GraSP equally many of a class."""
+        if isinstance(task, TextTask):
+            numbers = jax.random.randint(key, (self.examples,), 0, len(train.tokens) - train.length)
+        else:
+            numbers = jax.random.permutation(key, len(train.labels))
         if self.score == "grasp":
-            counts = _counts(dataset)
-            by_class = rows[jnp.argsort(train.labels[rows], stable=True)]
+            counts = _counts(task.dataset)
+            by_class = numbers[jnp.argsort(train.labels[numbers], stable=True)]
             first = np.cumsum([0, *counts[:-1]])
-            rows = by_class[(first[:, None] + np.arange(self.examples // len(counts))).reshape(-1)]
-        rows = rows[: self.examples]
-        return data.normalise(train.images[rows], dataset), train.labels[rows]
+            numbers = by_class[(first[:, None] + np.arange(self.examples // len(counts))).reshape(-1)]
+        examples, targets, _ = task.look_up(numbers[: self.examples], train)
+        return task.inputs(examples), targets
 
     def masks(
         self,
@@ -69,36 +77,34 @@ class Pruner(NamedTuple):
         params: Any,
         model: Any,
         collections: Mapping[str, Any],
-        dataset: data.Dataset,
-        train: data.Split | None,
-        image_shape: tuple[int, ...],
+        task: Task,
+        train: Any,
     ) -> tuple[Any, jax.Array]:
         """The masks, and how many scores are not finite, int32.
 
         Args:
-          key: PRNG key, of the images and of random scores.
+          key: PRNG key, of the examples and of random scores.
           params: the weights that the run starts with.
           model: a Flax module.
           collections: its other collections, such as batch statistics.
-          dataset: of the run.
+          task: of the run.
           train: its train split, on the device; None for scores that need none.
-          image_shape: of the images that the model sees.
         """
         draw, key = jax.random.split(key)
         if self.score == "synflow":
             positive = jax.tree.map(jnp.abs, dict(collections))
             apply = functools.partial(_logits, model, positive)
-            inputs = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+            inputs = jax.ShapeDtypeStruct((1, *task.shape), task.dtype)
             scores = saliency.synflow(apply, params, inputs)
             options = {name: value for name, value in self.options.items() if name not in ("scope", "allocation")}
             masks = saliency.synflow_masks(apply, params, inputs, self.sparsity, self.rounds, **options)
             return masks, _not_finite(scores)
         if self.score in _TEMPERATURES:
-            images, labels = self.images(draw, dataset, train)
+            inputs, labels = self.inputs(draw, task, train)
 
             def loss(params):
                 # GraSP's authors have batch statistics of these images, SNIP's those that the network starts with.
-                logits = _logits(model, collections, params, images, mutable=self.score == "grasp")
+                logits = _logits(model, collections, params, inputs, mutable=self.score == "grasp")
                 of_each = optax.softmax_cross_entropy_with_integer_labels(logits / self.temperature, labels)
                 return jnp.mean(of_each)
 
@@ -131,8 +137,8 @@ def prune_at_init(
     Args:
       score: "snip", "grasp", "synflow", "magnitude" or "random".
       sparsity: the fraction of zeros among the prunable weights, in [0, 1); or one for each leaf.
-      examples: how many train images SNIP and GraSP score by, int >= 1; for GraSP a multiple of the classes, or what is
-        left over goes unused.
+      examples: how many train images, or windows of a text, SNIP and GraSP score by, int >= 1; for GraSP a multiple of
+        the classes, or what is left over goes unused.
       temperature: what the logits are divided by for SNIP and GraSP; None: as their authors have it, 1 and 200.
       rounds: of SynFlow, int >= 1.
       scope: "global" or "layer", as for :func:`jaxsparse.score_masks`; None: "layer" for random scores, else "global".

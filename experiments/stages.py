@@ -16,6 +16,7 @@ WORKDIR that holds its run (with --seeds, WORKDIR/NAME/seed_0), and may have
           "sparsity": 0.9}
   rewind  the name of an earlier stage: training starts from the weights which that one had after as many epochs as this
           stage's "start_epochs" (0 by default), on these masks; learning rate and order of the images go on from there
+  teacher the name of an earlier stage, whose network this one is distilled from (config.distill_from)
 
 Its other keys replace those of the config: "epochs", "method", or a single one such as "optimizer.learning_rate".
 
@@ -39,10 +40,11 @@ from ml_collections import ConfigDict, config_flags
 import jaxsparse
 from experiments import command_line
 from experiments.build import Calls, make_optimizer, named
+from experiments.measures import ACCURACY, Measure, measure_of
 from experiments.networks import STARTS, make_model
 from experiments.options import as_seeds, choose, for_run, refuse_idle
 from experiments.outcome import kept_file
-from experiments.results.table import as_table, with_error
+from experiments.results.table import as_table
 from experiments.stopping import Stopped
 from experiments.train import FLAGS, train
 from experiments.workdir import read_json, write_json
@@ -51,7 +53,7 @@ from jaxsparse.trees import by_path
 
 flags.DEFINE_list("only", [], "Train these stages only; by default all of them.")
 
-OWN = ("name", "after", "prune", "rewind")  # the keys of a stage that are not keys of the config
+OWN = ("name", "after", "prune", "rewind", "teacher")  # the keys of a stage that are not keys of the config
 REFUSED = ("vmap_seeds", "distributed", "coordinator", "processes", "process", "profile")
 SPARSE, DENSE, START = "sparse.safetensors", "dense.safetensors", "start.safetensors"
 
@@ -77,7 +79,8 @@ def run(
       changed: keys of the config that were changed on the command line, which ``config.smoke`` leaves as they are.
 
     Returns:
-      A row for each finished stage: density, test accuracy with its standard error, and the difference from the first.
+      A row for each finished stage: density, test accuracy (of a text the loss) with its standard error, and the
+      difference from the first.
 
     Raises:
       ValueError: for stages that do not fit together or into the config; otherwise as :func:`experiments.train.train`.
@@ -90,11 +93,14 @@ def run(
             folder = folder_of(workdir, name, seed)
             print(f"stage {name}: {folder}", flush=True)
             write_start(config, name, workdir, seed)
+            if teacher := stage_of(config, name).get("teacher"):
+                finished(folder_of(workdir, teacher, seed), name)
             mine = config_of(config, name, workdir, seed)
             own = (
                 "stages",
                 "masks_from",
                 "keep_epochs",
+                *(["distill_from"] if "teacher" in stage_of(config, name) else []),
                 *stage_of(config, name),
                 *(["start"] if "rewind" in stage_of(config, name) else []),
             )
@@ -107,7 +113,7 @@ def run(
         if result := read_json(folder_of(workdir, name, seed) / "result.json"):
             results.setdefault(name, {})[f"{result['seed']}"] = result
     write_json(workdir / "result.json", results)
-    return table(results)
+    return table(results, measure_of(config))
 
 
 def check(config: ConfigDict, workdir: Path, seeds: Sequence[int] | None = None, only: Sequence[str] = ()) -> None:
@@ -125,6 +131,10 @@ def check(config: ConfigDict, workdir: Path, seeds: Sequence[int] | None = None,
             raise ValueError(f"{where}.prune needs config.stages[{i}].after, the stage whose weights are pruned")
         if after is not None and "prune" not in stage and not leaves_masks[after]:
             raise ValueError(f"{where} needs 'prune': {after}, which it starts from, leaves no masks")
+        if stage.get("teacher") is not None and stage["teacher"] not in leaves_masks:
+            raise ValueError(
+                f"{where}.teacher is an earlier stage, one of {list(leaves_masks)}, got {stage['teacher']!r}"
+            )
         mine = config_of(config, name, workdir)
         if after is not None and mine.dense:
             raise ValueError(f"{where} starts from masks, those of {after}, but is dense")
@@ -181,6 +191,8 @@ def config_of(config: ConfigDict, name: str, workdir: Path, seed: int | None = N
         mine.masks_from = str(file)
     if "rewind" in stage:
         mine.start = "weights"  # those of the file, which are the earlier ones
+    if "teacher" in stage:
+        mine.distill_from = str(folder_of(workdir, stage["teacher"], seed))
     later = {other.get("start_epochs", config.start_epochs) for other in config.stages if other.get("rewind") == name}
     mine.keep_epochs = tuple(sorted({*mine.keep_epochs, *later}))
     return mine
@@ -263,29 +275,35 @@ def pruner(config: ConfigDict, stage: Mapping[str, Any]) -> Callable[[Any], Any]
 
 def left_by(folder: Path, name: str) -> Path:
     """The network that a finished stage left, from which the stage ``name`` starts."""
-    if read_json(folder / "result.json") is not None:
-        for file in (folder / SPARSE, folder / DENSE):
-            if file.exists():
-                return file
-    raise MissingStageError(f"{name} starts from the network of {folder}, which is not finished")
+    finished(folder, name)
+    for file in (folder / SPARSE, folder / DENSE):
+        if file.exists():
+            return file
+    raise MissingStageError(f"{name} starts from the network of {folder}, which is not there")
 
 
-def table(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
+def finished(folder: Path, name: str) -> None:
+    """Raises a MissingStageError if a stage is not finished whose network the stage ``name`` needs."""
+    if read_json(folder / "result.json") is None:
+        raise MissingStageError(f"{name} starts from the network of {folder}, which is not finished")
+
+
+def table(results: Mapping[str, Mapping[str, Mapping[str, Any]]], measure: Measure = ACCURACY) -> Table:
     """A row for each stage, of the results of its seeds."""
     import pandas as pd
 
     rows = [
-        (stage, 100 * one["density"], 100 * one["test_accuracy"])
+        (stage, 100 * one["density"], measure.factor * one[measure.key])
         for stage in results
         for one in results[stage].values()
     ]
-    groups = pd.DataFrame(rows, columns=["stage", "density", "accuracy"]).groupby("stage", sort=False)
+    groups = pd.DataFrame(rows, columns=["stage", "density", "score"]).groupby("stage", sort=False)
     means, errors = groups.mean(), groups.sem()
     return as_table({
         "stage": means.index,
         "density": means.density.map("{:.2f}%".format),
-        "test accuracy": list(map(with_error, means.accuracy, errors.accuracy)),
-        "difference": (means.accuracy - means.accuracy.iloc[0]).map("{:+.2f}".format),
+        measure.name: list(map(measure.text, means.score, errors.score)),
+        "difference": (means.score - means.score.iloc[0]).map(f"{{:+{measure.form}}}".format),
     }, left=("stage",))  # fmt: skip
 
 

@@ -10,7 +10,8 @@ The config is one of experiments.train with one key more, config.sweep. Each of 
 the config, as a stage of experiments.stages has: "method" replaces the whole method, "optimizer.learning_rate" a single
 key. An arm is run at each of config.sweep.sparsities, as "method.sparsity"; with "each", {KEY: values}, at each of
 these values of another key: "config.sweep.sparsities", or strengths of a penalty, or patterns, from which follows what
-the runs keep. An arm that is dense is run once.
+the runs keep. An arm that is dense is run once. A seed may have
+sparsities of its own: config.sweep.sparsities_of_seed = {"1": (0.9,)}.
 
 Every run has a folder WORKDIR/ARM/VALUE/seed_N, with all that experiments.train leaves but for its pictures. The same
 command skips runs that are finished and goes on with one that was stopped; in a second terminal it takes part. Finished
@@ -24,7 +25,6 @@ At the end there are NAME.csv with every run, NAME.md with tables and what they 
 import contextlib
 import copy
 import datetime
-import hashlib
 import json
 import signal
 import sys
@@ -39,13 +39,14 @@ from ml_collections import ConfigDict, config_flags
 import jaxsparse
 from experiments import command_line
 from experiments.build import ROOMS, make_optimizer, named
+from experiments.measures import measure_of
 from experiments.networks import make_model
 from experiments.options import as_seeds, for_run, refuse_idle
 from experiments.results import sweep as results
 from experiments.stages import REFUSED, changes_besides, replace_key
 from experiments.stopping import Stopped
 from experiments.train import FLAGS, train
-from experiments.workdir import NOT_COMPARED, WorkdirInUseError, flat, read_json, refuse_another, write_json
+from experiments.workdir import WorkdirInUseError, fingerprint, read_json, refuse_another, write_json
 from jaxsparse.tables import Table
 
 flags.DEFINE_bool("dry_run", False, "Print the plan of a sweep and how long it takes, and train nothing.")
@@ -85,10 +86,7 @@ class Run(NamedTuple):
     @property
     def fingerprint(self) -> str:
         """A short name for the config: that of another one differs."""
-        compared = {
-            key: value for key, value in flat(json.loads(self.config.to_json())).items() if key not in NOT_COMPARED
-        }
-        return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()[:12]
+        return fingerprint(self.config)
 
     def outcome(self) -> dict[str, Any] | None:
         """The contents of result.json, or of failed.json; None for a run that is not finished."""
@@ -123,9 +121,10 @@ def plan(
     if unknown := [name for name in only if name not in arms]:
         raise ValueError(f"--only takes {', '.join(arms)}, got {', '.join(unknown)}")
     runs = []
+    of_seed = config.sweep.get("sparsities_of_seed", {})
     for seed in config.sweep.seeds if seeds is None else seeds:
         for name in only or arms:
-            key, values, told = varied(arms[name], config.sweep.sparsities)
+            key, values, told = varied(arms[name], of_seed.get(str(seed), config.sweep.sparsities))
             for value in values:
                 text = "" if key is None else label(value)
                 mine = config_of(config, arms[name], key, value, seed)
@@ -201,7 +200,9 @@ def take_over(runs: Sequence[Run], file: Path) -> int:
             )
         run.folder.mkdir(parents=True, exist_ok=True)
         write_json(run.folder / "config.json", json.loads(run.config.to_json()))
-        result = {"test_accuracy": row.test_accuracy / 100, "density": row.kept / 100, "seconds": row.seconds}
+        measure = measure_of(run.config)
+        found = getattr(row, measure.key) / measure.factor
+        result = {measure.key: found, "density": row.kept / 100, "seconds": row.seconds}
         write_json(run.folder / "result.json", result)
         taken += 1
     return taken
@@ -262,7 +263,9 @@ def train_one(run: Run) -> str:
         message = (str(error) or repr(error)).splitlines()[0]
         write_json(failed, {"failed": message, "kind": type(error).__name__})
         return f"failed: {message}"
-    return f"test accuracy {result['test_accuracy']:.2%}, {result['density']:.2%} kept, {result['seconds']:.0f} s"
+    measure = measure_of(run.config)
+    said = f"{measure.name} {measure.value(result[measure.key])}"
+    return f"{said}, {result['density']:.2%} kept, {result['seconds']:.0f} s"
 
 
 def seconds_left(runs: Sequence[Run], known: Mapping[str, float]) -> float:
@@ -292,7 +295,7 @@ def plan_table(runs: Sequence[Run]) -> Table:
         outcomes = [run.outcome() or {} for run in mine]
         rows.append((
             arm, ", ".join(dict.fromkeys(run.value for run in mine)), f"{len({run.seed for run in mine})}",
-            f"{len(mine)}", f"{sum('test_accuracy' in one for one in outcomes)}",
+            f"{len(mine)}", f"{sum('density' in one for one in outcomes)}",
             f"{sum('failed' in one for one in outcomes)}",
         ))  # fmt: skip
     return Table(("arm", "values", "seeds", "runs", "finished", "failed"), tuple(rows), left=(0, 1))
@@ -307,7 +310,7 @@ def write(config: ConfigDict, runs: Sequence[Run], folder: Path, command: str) -
     (folder / f"{name}.md").write_text(results.as_markdown(name, title, found, command))
     for theme in results.THEMES:
         with results.style(theme):
-            results.picture(found, title).savefig(folder / f"{name}_{theme}.png", dpi=130)
+            results.picture(found, title, config.sweep.get("groups")).savefig(folder / f"{name}_{theme}.png", dpi=130)
     return f"{results.text(found)}\n\n{results.paragraph(found)}"
 
 

@@ -16,7 +16,7 @@ again, and ends with the same bits. WORKDIR, made if it is not there, holds
   *.png           learning curve, density of the layers, masks, weights, the first layer's masks as receptive fields
   sparse.safetensors   of a sparse run: the params to evaluate, and its masks (jaxsparse.load_sparse reads it)
   epoch_N.safetensors  the params after N epochs, for each of --config.keep_epochs
-  result.json     test accuracy, density, time
+  result.json     test accuracy, or of a text the loss; density, time
 
 and with --seeds one such folder for each seed, and seeds.json. What is evaluated are the weights that the network
 computes with (jaxsparse.eval_params), and what is reported is the last step, not the best.
@@ -50,6 +50,7 @@ from experiments import command_line, data, processes
 from experiments.build import update_every
 from experiments.checkpoints import KEPT, Checkpoints, size_in_bytes
 from experiments.inputs import open_dataset, open_source, report_replaced
+from experiments.measures import measure_of
 from experiments.options import as_seeds, check_config, for_run, refuse_idle, with_seed
 from experiments.outcome import chunk_metrics, draw, finish, keep, one_a_run
 from experiments.program import TrainState, chunk_grid, make_program
@@ -112,11 +113,11 @@ def train(
         shapes = jax.eval_shape(program.init, seed)  # what does not fit together is found here, before writing
     layout = program.layout
     steps_per_epoch = data.count(dataset.train) // config.data.batch_size
-    total_steps = config.epochs * steps_per_epoch
+    total_steps = round(config.epochs * steps_per_epoch)
     eval_every = config.eval_every_epochs * steps_per_epoch
     checkpoint_every = config.checkpoint_every_epochs * steps_per_epoch
     masks_change_every = update_every(config, steps_per_epoch)  # on the first step after each multiple of this
-    prune_every = (config.get("prune_while_training_epochs") or config.epochs) * steps_per_epoch
+    prune_every = (config.get("prune_while_training_epochs") or 0) * steps_per_epoch or total_steps
     first_step = min(round(config.start_epochs * steps_per_epoch), total_steps - 1)
     keep_at = {epochs: round(epochs * steps_per_epoch) for epochs in config.keep_epochs}
     grid = chunk_grid(total_steps, config.log_every_steps, eval_every, checkpoint_every, prune_every)
@@ -136,6 +137,8 @@ def train(
             if leads:
                 require_space(workdir, (KEPT + 1 - len(checkpoints.steps())) * size_in_bytes(shapes) + 2**20)
         restored, gain = checkpoints.restore(for_checkpoint), Gain()
+        about = checkpoints.about(restored[0]) if restored else {}
+        program.task.refuse_another(about.get("data"))
         speed = speedometer(config, program, jax.eval_shape(program.init, seed))
         if restored and restored[0] == total_steps and not any_process(not all(run.result for run in runs)):
             if leads:
@@ -148,9 +151,7 @@ def train(
         stack.enter_context(writing(workdir, checkpoints))
         for run in runs:
             run.open_metrics(saved)
-        source = open_source(
-            stack, config, dataset, layout, checkpoints.about(saved).get("stream") if restored else None
-        )
+        source = open_source(stack, config, dataset, layout, about.get("stream"))
         examples = dataset if config.data.streamed else source
         splits = {
             name: getattr(examples, name) for name in ("validation", "test") if data.count(getattr(dataset, name))
@@ -204,9 +205,9 @@ def train(
             stopping = any_process(bool(told_to_stop))  # the signal may have come to another host
             if stop % checkpoint_every == 0 or stop == total_steps or stopping:
                 position = source.get_state() if config.data.streamed else None
-                checkpoints.save(
-                    stop, layout.collect(state), devices=layout.size, stream=position, pruned=program.pruned
-                )
+                described = {"devices": layout.size, "stream": position, "pruned": program.pruned}
+                described |= {"data": program.task.about} if program.task.about else {}
+                checkpoints.save(stop, layout.collect(state), **described)
             if stopping:
                 break
         else:
@@ -239,14 +240,17 @@ def train_seeds(config: ConfigDict, workdir: str | Path, seeds: Sequence[int], s
         results = []
         for seed in seeds:
             results += train(with_seed(config, seed), workdir / f"seed_{seed}")[1]
-    accuracies = [result["test_accuracy"] for result in results]
-    mean, error = mean_and_error(accuracies)
-    summary = {"seeds": list(seeds), "test_accuracy": accuracies, "mean": mean, "standard_error": error}
+    measure = measure_of(config)
+    values = [result[measure.key] for result in results]
+    mean, error = mean_and_error(values)
+    summary = {"seeds": list(seeds), measure.key: values, "mean": mean, "standard_error": error}
     if jax.process_index() == 0:
         write_json(workdir / "seeds.json", summary)
-    rows = [f"seed {seed}: {accuracy:.2%}" for seed, accuracy in zip(seeds, accuracies, strict=True)]
-    last = f"mean {mean:.2%}" if error is None else f"mean {mean:.2%}, standard error {100 * error:.2f} points"
-    return "\n".join(["test accuracy", *rows, last])
+    rows = [f"seed {seed}: {measure.value(value)}" for seed, value in zip(seeds, values, strict=True)]
+    last = f"mean {measure.value(mean)}"
+    if error is not None:
+        last += f", standard error {measure.factor * error:{measure.form}}{measure.difference}"
+    return "\n".join([measure.name, *rows, last])
 
 
 def config_of_flags() -> ConfigDict:

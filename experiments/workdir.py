@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -24,6 +25,8 @@ from jaxsparse.inspect import read_history
 
 # Where the data lie and who reads them is not part of what is run.
 NOT_COMPARED = ("data_dir", "data.workers")
+# Keys that runs of earlier versions lack, with the values that come to the same.
+ADDED = {"start_from": None, "distill_from": None, "distill_temperature": 2.0, "distill_weight": 0.5}
 
 
 class WorkdirError(OSError):
@@ -242,12 +245,12 @@ def refuse_another(path: Path, config: ConfigDict) -> None:
     there = read_json(path / "config.json")
     if there is None:
         return
-    there, here = flat(there), flat(json.loads(config.to_json()))
+    there, here = compared(there), compared(json.loads(config.to_json()))
     differences = [
         f"  {key}: {json.dumps(there[key]) if key in there else 'not set'} there, "
         f"{json.dumps(here[key]) if key in here else 'not set'} now"
         for key in sorted(there | here)
-        if key not in NOT_COMPARED and (key not in there or key not in here or there[key] != here[key])
+        if key not in there or key not in here or there[key] != here[key]
     ]
     if differences:
         raise WorkdirError(
@@ -255,6 +258,21 @@ def refuse_another(path: Path, config: ConfigDict) -> None:
             + "\n".join(differences)
             + "\nTake another workdir, or delete that one to begin anew"
         )
+
+
+def compared(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a configuration that say what is run, dotted, without those of ADDED that change nothing."""
+    return {
+        key: value
+        for key, value in flat(config).items()
+        if key not in NOT_COMPARED and not (key in ADDED and value == ADDED[key])
+    }
+
+
+def fingerprint(config: ConfigDict) -> str:
+    """A short name for what a configuration runs: that of another one differs."""
+    same = compared(json.loads(config.to_json()))
+    return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

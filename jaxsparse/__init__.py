@@ -94,6 +94,6 @@ def __getattr__(name: str):
             return importlib.import_module(f"jaxsparse.{name}")
         except ImportError as error:
             raise AttributeError(f'jaxsparse.{name} needs Flax: pip install "jaxsparse[train]", or flax') from error
-    if name == "trace":  # which not every program needs
-        return importlib.import_module("jaxsparse.trace")
+    if name in ("post_training", "trace"):  # which not every program needs
+        return importlib.import_module(f"jaxsparse.{name}")
     raise AttributeError(f"module 'jaxsparse' has no attribute {name!r}")

@@ -272,13 +272,15 @@ class Rules:
             fused = bool(_FUSED.search(leaf.label))
             if len(shape) == 4 and not fused:
                 return ([1], [2, 3], 1, _AXIS_0) if shape[1] == math.prod(shape[2:]) else None
-            width = math.prod(shape[1:])
-            queries = [tail for tail in tails if tail[0] == shape[0] and tail[2] == shape[-1]]  # of fewer keys' heads
+
+            def as_wide(heads: tuple[int, ...]) -> bool:
+                return heads[0] == math.prod(heads[1:]) or (*heads[1:], heads[0]) in tails
+
             if fused:
-                agree = width % shape[0] == 0 and (len(shape) == 3 or shape[1] in (2, 3))
-            else:
-                agree = width == shape[0] or (*shape[1:], shape[0]) in tails
-                agree = agree or any(tail[0] == math.prod(tail[1:]) for tail in queries)
+                agree = math.prod(shape[1:]) % shape[0] == 0 and (len(shape) == 3 or shape[1] in (2, 3))
+            else:  # keys and values may have fewer heads than the queries beside them
+                queries = [tail for tail in tails if tail[0] == shape[0] and tail[2] == shape[-1]]
+                agree = any(map(as_wide, (shape, *queries)))
             if agree or (len(shape) == 3 and shape[0] >= shape[1]):
                 return [0], range(1, len(shape)), 0, "" if agree else "taken for heads of attention"
         elif _HEADS_IN.fullmatch(leaf.label) and self._in_attention(leaf, around):

@@ -117,10 +117,11 @@ TREES = [
         ("ff/W", (1,), (2,), (0,)), ("head/w", (0,), (1,), ()), ("attn/wq", (0,), (1, 2), ()),
         ("lora/a", (0,), (1,), ()), ("lora/b", (0,), (1,), ())]),
     ({"attn": {"query": {"kernel": shape(16, 4, 8)}, "key": {"kernel": shape(16, 2, 8)},
-               "out": {"kernel": shape(4, 8, 16)}},
+               "value": {"kernel": shape(16, 1, 8)}, "out": {"kernel": shape(4, 8, 16)}},
       "value": {"kernel": shape(3, 3, 8, 64), "bias": shape(64)}, "to_qkv": {"kernel": shape(1, 1, 8, 24)}}, [
         ("attn/query/kernel", (0,), (1, 2), ()), ("attn/key/kernel", (0,), (1, 2), ()),
-        ("attn/out/kernel", (0, 1), (2,), ()), ("value/kernel", (2,), (3,), ()), ("to_qkv/kernel", (2,), (3,), ())]),
+        ("attn/value/kernel", (0,), (1, 2), ()), ("attn/out/kernel", (0, 1), (2,), ()),
+        ("value/kernel", (2,), (3,), ()), ("to_qkv/kernel", (2,), (3,), ())]),
     ({"embedding": {"kernel": shape(4, 4, 3, 16), "bias": shape(16)},
       "ConvStack_0": {"Conv_0": {"kernel": shape(3, 3, 8, 9)}},
       "conv2_d_transpose": {"w": shape(3, 3, 8, 16)}, "pos_embed": shape(1, 9, 16)}, [

@@ -132,6 +132,18 @@ ARMS = {
     },
 }  # fmt: skip
 
+# The panels of the picture.
+GROUPS = {
+    "Fixed masks": ("random", "random_erdos_renyi", "snip", "grasp", "synflow"),
+    "Dropped and grown": ("sparse_momentum", "sparse_evolutionary", "rigl", "granet", "srigl"),
+    "From dense to sparse": (
+        "magnitude", "magnitude_global", "magnitude_lamp", "asni", "ac_dc", "iterative_hard_thresholding",
+    ),
+    "Dense weights behind sparse ones": ("straight_through", "top_kast", "powerpropagation", "admm", "spartan"),
+    "n of every m inputs": ("sparse_momentum_n_of_m", "sr_ste", "s_ste"),
+    "Sparsity that follows from a penalty": ("rda", "l0", "dep_l0", "soft_threshold"),
+}  # fmt: skip
+
 
 def get_config() -> ConfigDict:
     """The sweep."""
@@ -151,6 +163,7 @@ def get_config() -> ConfigDict:
         "sparsities": SPARSITIES,
         "seeds": (0, 1, 2),
         "arms": [{"name": name, **arm} for name, arm in ARMS.items()],
+        "groups": GROUPS,
         # Of a run on two CPU cores, for the estimate before any run is finished.
         "seconds": {"epoch": 0.8, "start": 4.0},
     })  # fmt: skip

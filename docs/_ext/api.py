@@ -29,6 +29,7 @@ MODULES = (
     "jaxsparse.models",
     "jaxsparse.nn",
     "jaxsparse.parallel",
+    "jaxsparse.post_training",
     "jaxsparse.saliency",
     "jaxsparse.schedules",
     "jaxsparse.selection",

@@ -13,6 +13,8 @@ import numpy as np
 
 import jaxsparse
 from experiments import workdir
+from experiments.measures import TEXT
+from experiments.options import OF_TEXT
 from jaxsparse import inspect
 from jaxsparse.trees import natural_order
 
@@ -113,7 +115,7 @@ def frame(runs: Sequence[Run]) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    numbers = ("density", "test_accuracy", "validation_accuracy")
+    numbers = ("density", "test_accuracy", "test_loss", "validation_accuracy")
     rows = [
         {
             "run": run.name,
@@ -124,6 +126,7 @@ def frame(runs: Sequence[Run]) -> "pd.DataFrame":
             "finished": run.result is not None,
             "experiment": experiment(run.config),
             "images/s": _logged(run, "speed/images_per_second", np.median),
+            "tokens/s": _logged(run, "speed/tokens_per_second", np.median),
             "seconds": _logged(run, "seconds", np.sum),
             **{name: run.last(name) for name in numbers},
         }
@@ -139,12 +142,22 @@ def experiment(config: Mapping[str, Any]) -> str:
 
 
 def tested_on(config: Mapping[str, Any]) -> str:
-    """The images that a run is tested on, by its configuration; runs on different images are not compared."""
+    """The data that a run is tested on, by its configuration; runs on different data are not compared."""
+    if config.get("data.name") == TEXT:
+        return _text_of(config)
     classes, examples = config.get("data.classes"), config.get("data.examples")
     parts = [str(config.get("data.name", ""))]
     parts += [f"classes {', '.join(map(str, classes))}"] if classes else []
     parts += [f"the first {examples:,} images"] if examples else []
     return ", ".join(parts)
+
+
+def _text_of(config: Mapping[str, Any]) -> str:
+    kept = {name: config.get(f"data.{name}") for name in OF_TEXT if name != "epoch_tokens"}
+    source = kept.pop("files") or "standard library"
+    named = [f"{name} {value}" for name, value in kept.items() if value is not None]
+    examples = config.get("data.examples")
+    return ", ".join([f"text of {source}", *named, *([f"the first {examples:,} windows"] if examples else [])])
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:

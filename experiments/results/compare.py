@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.measures import ACCURACY, LOSS, measure_of
 from experiments.results.collect import NOT_COMPARED, Run, find_runs, frame, read_config, tested_on
 from experiments.results.table import as_table, number, numbers, with_error
 from experiments.workdir import read_json
@@ -19,7 +20,9 @@ MOST_KEYS = 3  # of a configuration in a picture's legend
 
 
 def finished_runs(workdirs: Sequence[str | Path]) -> Table:
-    """One row for each finished run: density, accuracy, difference from the first run on the same data in points.
+    """One row for each finished run: density, accuracy or loss, difference from the first run on the same data.
+
+    Of accuracies the difference is in points, of losses in nats a token.
 
     Raises:
       OSError: if a folder holds no run, or a run is not finished.
@@ -32,17 +35,26 @@ def finished_runs(workdirs: Sequence[str | Path]) -> Table:
         result = read_json(path / "result.json")
         if result is None:
             raise OSError(f"{str(path)!r} is not finished: it has no result.json")
-        if missing := {"density", "test_accuracy"} - set(result):
+        config = read_config(path)
+        measure = measure_of(config)
+        if missing := {"density", measure.key} - set(result):
             raise ValueError(f"{path / 'result.json'} has no {' and no '.join(sorted(missing))}")
-        rows.append((str(path), tested_on(read_config(path)), result["density"], result["test_accuracy"]))
-    runs = pd.DataFrame(rows, columns=["run", "data", "density", "accuracy"])
-    difference = 100 * (runs.accuracy - runs.groupby("data").accuracy.transform("first"))
+        rows.append((str(path), tested_on(config), result["density"], result[measure.key], measure))
+    runs = pd.DataFrame(rows, columns=["run", "data", "density", "value", "measure"])
+    first = runs.groupby("data").value.transform("first")
+
+    def cells(measure):
+        return [one.value(value) if one is measure else "" for one, value in zip(runs.measure, runs.value, strict=True)]
+
     return as_table({
         "run": runs.run,
         "data": runs.data if runs.data.nunique() > 1 else "",
         "density": runs.density.map("{:.2%}".format),
-        "test accuracy": runs.accuracy.map("{:.2%}".format),
-        "difference": difference.map("{:+.2f}".format),
+        ACCURACY.name: cells(ACCURACY),
+        LOSS.name: cells(LOSS),
+        "difference": [
+            f"{one.factor * change:+{one.form}}" for one, change in zip(runs.measure, runs.value - first, strict=True)
+        ],
     }, left=("run", "data"))  # fmt: skip
 
 
@@ -61,16 +73,20 @@ def runs_table(runs: Sequence[Run]) -> Table:
         return [number(run.last(name), form) for run in runs]
 
     found = frame(runs)
-    difference = 100 * (found.test_accuracy - found.test_accuracy[0])[1:]
+    measure = measure_of(runs[0].config)
+    change = numbers(measure.factor * (found[measure.key] - found[measure.key][0])[1:], f"+{measure.form}")
+    of_text = {LOSS.name: column(LOSS.key, LOSS.form)} if measure is LOSS else {}
     return as_table({
         "run": found.run,
         "method": found.method,
         "state": found.state,
         "kept": column("density", ".2%"),
+        **of_text,
         "test accuracy": column("test_accuracy", ".2%"),
-        "difference": ["", *(text and f"{text} points" for text in numbers(difference, "+.2f"))],
+        "difference": ["", *(text and f"{text}{measure.difference}" for text in change)],
         "validation": column("validation_accuracy", ".2%"),
         "images/s": numbers(found["images/s"], ",.0f"),
+        "tokens/s": numbers(found["tokens/s"], ",.0f"),
         "seconds": numbers(found.seconds, ",.0f"),
     }, left=("run", "method", "state"))  # fmt: skip
 
@@ -84,7 +100,7 @@ def experiments_of(runs: Sequence[Run]) -> list[tuple[list[Run], Mapping[str, tu
     found = found[found.finished].drop_duplicates(["experiment", "seed"])
     groups = []
     for _, group in found.groupby("experiment", sort=False):
-        values = group[["density", "test_accuracy"]].replace([np.inf, -np.inf], np.nan)
+        values = group[["density", "test_accuracy", "test_loss"]].replace([np.inf, -np.inf], np.nan)
         means, errors = values.mean(skipna=False), values.sem(skipna=False)
         groups.append(([runs[i] for i in group.index], {name: (means[name], errors[name]) for name in values}))
     return groups
@@ -98,10 +114,12 @@ def seeds_table(runs: Sequence[Run]) -> Table:
         of_all = [with_error(*(100 * value for value in found[name])) for _, found in several]
         return [text and f"{text}%" for text in of_all]
 
+    losses = [LOSS.text(*found["test_loss"]) if measure_of(group[0].config) is LOSS else "" for group, found in several]
     return as_table({
         "runs": [name_of(group) for group, _ in several],
         "seeds": [f"{len(group)}" for group, _ in several],
         "kept": cells("density"),
+        LOSS.name: losses,
         "test accuracy": cells("test_accuracy"),
     }, left=("runs",))  # fmt: skip
 
@@ -128,7 +146,7 @@ def accuracy_against_kept(runs: Sequence[Run]) -> Any:
     groups = [
         (group, found)
         for group, found in experiments_of(runs)
-        if all(math.isfinite(mean) for mean, _ in found.values())
+        if all(math.isfinite(found[name][0]) for name in ("density", "test_accuracy"))
     ]
     for method in dict.fromkeys(group[0].method for group, _ in groups):
         of_method = [(group, found) for group, found in groups if group[0].method == method]

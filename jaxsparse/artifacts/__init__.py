@@ -18,13 +18,21 @@ stored in a smaller one), ``kept`` (the number of weights that survive), and
 
 - ``positions``, the encoding of the survivors' positions in row-major order: "dense" (all of them; the mask is the
   scalar True); "mask" (one bit per weight); "gaps", a Golomb-Rice code of the number of pruned weights before each
-  survivor; or "fan_in", the same for each output by itself, below. The r = ``low_bits`` lowest bits of all gaps come
-  first, r bits per gap, padded to whole bytes. Then follows gap >> r of each gap in unary: that number of zeros, and a
-  one. ``low_bits`` is 0 for the other encodings;
+  survivor; "fan_in", the same for each output by itself; or "n_of_m", both below. The r = ``low_bits`` lowest bits of
+  all gaps come first, r bits per gap, padded to whole bytes. Then follows gap >> r of each gap in unary: that number of
+  zeros, and a one. ``low_bits`` is 0 for the other encodings;
 - ``inputs``, with the positions "fan_in" alone: the first axis of the inputs and the one after their last; the other
   axes are those of the outputs. Every output keeps equally many weights, or none, as :func:`jaxsparse.srigl` leaves
   them. One bit per output comes first, set if it keeps any, padded to whole bytes. The gaps are those among the inputs
   of each output, output by output in row-major order, and the values are in this order too;
+- ``n_of_m``, n and m, and ``axes``, an order of the leaf's axes, with the positions "n_of_m" alone: transposed to that
+  order, which has the inputs last, every m consecutive weights keep at most n. Each of these groups has n values and n
+  positions from 0 to m - 1, in increasing order, in as many bits as the number m - 1 takes. Here alone the lowest bit
+  comes first, and is packed into the lowest bit of a byte: a byte has the positions of two groups of 2:4. So values and
+  positions of a matrix are those of a compressed one of shape (outputs, inputs * n / m), in the order in which the
+  sparse tensor cores of NVIDIA's GPUs take them. If ``kept`` is less than the number of values, some groups keep fewer
+  than n, and have zeros at other positions as well. Then one bit per value follows the bytes of the positions, set if
+  the weight survives;
 - ``values``, the encoding of the survivors' values: "each", one number per survivor; "constant", one number for all;
   "two", a negative and a positive number, with a bit in ``signs`` for each survivor that is set if it is positive; or
   "scaled", int8 to be multiplied by ``scale`` in float32.
@@ -57,6 +65,11 @@ So a file can be read with NumPy and safetensors alone (and ml_dtypes, which add
 ...             gaps = (np.diff(ones, prepend=-1) - 1 << r) + low
 ...             index = np.cumsum(gaps.reshape(live.size, -1) + 1, axis=1) - 1
 ...             where = ((live // after * inputs + index) * after + live % after).ravel()
+...         elif leaf["positions"] == "n_of_m":
+...             (n, m), order = leaf["n_of_m"], np.arange(size).reshape(leaf["shape"]).transpose(leaf["axes"]).ravel()
+...             bits, width = np.unpackbits(part["positions"], bitorder="little"), (m - 1).bit_length()
+...             bits = bits[: size // m * n * width].reshape(-1, width) @ (1 << np.arange(width))
+...             where = order[np.arange(bits.size) // n * m + bits]
 ...         array = np.zeros(size, leaf["dtype"])
 ...         array[where] = values
 ...         arrays[leaf["name"]] = array.reshape(leaf["shape"])

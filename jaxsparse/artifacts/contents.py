@@ -18,7 +18,8 @@ __all__ = ["CODES", "FORMAT", "VERSION", "Leaf", "as_json", "parts_of", "read_co
 
 FORMAT, VERSION = "jaxsparse", "1"
 CODES = {name: code for code, name in DTYPES.items()}
-_POSITIONS, _VALUES = ("dense", "mask", "gaps", "fan_in"), ("each", "constant", "two", "scaled")
+_POSITIONS, _VALUES = ("dense", "mask", "gaps", "fan_in", "n_of_m"), ("each", "constant", "two", "scaled")
+_FIELDS_OF = {"fan_in": {"inputs"}, "n_of_m": {"n_of_m", "axes"}}  # fields that one encoding of positions has alone
 _MOST_AXES = 64  # NumPy's limit
 
 
@@ -33,11 +34,21 @@ class Leaf(NamedTuple):
     low_bits: int
     values: str
     inputs: Any = None  # two axes; of "fan_in" alone
+    n_of_m: Any = None  # n and m; of "n_of_m" alone, as the next
+    axes: Any = None  # an order of the axes
 
     @property
     def size(self) -> int:
         """The number of weights."""
         return math.prod(self.shape)
+
+    @property
+    def stored(self) -> int:
+        """The number of values in the file: the weights that survive, or n of every m whether they do or not."""
+        if self.n_of_m is None:
+            return self.kept
+        n, m = self.n_of_m
+        return self.size // m * n
 
     @property
     def nbytes(self) -> int:
@@ -101,8 +112,8 @@ def read_contents(path: str | os.PathLike) -> tuple[Any, list[Leaf], dict[str, n
 
 def _checked_leaf(about: Any) -> Leaf:
     require(type(about) is dict, "a leaf has the wrong keys")
-    of_fan_in = about.get("positions") == "fan_in"
-    require(set(about) == {*Leaf._fields} - (set() if of_fan_in else {"inputs"}), "a leaf has the wrong keys")
+    absent = {field for of, fields in _FIELDS_OF.items() if of != about.get("positions") for field in fields}
+    require(set(about) == {*Leaf._fields} - absent, "a leaf has the wrong keys")
     leaf = Leaf(**about)
     require(type(leaf.name) is str, "the name of a leaf is not a string")
     with naming(leaf.name, ValueError):
@@ -115,13 +126,23 @@ def _checked_leaf(about: Any) -> Leaf:
         require(bytes_without_zeros < 1 << 63, "its shape is too large")  # or NumPy's count of bytes overflows
         least = leaf.size if leaf.positions == "dense" else 0
         require(type(leaf.kept) is int and least <= leaf.kept <= leaf.size, f"it cannot keep {leaf.kept!r} weights")
-        if of_fan_in:
+        if leaf.positions == "fan_in":
             axes, last = leaf.inputs, len(leaf.shape)
-            fits = type(axes) is list and len(axes) == 2 and all(type(axis) is int for axis in axes)
+            fits = _are_ints(axes) and len(axes) == 2
             require(fits and 0 <= axes[0] < axes[1] <= last and leaf.kept, f"its inputs cannot be the axes {axes!r}")
+        if leaf.positions == "n_of_m":
+            pair, axes = leaf.n_of_m, leaf.axes
+            fits = _are_ints(pair) and len(pair) == 2 and 1 <= pair[0] <= pair[1] and pair[1] > 1
+            require(fits and leaf.size and leaf.size % pair[1] == 0, f"it cannot keep n of every m {pair!r}")
+            require(_are_ints(axes) and sorted(axes) == list(range(len(leaf.shape))), f"its axes cannot be {axes!r}")
+            require(leaf.kept <= leaf.stored, f"it cannot keep {leaf.kept} weights, {pair[0]} of every {pair[1]}")
         most = most_low_bits(leaf.size, leaf.kept) if leaf.positions in ("gaps", "fan_in") else 0
         require(type(leaf.low_bits) is int and 0 <= leaf.low_bits <= most, f"low_bits cannot be {leaf.low_bits!r}")
     return leaf
+
+
+def _are_ints(value: Any) -> bool:
+    return type(value) is list and all(type(entry) is int for entry in value)
 
 
 def _check_parts(leaf: Leaf, parts: Mapping[str, np.ndarray]) -> None:
@@ -135,8 +156,8 @@ def _check_parts(leaf: Leaf, parts: Mapping[str, np.ndarray]) -> None:
     require(fits, f"its values are {leaf.dtype}, and cannot be stored as {leaf.values!r} of {stored}")
     lengths = {
         "positions": in_bytes(leaf.size) if leaf.positions == "mask" else None,  # that of others shows in decoding
-        "values": {"constant": 1, "two": 2}.get(leaf.values, leaf.kept),
-        "signs": in_bytes(leaf.kept),
+        "values": {"constant": 1, "two": 2}.get(leaf.values, leaf.stored),
+        "signs": in_bytes(leaf.stored),
         "scale": 1,
     }
     for part, array in parts.items():

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,6 +17,7 @@ from jaxsparse.trees import by_path, is_masked_node, path_name
 __all__ = [
     "DTYPES",
     "ArtifactError",
+    "filling",
     "in_tree_of",
     "naming",
     "plain_nodes",
@@ -153,12 +155,50 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and error.filename == os.fspath(part):
             raise type(error)(error.errno, error.strerror, os.fspath(path)) from error
         raise
+    _sync(path.parent)
+
+
+@contextlib.contextmanager
+def filling(folder: str | os.PathLike) -> Iterator[Path]:
+    """Yield a folder to write files to that becomes ``folder`` at the end; an error leaves none behind.
+
+    Raises:
+      FileExistsError: if ``folder`` is there and not empty.
+
+    Examples:
+      >>> import os, tempfile
+      >>> with tempfile.TemporaryDirectory() as parent:
+      ...     with filling(f"{parent}/folder") as part:
+      ...         _ = (part / "file").write_text("all of it")
+      ...     os.listdir(parent), os.listdir(f"{parent}/folder")
+      (['folder'], ['file'])
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{printable(os.fspath(folder))} is there already: expected a new or an empty folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = folder.with_name(f".{secrets.token_hex(8)}.part")
+    part.mkdir()
+    try:
+        yield part
+        _sync(part)
+        if folder.exists():
+            folder.rmdir()  # empty, or others have filled it meanwhile: an error
+        os.replace(part, folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    _sync(folder.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Have the entries of a folder on disk."""
     if os.name == "posix":  # elsewhere folders cannot be opened
-        folder = os.open(path.parent, os.O_RDONLY)
+        opened = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(opened)
         finally:
-            os.close(folder)
+            os.close(opened)
 
 
 def safetensors_package() -> Any:

@@ -2,7 +2,7 @@
 
 In memory, sparse leaves become sparse matrices and dense ones stay as they are; :func:`from_sparse` converts all of
 them back, including the zeros that a mask keeps. The files have dense arrays; :mod:`jaxsparse.artifacts` writes small
-ones.
+ones. :func:`from_hf` and :func:`to_hf` read and write transformers in Hugging Face's format.
 """
 
 import math
@@ -27,12 +27,13 @@ from jaxsparse.artifacts.files import (
     replacing,
     safetensors_package,
 )
+from jaxsparse.artifacts.hugging_face import from_hf, to_hf
 from jaxsparse.masks import validate_masks
 from jaxsparse.trees import by_path, is_masked_node, leaf_paths, path_name
 
 __all__ = [
-    "FanIn", "from_sparse", "load_dense", "load_npz", "save_dense", "save_npz", "to_bcoo", "to_bcsr", "to_fan_in",
-    "to_scipy",
+    "FanIn", "from_hf", "from_sparse", "load_dense", "load_npz", "save_dense", "save_npz", "to_bcoo", "to_bcsr",
+    "to_fan_in", "to_hf", "to_scipy",
 ]  # fmt: skip
 
 

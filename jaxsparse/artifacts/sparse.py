@@ -18,6 +18,7 @@ from jaxsparse.artifacts.encodings import (
     encode_fan_in,
     encode_positions,
     encode_values,
+    require,
 )
 from jaxsparse.artifacts.files import (
     ArtifactError,
@@ -29,14 +30,17 @@ from jaxsparse.artifacts.files import (
     replacing,
     safetensors_package,
 )
+from jaxsparse.artifacts.n_of_m import decode_n_of_m, encode_n_of_m, in_groups, leaf_units, order_of_axes
+from jaxsparse.layouts import LayoutLike
 from jaxsparse.masks import validate_masks
 from jaxsparse.prunable import default_choice
+from jaxsparse.structures import StructureLike, n_of_m
 from jaxsparse.tables import Table
 from jaxsparse.trees import is_masked_node, leaf_paths, natural_order, path_name
 
 __all__ = ["describe", "load_sparse", "save_sparse"]
 
-_IN_HEADER = 20  # bytes that a leaf of constant fan-in takes more in the header
+_IN_HEADER = {"fan_in": 20, "n_of_m": 32}  # bytes that such a leaf takes more in the header
 _AT_LEAST, _TIMES_THE_FILE = 1 << 24, 4096  # the default limit of a file's size in memory
 
 
@@ -47,10 +51,13 @@ def save_sparse(
     *,
     init: Mapping[str, Any] | None = None,
     dtype: str | None = None,
+    structure: StructureLike | None = None,
+    layout: LayoutLike = None,
 ) -> None:
     """Write a sparse model to a file: the positions and values of all weights that are not pruned.
 
-    The file appears whole or not at all. Equal models give equal files.
+    The file appears whole or not at all. Equal models give equal files. Masks that keep 2 of every 4 weights along the
+    inputs are found, and their leaves stored in the order that sparse matrix hardware takes.
 
     Args:
       path: the file; an existing one is replaced.
@@ -65,6 +72,11 @@ def save_sparse(
         to it; "int8" quantises the weights of sparse leaves, with one scale per leaf, max|w| / 127, and keeps the dtype
         of the other leaves. A leaf with a single value, or with one negative and one positive value, always takes one
         or two numbers.
+      structure: :class:`jaxsparse.n_of_m`, or a mapping from paths to it, for leaves to be stored so although some
+        groups keep fewer than n weights, as where ``masks`` is None and a weight that stayed is 0. The others stay
+        "weight". None: leaves whose masks keep exactly 2 of every 4 along the inputs are stored so, and n of every 4,
+        8, 16 or 32 where that is smallest.
+      layout: pattern -> :class:`jaxsparse.Layout`, for leaves whose inputs are not found by their names and shapes.
 
     Raises:
       ValueError: for params, masks or options that cannot be stored, naming the leaf, before anything is written.
@@ -93,10 +105,12 @@ def save_sparse(
 
         bools = treedef.unflatten([np.array(True) if mask is None else mask for mask in kept])
         tree = plain_tree(amenable_init(tree, bools, init))
+    units = leaf_units(tree, kept, structure, layout)
     leaves = []
     tensors: dict[str, np.ndarray] = {}
     for i, (name, leaf, mask) in enumerate(zip(names, jax.tree.leaves(tree), kept, strict=True)):
-        about, parts = _encode(name, leaf, mask, dtype)
+        with naming(name, ValueError):
+            about, parts = _encode(name, leaf, mask, dtype, units.get(name), asked=structure is not None)
         leaves.append(about.as_json())
         tensors |= {f"{i}/{part}": np.ascontiguousarray(array) for part, array in parts.items()}
     stamps = {name: [CODES[x.dtype.name], x.shape, sha256(x.view(np.uint8))] for name, x in sorted(tensors.items())}
@@ -192,7 +206,8 @@ def describe(path: str | os.PathLike) -> str:
             stored += size
             values = {"each": "", "constant": "one ", "two": "two ", "scaled": "scaled "}[leaf.values]
             share = "dense" if leaf.positions == "dense" else f"{leaf.kept / leaf.size:.2%}" if leaf.size else "-"
-            encoding = f"{leaf.positions}, {values}{parts['values'].dtype.name}"
+            positions = leaf.positions if leaf.n_of_m is None else "{}:{}".format(*leaf.n_of_m)
+            encoding = f"{positions}, {values}{parts['values'].dtype.name}"
             rows.append(
                 (printable(leaf.name), "x".join(map(str, leaf.shape)) or "scalar", share, encoding, f"{size:,}")
             )
@@ -226,36 +241,55 @@ def _kept(tree: Any, masks: Any) -> list[np.ndarray | None]:
     return found
 
 
-def _encode(name: str, leaf: np.ndarray, mask: np.ndarray | None, dtype: str | None) -> tuple[Leaf, dict]:
-    parts, inputs = {}, None
+def _encode(
+    name: str, leaf: np.ndarray, mask: np.ndarray | None, dtype: str | None, unit: n_of_m | None, asked: bool
+) -> tuple[Leaf, dict]:
+    parts: dict[str, np.ndarray] = {}
+    own: dict[str, Any] = {}  # the fields that this encoding of positions has alone
     if mask is None:
         positions, low_bits, survivors = "dense", 0, leaf.ravel()
     else:
         positions, low_bits, parts["positions"] = encode_positions(mask.ravel())
         survivors = leaf[mask]
         fan_in = encode_fan_in(mask)
-        if fan_in is not None and fan_in[2].size + _IN_HEADER < parts["positions"].size:
+        if fan_in is not None and fan_in[2].size + _IN_HEADER["fan_in"] < parts["positions"].size:
             positions, (inputs, low_bits, parts["positions"]) = "fan_in", fan_in
             outputs = np.moveaxis(leaf, range(*inputs), range(inputs[0] - inputs[1], 0))
             survivors = outputs[np.moveaxis(mask, range(*inputs), range(inputs[0] - inputs[1], 0))]
-    with naming(name, ValueError):
-        values, of_values = encode_values(survivors, dtype, sparse=mask is not None)
-    about = Leaf(name, leaf.shape, leaf.dtype.name, survivors.size, positions, low_bits, values, inputs)
+            own = {"inputs": inputs}
+    kept = survivors.size
+    if mask is not None and unit is not None and leaf.size:
+        axes, _ = order_of_axes(unit, leaf.ndim)
+        packed, where, live = encode_n_of_m(mask, unit.n, unit.m, axes)
+        asked |= (unit.n, unit.m) == (2, 4)  # as large as a bit a weight
+        if asked or packed.size + _IN_HEADER["n_of_m"] < parts["positions"].size:
+            positions, low_bits, parts["positions"] = "n_of_m", 0, packed
+            survivors = np.take_along_axis(in_groups(leaf, unit.m, axes), where, axis=1)
+            survivors = np.where(live, survivors, np.zeros((), leaf.dtype)).ravel()
+            own = {"n_of_m": (unit.n, unit.m), "axes": axes}
+    values, of_values = encode_values(survivors, dtype, sparse=mask is not None)
+    about = Leaf(name, leaf.shape, leaf.dtype.name, kept, positions, low_bits, values, **own)
     return about, parts | of_values
 
 
 def _decode(leaf: Leaf, parts: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """The leaf and its mask."""
     with naming(leaf.name, ValueError):
-        values = decode_values(parts, leaf.values, leaf.kept, leaf.dtype)
+        values = decode_values(parts, leaf.values, leaf.stored, leaf.dtype)
         if leaf.positions == "dense":
             return np.broadcast_to(values, leaf.size).reshape(leaf.shape).copy(), np.array(True)
-        if leaf.positions == "fan_in":
+        array, mask = np.zeros(leaf.size, leaf.dtype), np.zeros(leaf.size, bool)
+        if leaf.positions == "n_of_m":
+            where, live = decode_n_of_m(parts["positions"], leaf.size, leaf.kept, *leaf.n_of_m)
+            free = np.broadcast_to(values, live.size)[~live]
+            require(not bit_view(free).any(), "a weight that only fills its group is not 0")
+            array[where], mask[where] = values, live
+            seen, back = [leaf.shape[axis] for axis in leaf.axes], np.argsort(leaf.axes)
+            array, mask = (np.ascontiguousarray(flat.reshape(seen).transpose(back)) for flat in (array, mask))
+        elif leaf.positions == "fan_in":
             where = decode_fan_in(parts["positions"], leaf.shape, leaf.kept, leaf.inputs, leaf.low_bits)
-            mask = np.zeros(leaf.size, bool)
-            mask[where] = True
+            array[where], mask[where] = values, True
         else:
-            where = mask = decode_positions(parts["positions"], leaf.positions, leaf.size, leaf.kept, leaf.low_bits)
-    array = np.zeros(leaf.size, leaf.dtype)
-    array[where] = values
+            mask = decode_positions(parts["positions"], leaf.positions, leaf.size, leaf.kept, leaf.low_bits)
+            array[mask] = values
     return array.reshape(leaf.shape), mask.reshape(leaf.shape)

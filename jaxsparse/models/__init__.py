@@ -1,9 +1,11 @@
-"""Flax models from the papers on sparse training and pruning."""
+"""Flax models: those of the papers on sparse training and pruning, and a transformer."""
 
 from jaxsparse.models.alexnet import AlexNet
 from jaxsparse.models.channels import channel_groups, reestimate_batch_stats, slim
 from jaxsparse.models.conv_n import Conv2, Conv4, Conv6, ConvN
 from jaxsparse.models.densenet import DenseNet, DenseNet40
+from jaxsparse.models.generation import generate
+from jaxsparse.models.gpt import GPT
 from jaxsparse.models.lenet import LeNet5Caffe, LeNet300100
 from jaxsparse.models.mlp import MLP
 from jaxsparse.models.resnet import ResNet18, ResNet20, ResNet34, ResNet50, ResNet56, ResNetCIFAR
@@ -11,6 +13,7 @@ from jaxsparse.models.vgg import VGG
 from jaxsparse.models.wide_resnet import WideResNet
 
 __all__ = [
+    "GPT",
     "MLP",
     "VGG",
     "AlexNet",
@@ -30,6 +33,7 @@ __all__ = [
     "ResNetCIFAR",
     "WideResNet",
     "channel_groups",
+    "generate",
     "reestimate_batch_stats",
     "slim",
 ]

@@ -13,7 +13,7 @@ from jaxsparse.trace.analysis import Site
 from jaxsparse.trace.block_products import Use
 from jaxsparse.trace.channels import ChannelGroups, channel_groups
 from jaxsparse.trace.layout import matrices
-from jaxsparse.trace.moments import Moments
+from jaxsparse.trace.moments import Moments, Statistic
 from jaxsparse.trace.program import Where
 from jaxsparse.trace.record import record
 from jaxsparse.trace.same import same
@@ -23,6 +23,6 @@ from jaxsparse.trace.sparse import SparseApply, SparseReport, sparse_apply
 
 __all__ = [
     "ChannelGroups", "LeafProducts", "Moments", "MultiplyAdds", "Site", "Slim", "SlimApply", "SparseApply",
-    "SparseReport", "Use", "Where", "channel_groups", "closed_channels", "load_slim", "matrices", "multiply_adds",
-    "record", "same", "slim", "sparse_apply",
+    "SparseReport", "Statistic", "Use", "Where", "channel_groups", "closed_channels", "load_slim", "matrices",
+    "multiply_adds", "record", "same", "slim", "sparse_apply",
 ]  # fmt: skip

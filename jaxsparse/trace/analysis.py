@@ -47,6 +47,7 @@ class Analysis:
         zeros.
       scans: id of an eqn -> the :class:`Scan` that it is.
       sums: (axis, Where): where an axis is summed by itself, as for a mean.
+      paired: (axis, whether it is a batch axis) of products of activations with each other, as in attention.
       unknown: the places of primitives that were not understood and met entries that could have gone away.
       unused: the paths of the leaves that the function does not use.
     """
@@ -59,6 +60,7 @@ class Analysis:
         self.scans: dict[int, Scan] = {}
         self.scope: tuple[int, ...] = ()
         self.sums: list[tuple[Axis, Where]] = []
+        self.paired: list[tuple[Axis, bool]] = []
         self.unknown: list[Where] = []
         self.leaf_axes: dict[str, list[Axis]] = {}
         self.leaf_shapes: dict[str, tuple[int, ...]] = {}
@@ -196,12 +198,15 @@ class Analysis:
 
     def mark(self) -> tuple[int, ...]:
         """How much was found so far."""
-        return len(self.sites), len(self.needs), len(self.sums), len(self.unknown)
+        return tuple(map(len, self._found()))
 
     def forget(self, mark: tuple[int, ...]) -> None:
         """Forget what was found since, for a walk over the same program again."""
-        for found, length in zip((self.sites, self.needs, self.sums, self.unknown), mark, strict=True):
-            del found[length:]  # type: ignore[attr-defined]
+        for found, length in zip(self._found(), mark, strict=True):
+            del found[length:]
+
+    def _found(self) -> tuple[list[Any], ...]:
+        return self.sites, self.needs, self.sums, self.paired, self.unknown
 
     def unify_all(self, axes: Sequence[Axis], why: Any) -> Axis:
         """Make axes the same; None if one of them is."""

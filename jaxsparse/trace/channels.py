@@ -37,6 +37,11 @@ class ChannelGroups(Tabular, Sequence[Group]):
       unknown: the primitives that were not understood and met channels, with the lines of the program.
       layers: name of a group -> the number of layers that a scan stacks, where no channel matters to another layer.
       shapes: path of a leaf -> its shape.
+      reads: name of a group -> (path, axis) of the leaves that its channels arrive at, to be multiplied and summed.
+      kinds: name of a group -> "heads" or "units", of those that are one of the two. Heads are computed side by side
+        in a product of activations with each other, as in attention; with grouped key and value heads the group is
+        that of key and value heads, with all the query heads that share them. Units are read by a single leaf and
+        by no product of activations, such as the hidden units of an MLP.
     """
 
     groups: tuple[Group, ...]
@@ -44,6 +49,8 @@ class ChannelGroups(Tabular, Sequence[Group]):
     unknown: tuple[str, ...]
     layers: dict[str, int] = dataclasses.field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    reads: dict[str, tuple[tuple[str, int], ...]] = dataclasses.field(default_factory=dict)
+    kinds: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __getitem__(self, key: Any) -> Any:
         if not isinstance(key, str):
@@ -104,6 +111,11 @@ class ChannelGroups(Tabular, Sequence[Group]):
             self.unknown,
             {name.removeprefix(start): n for name, n in self.layers.items()},
             {path.removeprefix(start): shape for path, shape in self.shapes.items() if path.startswith(start)},
+            {
+                name.removeprefix(start): tuple((p.removeprefix(start), i) for p, i in of if p.startswith(start))
+                for name, of in self.reads.items()
+            },
+            {name.removeprefix(start): kind for name, kind in self.kinds.items()},
         )
 
     def structures(self) -> dict[str, channel]:
@@ -192,7 +204,8 @@ def channel_groups(apply: Any, params: Any, *args: Any) -> ChannelGroups:
     families = _families(members)
     _know_more(a, families)
     groups: list[Group] = []
-    layers, counts = {}, {}  # type: dict[str, int], dict[str, int]
+    layers, counts, kinds = {}, {}, {}  # type: dict[str, int], dict[str, int], dict[str, str]
+    reads: dict[str, tuple[tuple[str, int], ...]] = {}
     for family in sorted(families, key=lambda f: f.first):
         if len(family.roots) > 1:
             group = _group(a, family, members)
@@ -200,13 +213,16 @@ def channel_groups(apply: Any, params: Any, *args: Any) -> ChannelGroups:
             if counts[group.name] > 1:
                 group = dataclasses.replace(group, name=f"{group.name}#{counts[group.name]}")
             groups.append(group)
+            reads[group.name] = tuple(sorted(family.places & a.reads))
+            if kind := "heads" if family.heads else "units" if family.is_units(a.reads) else "":
+                kinds[group.name] = kind
             if scan := _own_scan(a, family):
                 layers[group.name] = scan.length
     seen = {(s.path, s.axis) for group in groups for s in group.removes}
     alone = {place for family in families for place in family.places} - seen
     frozen |= {place: (ALL_AT_ONCE,) for place in sorted(alone)}
     unknown = tuple(map(str, dict.fromkeys(a.unknown)))
-    return ChannelGroups(tuple(groups), frozen, unknown, layers, dict(a.leaf_shapes))
+    return ChannelGroups(tuple(groups), frozen, unknown, layers, dict(a.leaf_shapes), reads, kinds)
 
 
 @dataclasses.dataclass
@@ -220,6 +236,12 @@ class _Family:
     scopes: set[tuple[int, ...]] = dataclasses.field(default_factory=set)  # the scans in which it is summed
     shared_in: set[int] = dataclasses.field(default_factory=set)  # the scans whose layers share it
     sums: set[str] = dataclasses.field(default_factory=set)
+    paired: bool = False  # whether activations meet activations along it
+    heads: bool = False  # whether they do so side by side, and no family that goes with it is larger
+
+    def is_units(self, reads: set[tuple[str, int]]) -> bool:
+        """Whether a single leaf reads the channels, and nothing else."""
+        return not self.paired and len({path for path, _ in self.places & reads}) == 1
 
     @property
     def places(self) -> frozenset[tuple[str, int]]:
@@ -277,6 +299,12 @@ def _know_more(a: Analysis, families: list[_Family]) -> None:
     for ids, why in a.sums:
         for family in on(ids):
             family.sums.add(str(why))
+    for ids, beside in a.paired:
+        along = on(ids)
+        for family in along:
+            family.paired = True
+        if beside and along:  # of places among the query heads that share others, and these, it is these
+            max(along, key=lambda f: len(f.columns)).heads = True
     for key, scan in a.scans.items():
         for ids in scan.shared:
             for family in on(ids):

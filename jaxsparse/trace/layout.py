@@ -10,11 +10,11 @@ from jax.extend.core import Literal
 from jaxsparse.layouts import Layout
 from jaxsparse.trace.moving import blocks
 from jaxsparse.trace.products import dot_parts
-from jaxsparse.trace.program import CALLS, Where, live_eqns, opened, scan_counts, trace, where, within
+from jaxsparse.trace.program import CALLS, Traced, Where, live_eqns, opened, scan_counts, trace, where, within
 from jaxsparse.trace.rules import ELEMENTWISE, IDENTITY
 from jaxsparse.trees import listed
 
-__all__ = ["matrices"]
+__all__ = ["Followed", "Use", "followed", "layouts_of", "matrices"]
 
 logger = logging.getLogger("jaxsparse")
 
@@ -58,6 +58,28 @@ class Use:
     outputs: Axes
     stack: Axes
     where: Where
+    number: int  # in the order of the program, of all leaves
+
+
+class Followed(NamedTuple):
+    """The uses of leaves in a program.
+
+    Attributes:
+      uses: path -> its products and lookups, in the order of the program.
+      stacks: path -> the axes that scans take apart, of the leaves of scans.
+    """
+
+    uses: dict[str, list[Use]]
+    stacks: dict[str, Axes]
+
+
+def followed(traced: Traced) -> Followed:
+    """Follow the leaves of params through a program to the products and lookups that they are in."""
+    jaxpr, _ = opened(traced.closed)
+    walk = _Walk()
+    inputs = zip(traced.paths, jaxpr.invars, strict=True)
+    walk.run(traced.closed, [DATA if path is None else Seen.leaf(path, v.aval.shape) for path, v in inputs])
+    return Followed(walk.uses, walk.stacks)
 
 
 def matrices(apply: Callable[..., Any], params: Any, *args: Any) -> dict[str, Layout]:
@@ -96,16 +118,19 @@ def matrices(apply: Callable[..., Any], params: Any, *args: Any) -> dict[str, La
       w Layout(inputs=(1,), outputs=(0,), stack=())
     """
     traced = trace(apply, params, *args)
+    return layouts_of(traced, followed(traced))
+
+
+def layouts_of(traced: Traced, leaves: Followed) -> dict[str, Layout]:
+    """As :func:`matrices`, of a function that is traced and followed."""
     jaxpr, _ = opened(traced.closed)
     shapes = {path: v.aval.shape for path, v in zip(traced.paths, jaxpr.invars, strict=True) if path is not None}
-    walk = _Walk()
-    walk.run(traced.closed, [Seen.leaf(path, shapes[path]) if path in shapes else DATA for path in traced.paths])
     found, left = {}, []
-    for path, stack in walk.stacks.items():
+    for path, stack in leaves.stacks.items():
         rest = [axis for axis in range(len(shapes[path])) if axis not in stack]
-        if path not in walk.uses and len(rest) < 2:  # a bias or a gain for each layer
+        if path not in leaves.uses and len(rest) < 2:  # a bias or a gain for each layer
             found[path] = Layout((), tuple(rest), tuple(sorted(stack)))
-    for path, uses in walk.uses.items():
+    for path, uses in leaves.uses.items():
         layouts = {_layout(use, shapes[path]): use.where for use in uses}
         layout, *others = layouts
         if layout is not None and not others:
@@ -203,7 +228,9 @@ class _Walk:
     def use(self, leaf: Seen, inputs: Sequence[int], outputs: Sequence[int], batch: Sequence[int], eqn: Any) -> None:
         """Notes a product, by axes of the value."""
         parts = [_union(leaf.axes[i] for i in axes) for axes in (inputs, outputs, batch)]
-        self.uses.setdefault(str(leaf.path), []).append(Use(parts[0], parts[1], parts[2] | leaf.stack, where(eqn)))
+        number = sum(map(len, self.uses.values()))
+        use = Use(parts[0], parts[1], parts[2] | leaf.stack, where(eqn), number)
+        self.uses.setdefault(str(leaf.path), []).append(use)
 
     def on_dot_general(self, eqn: Any, ins: list[Seen]) -> None:
         for side in (0, 1):

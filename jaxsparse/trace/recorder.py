@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jax import lax
 from jax.extend.core import Literal
 
 from jaxsparse.trace.evaluate import ITSELF, Evaluator
-from jaxsparse.trace.moments import Moments
+from jaxsparse.trace.moments import Moments, Statistic
 from jaxsparse.trace.products import dot_parts
 from jaxsparse.trace.program import scan_counts, where
 from jaxsparse.trace.shares import Share, local_leaf
@@ -26,13 +27,14 @@ class Recorder(Evaluator):
     """Sums up what arrives at products of a view of a leaf with anything that is not made of params alone.
 
     Attributes:
-      found: (path, axes that scans around go over, axes of inputs, axes that lead) -> :class:`Moments`.
+      found: (path, axes that scans around go over, axes of inputs, axes that lead) -> :class:`Moments`, or with a
+        function as ``statistic`` :class:`Statistic`.
       missed: path -> why a product with it is not recorded.
     """
 
-    def __init__(self, chosen, gram):
-        self.chosen, self.gram = set(chosen), gram
-        self.found: dict[tuple, Moments] = {}
+    def __init__(self, chosen, gram, statistic=None):
+        self.chosen, self.gram, self.statistic = set(chosen), gram, statistic
+        self.found: dict[tuple, Any] = {}
         self.missed: dict[str, str] = {}
         self._repeated: dict[int, tuple] = {}  # id of an array -> it, and the same before it was repeated on devices
 
@@ -126,7 +128,10 @@ class Recorder(Evaluator):
             self._miss([w], f"is multiplied by complex numbers at {where(eqn)}")
         elif w.path in self.chosen:
             key = (w.path, w.scanned, inputs, leading)
-            moments = Moments.of_rows(rows, inputs, leading, self.gram)
+            if self.statistic:
+                moments: Any = Statistic.of_rows(rows, inputs, leading, self.statistic)
+            else:
+                moments = Moments.of_rows(rows, inputs, leading, self.gram)
             self.found[key] = self.found[key] + moments if key in self.found else moments
 
     def _apart(self, run):
@@ -230,7 +235,7 @@ class Recorder(Evaluator):
         """Sum up over the devices that have rows of their own; inputs that are divided among devices stay so."""
         p = eqn.params
         axes = set(p["newly_manual_axes"])
-        share = Share(args, p["in_specs"], p["check_vma"], self.gram)
+        share = Share(args, p["in_specs"], p["check_vma"], self.gram, self.statistic)
         keys: list[tuple] = []
 
         def inside(args):

@@ -158,6 +158,8 @@ def dot_general(a, eqn, args):
         axes.append((a.unify_all([x.axes[i], y.axes[j]], where(eqn)), any_of(x.zero[i], y.zero[j])))
     for side, operand in enumerate(args):
         axes += [(operand.axes[i], operand.zero[i]) for i in dot_parts(eqn, side)[0][2]]
+    if x.data and y.data:
+        a.paired += [(ids, i in list(at)) for v, at in zip(args, batch, strict=True) for i, ids in enumerate(v.axes)]
     a.product(eqn, args)
     return Val(tuple(eqn.outvars[0].aval.shape), [ids for ids, _ in axes], [zero for _, zero in axes])
 

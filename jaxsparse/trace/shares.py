@@ -6,7 +6,7 @@ import jax
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jaxsparse.trace.moments import Moments
+from jaxsparse.trace.moments import Moments, Statistic
 from jaxsparse.trace.views import View, lost, whole_axes
 
 __all__ = ["Share", "local_leaf"]
@@ -18,8 +18,8 @@ class Share:
     Keys are those of :class:`jaxsparse.trace.recorder.Recorder`.
     """
 
-    def __init__(self, args, in_specs, checked, gram):
-        self.checked, self.gram = checked, gram
+    def __init__(self, args, in_specs, checked, gram, statistic=None):
+        self.checked, self.gram, self.statistic = checked, gram, statistic
         self.of_leaf: dict = {}  # (path, axis of the leaf) -> axes of the mesh
         self.of_data: set = set()
         for arg, spec in zip(args, in_specs, strict=True):
@@ -42,12 +42,14 @@ class Share:
         """How the moments of a leaf are divided."""
         lead, columns = self._names(key, key[3]), self._names(key, key[2][:1])
         rows, each = PartitionSpec(*lead), PartitionSpec(*lead, *columns)
+        if self.statistic:
+            return Statistic(rows, each, key[2], key[3])  # type: ignore[arg-type]
         return Moments(rows, each, each, key[2], key[3])  # type: ignore[arg-type]
 
     def summed(self, key, moments):
         """The sums over the devices that have other rows."""
         own = {name for names in self._names(key, (*key[2], *key[3])) for name in names or ()}
-        varying = jax.typeof(moments.second).mat.varying if self.checked else self.of_data
+        varying = jax.typeof(jax.tree.leaves(moments)[-1]).mat.varying if self.checked else self.of_data
         axes = tuple(sorted(varying - own))
         if not axes:
             return moments

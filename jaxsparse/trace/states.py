@@ -14,13 +14,17 @@ from jaxsparse.transforms.gated import GatedState
 from jaxsparse.transforms.mask_link import MaskState
 from jaxsparse.trees import leaf_paths, path_name
 
-__all__ = ["Kept", "cut_params", "cut_state", "gone_channels", "select"]
+__all__ = ["Kept", "cut_params", "cut_state", "gone_channels", "select", "with_counts"]
 
-Kept = Mapping[tuple[str, int], np.ndarray]  # (path, axis) -> which entries stay, (n,) bool
+# (path, axis) -> which entries stay, (n,) bool; or all in a new order, for each layer of a stack, (layers, n) int
+Kept = Mapping[tuple[str, int], np.ndarray]
 
 
 def select(leaf: Any, stays: np.ndarray, axis: int) -> Any:
-    """The entries of an array that stay along an axis; of a ``jax.ShapeDtypeStruct``, its shape."""
+    """The entries of an array that stay along an axis, or all in a new order; of a shape, its shape."""
+    if stays.ndim == 2:
+        order = stays.reshape([n if i in (0, axis) else 1 for i, n in enumerate(leaf.shape)])
+        return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.take_along_axis(leaf, order, axis)
     if isinstance(leaf, jax.ShapeDtypeStruct):
         shape = (*leaf.shape[:axis], int(stays.sum()), *leaf.shape[axis + 1 :])
         return jax.ShapeDtypeStruct(shape, leaf.dtype)
@@ -92,7 +96,7 @@ def cut_state(state: Any, params: Any, kept: Kept, gone: Mapping[str, np.ndarray
         if isinstance(node, GatedState):
             return _cut_gates(node, inside, cut_by_name, gone)
         if isinstance(node, MaskState):
-            return _counted(type(node)(*map(inside, node)))
+            return with_counts(type(node)(*map(inside, node)))
         if is_array(node) or jax.tree_util.all_leaves([node]):
             return cut_by_name(where, node)
         parts = zip(names, jax.tree.leaves(node), strict=True)
@@ -123,12 +127,12 @@ def _cut(name: str, leaf: Any, where: str, kept: Kept, like: Any) -> Any:
             f"{tuple(like.shape)}, is: start the optimizer anew, with tx.init(slim.params)"
         )
     for axis, stays in cuts.items():
-        if leaf.shape[axis] == len(stays):
+        if leaf.shape[axis] == stays.shape[-1]:
             leaf = select(leaf, stays, axis)
     return leaf
 
 
-def _counted(state: MaskState) -> MaskState:
+def with_counts(state: MaskState) -> MaskState:
     """The state with the number of weights that its masks keep now: some were in channels that are gone."""
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state)):
         return state

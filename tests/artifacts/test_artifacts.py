@@ -433,17 +433,20 @@ def model():
     dense = rng.standard_normal((40, 25))
     mask = rng.random((40, 25)) < 0.1
     half = rng.random((40, 25)) < 0.6
+    pairs = rng.random((8, 6, 4)).argsort(2) < 2
+    pairs, some = (x.reshape(8, 24).T for x in (pairs, pairs & (rng.random((8, 6, 4)) < 0.8)))
     fan_in = rng.permuted(np.arange(120)[:, None] < np.array([8, 0, 0, 0] * 16), axis=0).reshape(12, 10, 64)
     params = {
         "fan_in": np.where(fan_in, rng.standard_normal((12, 10, 64)), 0).astype(np.float32),
         "gaps": np.where(mask, dense, 0).astype(np.float32),
         "mask": np.where(half, dense, 0).astype(jnp.bfloat16),
+        "n_of_m": [np.where(pairs, dense[:24, :8], 0), np.where(some, dense[:24, :8], 0).astype(np.float32)],
         "two": [np.where(mask, np.sign(dense) / 8, 0).astype(np.float32), np.float32(np.where(half, -0.5, 0))],
         "dense": (rng.standard_normal(9), np.arange(5), np.array([True, False]), np.zeros((3, 0), np.float16)),
     }
     params["gaps"][0, 1] = np.nan
     masks = jax.tree.map(lambda x: np.array(True), params)
-    masks |= {"fan_in": fan_in, "gaps": params["gaps"] != 0, "mask": half, "two": [mask, half]}
+    masks |= {"fan_in": fan_in, "gaps": params["gaps"] != 0, "mask": half, "n_of_m": [pairs, some], "two": [mask, half]}
     return params, masks
 
 
@@ -451,9 +454,17 @@ def model():
 def valid(model, tmp_path_factory):
     """The bytes of its file, and a path to write to."""
     path = tmp_path_factory.mktemp("fuzz") / "model"
-    save_sparse(path, *model)
+    save_sparse(path, *model, structure={"n_of_m/*": jaxsparse.n_of_m(2, 4)})
     text = describe(path)
-    for encoding in ("fan_in, float32", "gaps, float32", "mask, bfloat16", "gaps, two float32", "mask, one float32"):
+    for encoding in (
+        "2:4, float64",
+        "2:4, float32",
+        "fan_in, float32",
+        "gaps, float32",
+        "mask, bfloat16",
+        "gaps, two float32",
+        "mask, one float32",
+    ):
         assert encoding in text
     assert "dense, bool" in text
     return path.read_bytes(), path
@@ -586,6 +597,26 @@ HOSTILE = {
                     [1, 3], [0, 2.0], [False, 2], ["0", 2], {"0": 2}, [0, 10**30])},
     **{f"fan_in kept {n!r:.20}": of_leaf("fan_in", "kept", n) for n in (*NUMBERS, 112, 127, 144)},
     **{f"fan_in low_bits {n!r:.20}": of_leaf("fan_in", "low_bits", n) for n in (*NUMBERS, 2, 4, 62, 64)},
+    **{f"n_of_m of {leaf}": of_leaf(leaf, "positions", "n_of_m") for leaf in ("gaps", "mask", "dense/0", "fan_in")},
+    **{f"n_of_m as {name}": of_leaf("n_of_m/0", "positions", name) for name in ("gaps", "mask", "dense", "fan_in")},
+    **{f"n_of_m {pair!r:.30}": of_leaf("n_of_m/0", "n_of_m", pair)
+       for pair in (None, 2, "24", [], [2], [2, 4, 4], [0, 4], [4, 2], [-2, 4], [2, 0], [2, -4], [1, 4], [2, 8], [4, 8],
+                    [1, 1], [2.0, 4], [True, 4], {"2": 4}, [2, 5], [2, 10**30], [10**30, 10**30])},
+    **{f"axes {axes!r:.30}": of_leaf("n_of_m/0", "axes", axes)
+       for axes in (None, 1, "10", [], [1], [1, 1], [0, 2], [-1, 0], [1, 0, 2], [1.0, 0], [True, 0], {"1": 0})},
+    **{f"n_of_m {i} kept {n!r:.20}": of_leaf(f"n_of_m/{i}", "kept", n) for i in (0, 1)
+       for n in (*NUMBERS, 95, 97, 192)},
+    "low bits of n_of_m": of_leaf("n_of_m/0", "low_bits", 1),
+    "a position twice": of_tensor("n_of_m/0", "positions", lambda x: np.append(np.uint8([0]), x[1:])),
+    "positions that fall": of_tensor("n_of_m/0", "positions", lambda x: ~x),
+    "a byte of positions less": of_tensor("n_of_m/0", "positions", lambda x: x[:-1]),
+    "a byte of positions more": of_tensor("n_of_m/0", "positions", lambda x: np.append(x, x[:1])),
+    "no bits of what stays": of_tensor("n_of_m/1", "positions", lambda x: x[:24]),
+    "all stay": of_tensor("n_of_m/1", "positions", lambda x: np.append(x[:24], np.full(12, 255, np.uint8))),
+    "none stay": of_tensor("n_of_m/1", "positions", lambda x: np.append(x[:24], np.zeros(12, np.uint8))),
+    "others stay": of_tensor("n_of_m/1", "positions", lambda x: np.append(x[:24], x[24:][::-1])),
+    "what fills groups is not 0": of_tensor("n_of_m/1", "values", lambda x: x + np.float32(1)),
+    "a value of n_of_m less": of_tensor("n_of_m/1", "values", lambda x: x[:-1]),
     "no name": lambda model, tensors, metadata: model["leaves"][0].pop("name"),
     "a leaf that is a list": of_model("leaves", lambda old: [list(old[0].values()), *old[1:]]),
     "a leaf less": of_model("leaves", lambda old: old[:-1]),

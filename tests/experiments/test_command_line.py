@@ -66,7 +66,7 @@ def test_unknown_key_names_the_nearest_and_all(parse, config, change, message):
     with pytest.raises(SystemExit) as stop:
         parse(*config, "--workdir=somewhere", change)
     assert message in stop.value.code
-    assert "data.std, data.streamed, data.validation, data.workers, data_dir, dense, epochs," in stop.value.code
+    assert "start, start_epochs, start_from, warmup_epochs, weight_decay" in stop.value.code
 
 
 @pytest.mark.parametrize(

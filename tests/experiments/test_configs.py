@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import jaxsparse
-from experiments import data, networks, options, program, train
+from experiments import data, networks, options, program, text, train
 from experiments.workdir import read_metrics
 from jaxsparse import inspect
 from jaxsparse.groups import group_sizes
+from jaxsparse.trees import by_path
 from tests.problems import slow_except
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +43,13 @@ def random_images(config, count):
     return data.Dataset(split, data.Split(*(x[:0] for x in split)), split, classes, 128 * channels, 64 * channels)
 
 
+def random_text(config, count):
+    """Noise in the place of a text."""
+    tokens = np.random.RandomState(0).randint(0, 256, count * config.data.length + 1).astype(np.uint8)
+    split = text.Text(tokens, config.data.length, count)
+    return text.TextDataset(split, text.Text(tokens[:0], config.data.length, 0), split, 256, {})
+
+
 def test_configs_are_found():
     assert {"digits_sparse_momentum", "mnist_l0", "imagenet"} <= set(ARGUMENTS)
     assert "common" not in ARGUMENTS
@@ -50,21 +58,25 @@ def test_configs_are_found():
 @pytest.mark.parametrize(("name", "argument"), slow_except(FIRST, ALL))
 def test_every_config_makes_a_network_and_its_masks(name, argument):
     config = config_of(name, argument)
-    dataset = random_images(config, count=256)
+    of_text = config.data.name == "text"
+    dataset = (random_text if of_text else random_images)(config, count=256)
     made = program.make_program(config, dataset)
     state = jax.eval_shape(made.init, 0)
     masks = jax.eval_shape(inspect.current_masks, state.opt_state, state.params)
     sparse = [mask for mask in jax.tree.leaves(masks) if mask.ndim]
     kernels = [leaf for leaf in jax.tree.leaves(state.params) if leaf.ndim > 1]
+    if of_text:  # embeddings stay dense, and biases of heads have two axes
+        kernels = [leaf for path, leaf in by_path(state.params).items() if path.endswith("kernel")]
     if groups := made.optimizer.groups:
         assert sorted(masks) == sorted(group.name for group in groups)
         assert sorted(mask.size for mask in sparse) == sorted(group_sizes(groups, state.params))
     else:
-        assert [mask.shape for mask in sparse] == [kernel.shape for kernel in kernels]
+        assert config.dense or [mask.shape for mask in sparse] == [kernel.shape for kernel in kernels]
     classes = config.model.get("num_classes", dataset.num_classes)
-    assert kernels[-1].shape[-1] == classes or kernels[-1].ndim == 4
+    assert of_text or kernels[-1].shape[-1] == classes or kernels[-1].ndim == 4
     small = networks.make_model(options.small(config), 10)
-    variables = jax.eval_shape(small.init, jax.random.key(0), dataset.train.images[:1].astype(np.float32))
+    first = np.zeros((1, 32), np.int32) if of_text else dataset.train.images[:1].astype(np.float32)
+    variables = jax.eval_shape(small.init, jax.random.key(0), first)
     if config.model.name not in ("lenet_300_100", "lenet5_caffe", "mlp"):
         size = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
         assert size < sum(leaf.size for leaf in jax.tree.leaves(state.params)) / 15

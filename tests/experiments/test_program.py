@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import jaxsparse
-from experiments import build, data, inputs, options, program
+from experiments import build, data, inputs, options, program, tasks
 from jaxsparse import structures
 
 CONFIG = Path(__file__).parents[2] / "configs" / "digits_sparse_momentum.py"
@@ -201,7 +201,7 @@ def test_evaluation_does_not_depend_on_the_batches(monkeypatch):
     dataset = data.load("digits")
     results = []
     for size in (359, 100):
-        monkeypatch.setattr(program, "EVAL_BATCH", size)
+        monkeypatch.setattr(tasks, "EVAL_BATCH", size)
         compiled = program.make_program(smoke_config(), dataset)
         results.append(compiled.evaluate(compiled.init(0), dataset.test))
     chex.assert_trees_all_close(*results, rtol=1e-6)

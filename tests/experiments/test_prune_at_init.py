@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import jaxsparse
-from experiments import data, program, train
+from experiments import data, program, tasks, train
 from experiments.prune_at_init import prune_at_init
 from jaxsparse import saliency
 from tests.experiments.test_configs import config_of, random_images
@@ -42,7 +42,7 @@ def test_the_scores_are_of_the_weights_that_the_run_starts_with_and_of_its_image
 
     @jax.jit
     def by_hand(key):
-        params = made.model.init(key, jnp.zeros((1, *made.image_shape)))["params"]
+        params = made.model.init(key, jnp.zeros((1, *made.task.shape)))["params"]
 
         def loss(params):
             logits = made.model.apply({"params": params}, images)
@@ -74,8 +74,8 @@ def test_every_score_prunes_and_every_seed_has_masks_of_its_own():
 @pytest.mark.slow
 def test_grasp_scores_by_equally_many_images_of_every_class():
     dataset = data.load("digits", examples=400)
-    pruner = prune_at_init("grasp", 0.9, examples=60)
-    images, labels = pruner.images(jax.random.key(3), dataset, data.Split(*map(jnp.asarray, dataset.train)))
+    pruner, task = prune_at_init("grasp", 0.9, examples=60), tasks.make_task(config_with(score="grasp"), dataset)
+    images, labels = pruner.inputs(jax.random.key(3), task, data.Split(*map(jnp.asarray, dataset.train)))
     assert np.bincount(labels).tolist() == [6] * 10
     assert images.shape == (60, 8, 8, 1)
 

@@ -271,3 +271,14 @@ def test_table_over_seeds():
         "dense   100.00%  91.00 ± 1.000       +0.00",
         "sparse   10.00%          90.00       -1.00",
     ]
+
+
+def test_a_stage_learns_from_an_earlier_one(tmp_path):
+    config = two_stages()
+    config.stages[1]["teacher"] = "dense"
+    stages.check(config, tmp_path)
+    assert stages.config_of(config, "fine_tune", tmp_path, seed=3).distill_from == str(tmp_path / "dense/seed_3")
+    assert stages.config_of(config, "dense", tmp_path).distill_from is None
+    config.stages[1]["teacher"] = "fine_tune"
+    with pytest.raises(ValueError, match=r"config.stages\[1\].teacher is an earlier stage, one of \['dense'\], got"):
+        stages.check(config, tmp_path)

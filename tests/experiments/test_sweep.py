@@ -71,7 +71,7 @@ def test_a_plan_goes_seed_by_seed_and_fills_in_the_values(tmp_path):
     assert (runs[0].config.dense, runs[1].config.dense) == (True, False)
     assert [run.config.method.sparsity for run in runs[1:3]] == [0.5, 0.75]
     assert [run.config.method.sparsity.magnitude for run in runs[3:5]] == [0.5, 0.75]
-    assert [run.config.method.l1 for run in runs[5:8]] == [5e-6, 1.5e-5, 4e-5]
+    assert [run.config.method.l1 for run in runs[5:8]] == [1e-6, 5e-6, 1.5e-5]
     assert [run.config.optimizer.name for run in runs[4:6]] == ["sgd", "velocity"]
     assert {run.config.epochs for run in runs} == {18}
     assert all("sweep" not in run.config and "smoke_overrides" not in run.config for run in runs)
@@ -126,7 +126,7 @@ def test_the_estimate_goes_by_what_runs_took(tmp_path):
         write_json(by_arm[name].folder / "result.json", result)
     # An epoch of dense takes 2 s, of magnitude 4 s, of the other arm as many as their mean, 3 s.
     assert sweep.seconds_left(runs, known) == (32 + 4) + 3 * (64 + 4) + 6 * (48 + 4)
-    failures = {"rda, 5e-06, seed 0": "FloatingPointError", "rda, 5e-06, seed 1": "RuntimeError"}
+    failures = {"rda, 1e-06, seed 0": "FloatingPointError", "rda, 1e-06, seed 1": "RuntimeError"}
     for name, kind in failures.items():  # the first is not tried again
         by_arm[name].folder.mkdir(parents=True)
         write_json(by_arm[name].folder / "failed.json", {"failed": "it is NaN", "kind": kind})
@@ -134,7 +134,7 @@ def test_the_estimate_goes_by_what_runs_took(tmp_path):
     assert sweep.plan_table(runs).rows == (
         ("dense", "", "2", "2", "1", "0"),
         ("magnitude", "0.8, 0.9", "2", "4", "1", "0"),
-        ("rda", "5e-06, 1.5e-05, 4e-05", "2", "6", "0", "2"),
+        ("rda", "1e-06, 5e-06, 1.5e-05", "2", "6", "0", "2"),
     )
 
 
@@ -247,6 +247,30 @@ def test_the_paragraph_says_what_the_tables_do():
     )
 
 
+def losses():
+    """The results above as losses: the best arm is that of the smallest number."""
+    found = some_results().rename(columns={"test_accuracy": "test_loss"})
+    return results.as_frame(found.assign(test_loss=(100 - found.test_loss) / 10), results.LOSS)
+
+
+def test_losses_are_better_when_they_are_smaller(tmp_path):
+    found = losses()
+    assert results.text(found).splitlines()[2] == "a    0.1400 ± 0.0100  0.2900 ± 0.0100"
+    assert results.by_value(found).columns[-1] == "test loss (nats a token)"
+    assert results.paragraph(found) == (
+        "The dense network reaches 0.1500 ± 0.0100 nats a token. "
+        "At 80% zeros a is best, 0.1400 ± 0.0100 nats a token, b within a standard error of the difference; "
+        "within 1% of the dense network: all but c. "
+        "At 99% zeros b is best, 0.2500 nats a token (1 of 2); none is within 1% of the dense network. "
+        "l1 reaches 0.1700 nats a token with 8.04% of the weights and 0.2000 nats a token with 1.96% of the weights. "
+        "Runs that failed: b 0.99 (1), c 0.99 (2)."
+    )
+    found.to_csv(tmp_path / "sweep.csv", index=False)
+    assert results.paragraph(results.read(tmp_path / "sweep.csv")) == results.paragraph(found)
+    page = results.as_markdown("name", "Title", found, "command")
+    assert "Test loss in nats a token, mean ± standard error over the seeds 0, 1." in page
+
+
 def test_a_csv_file_is_read_back(tmp_path):
     found = some_results()
     found.to_csv(tmp_path / "sweep.csv", index=False)
@@ -265,6 +289,15 @@ def test_picture():
         low, high = axes.get_ylim()
         assert low < 97.1
         assert high > 98.6
+    groups = {"One": ["c", "not there"], "Two": ["a", "b"], "Three": ["not there"]}
+    panels = results.picture(some_results(), "Title", groups).axes
+    assert [axes.get_title() for axes in panels] == ["One", "Two"]
+    assert [[text.get_text() for text in axes.get_legend().get_texts()] for axes in panels] == [
+        ["dense", "c"], ["dense", "b", "a"]
+    ]  # fmt: skip
+    axes = results.picture(losses(), "Title").axes[0]
+    assert axes.get_ylabel() == "test loss (nats a token)"
+    assert axes.get_yscale() == "linear"
 
 
 def test_runs_are_taken_over_from_the_table_of_an_earlier_sweep(tmp_path):

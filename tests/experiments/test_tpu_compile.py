@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from benchmarks.tpu_compile import sent, shapes_of
+from benchmarks.tpu_compile_gpt import lower_step, lower_update
 from experiments import data, program
+from jaxsparse.models import GPT
+from jaxsparse.parallel import device_layout
 from tests.experiments import parallel_runs
 from tests.kernels.test_compile import chips
 
@@ -37,3 +40,30 @@ def test_a_train_step_compiles_for_a_slice_of_tpus(layout):
     traffic = sent(compiled.as_text())
     assert traffic["all-reduce"][0] > 0
     assert ("all-gather" in traffic) == (layout == "fsdp")  # of the weights, for the step
+
+
+def gpt(layers=4):
+    return GPT(
+        1024, 256, num_layers=layers, num_kv_heads=2, mlp_width=1024, max_length=512, positions="rotary", norm="rms",
+        mlp="gated", bias=False, tied=False, scan=True, remat=True, dtype=jnp.bfloat16,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_masks_of_sharded_transformers_are_chosen_without_gathering_weights():
+    model = gpt()
+    compiled = lower_update(model, device_layout("fsdp", chips("v5e:4x4"))).compile()
+    traffic = sent(compiled.as_text())
+    assert set(traffic) == {"all-reduce"}
+    assert traffic["all-reduce"][1] < 2**15  # of numbers that are counted: weights of one block have two megabytes
+    weights = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    size = 4 * sum(leaf.size for leaf in jax.tree.leaves(weights))
+    assert compiled.memory_analysis().argument_size_in_bytes < 1.3 * (3.25 + 1) * size / 16
+
+
+@pytest.mark.long
+def test_a_step_of_sharded_transformers_compiles():
+    compiled = lower_step(gpt(), device_layout("fsdp", chips("v5e:4x4")), sequences=2).compile()
+    assert compiled.memory_analysis().alias_size_in_bytes > 0
+    assert compiled.memory_analysis().peak_memory_in_bytes < 2**28
+    assert "all-gather" in sent(compiled.as_text())  # of the weights, for the gradients

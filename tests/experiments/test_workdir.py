@@ -39,6 +39,16 @@ def test_another_config_is_refused_with_the_difference(tmp_path):
         pass
 
 
+def test_a_run_of_before_a_key_was_there_goes_on(tmp_path):
+    with make(tmp_path / "run"):
+        pass
+    message = 'distill_from: not set there, "teacher" now'
+    with pytest.raises(WorkdirError, match=message), make(tmp_path / "run", distill_from="teacher"):
+        pass
+    with make(tmp_path / "run", distill_from=None, distill_temperature=2.0, distill_weight=0.5):
+        pass
+
+
 def test_two_processes_do_not_share_a_folder(tmp_path):
     with make(tmp_path), pytest.raises(WorkdirInUseError, match="is in use by another process"), make(tmp_path):
         pass

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from tests.models import transformers
 from tests.trace.linen_models import (
     GPT,
     IMAGE,
@@ -143,6 +144,14 @@ def experts(d=8, e=4, f=12):
     return apply, params, (rand(6, d, seed=9),)
 
 
+# The library's own, as of several families.
+
+
+def own_gpt(*form):
+    _, params, apply = transformers.gpt(*form)
+    return apply, params, (transformers.TOKENS,)
+
+
 # Flax NNX.
 
 
@@ -272,6 +281,9 @@ MODELS: dict[str, Callable[[], tuple[Callable, Any, tuple]]] = {
     "gpt eqx scan vmap": eqx_gpt,
     "gpt plain fused gqa rope scan": plain_gpt,
     "gpt plain loop": lambda: plain_gpt(scan=False),
+    "own gpt-2 loop": lambda: own_gpt("gpt-2", "loop"),
+    "own qwen2 scan+remat": lambda: own_gpt("qwen2", "scan+remat"),
+    "own one key head scan": lambda: own_gpt("one key head", "scan"),
     "mlp eqx": eqx_mlp,
     "haiku conv groupnorm": haiku_net,
     "lstm": lstm,

@@ -13,6 +13,7 @@ from jaxsparse.groups import Slice
 from jaxsparse.trace.analysis import Analysis
 from jaxsparse.trace.program import trace as traced
 from jaxsparse.trace.rules import RULES, rule
+from tests.problems import slow_except
 from tests.trace.closing import apart, check_exact, closed
 from tests.trace.models import MODELS
 
@@ -327,3 +328,34 @@ def test_closing_is_felt():
     for group in trace.channel_groups(apply, params, *args):
         dead = np.arange(group.size) % 3 == 1
         assert apart(apply(closed(params, group, group.multiplies, dead), *args), apply(params, *args)) > 1e-2
+
+
+KINDS = {
+    "mlp": {"fc1/kernel": "units", "fc2/kernel": "units"},
+    "gpt plain fused gqa rope scan": {"blocks/qkv#2": "heads", "blocks/gate_up": "units"},
+    "gpt linen scan+remat rms": {"params/blocks/Attention_0/k/kernel#2": "heads", "params/blocks/gate/kernel": "units"},
+    "gpt eqx scan vmap": {"blocks/attention/key_proj/weight#2": "heads", "blocks/gate/weight": "units"},
+    "gpt nnx mha": {f"blocks/{i}/{name}": kind for i in range(2)
+                    for name, kind in (("attention/key/kernel#2", "heads"), ("gate/kernel", "units"))},
+    "experts": {"in": "units"},
+    "lstm": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", slow_except(["mlp", "gpt plain fused gqa rope scan"], KINDS))
+def test_heads_and_units(name):
+    apply, params, args = MODELS[name]()
+    groups = trace.channel_groups(apply, params, *args)
+    assert groups.kinds == KINDS[name]
+    for group in groups:
+        places = {(which.path, which.axis) for which in group.removes}
+        assert set(groups.reads[group.name]) <= places
+    if "linen" in name:
+        part = groups.within("params")
+        assert part.kinds == {path.removeprefix("params/"): kind for path, kind in KINDS[name].items()}
+        assert part.reads["blocks/gate/kernel"] == (("blocks/down/kernel", 1),)
+    if name == "gpt plain fused gqa rope scan":
+        assert groups["blocks/qkv#2"].size == 2  # key and value heads, each with two query heads
+        assert groups.reads["blocks/qkv#2"] == (("blocks/out", 1),)
+        assert groups.reads["blocks/qkv"] == ()
+        assert groups.reads["blocks/down"] == (("blocks/gate_up", 1), ("blocks/qkv", 1), ("embed", 1))

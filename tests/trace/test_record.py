@@ -120,6 +120,60 @@ def test_views(name):
     )
 
 
+def sum_of_squares(rows):
+    return jnp.square(rows).sum(-2)
+
+
+def as_statistic(function, *args):
+    """Second moments as the statistic of a caller, beside the library's own."""
+    own = trace.record(function, *args, statistic=sum_of_squares)
+    moments = trace.record(function, *args)
+    assert set(own) == set(moments)
+    return own, moments
+
+
+def assert_statistics(own, moments):
+    for path, one in own.items():
+        np.testing.assert_array_equal(one.value, moments[path].second)
+        np.testing.assert_array_equal(one.rows, moments[path].rows)
+        assert (one.inputs, one.leading) == (moments[path].inputs, moments[path].leading)
+
+
+@pytest.mark.parametrize("name", slow_except(["vmap", "scan over layers"], VIEWS))
+def test_a_statistic_of_the_caller(name):
+    function, shape, *_ = VIEWS[name]
+    w, x = rand(*shape, seed=1), rand(6, 8, seed=2)
+    assert_statistics(*jax.jit(lambda w, x: as_statistic(lambda p, x: function(p["w"], x), {"w": w}, x))(w, x))
+
+
+def test_a_statistic_of_each_sample():
+    params, x = {"w": rand(4, 8, 8, seed=1)}, rand(3, 5, 8)
+
+    def apply(p, x):
+        return lax.scan(jax.checkpoint(layer), x, p["w"])[0]
+
+    @jax.jit
+    @jax.vmap
+    def mean_abs(x):
+        return trace.record(apply, params, x, statistic=lambda rows: jnp.abs(rows).sum(-2))["w"]
+
+    found, h = mean_abs(x), x
+    assert (found.rows == 5).all()
+    for i in range(4):
+        np.testing.assert_allclose(found.mean[:, i], np.abs(np.asarray(h)).mean(1), rtol=1e-5)
+        h = jnp.tanh(h @ params["w"][i])
+
+
+def test_what_a_statistic_must_be():
+    apply, params, (x,) = MODELS["mlp"]()
+    with pytest.raises(ValueError, match=r"of shape \(20,\), of rows .* of shape \(5, 20\), got float32 of \(5,\)"):
+        trace.record(apply, params, x, statistic=lambda rows: rows.sum(-1))
+    with pytest.raises(ValueError, match=r"got int32 of \(20,\)"):
+        trace.record(apply, params, x, statistic=lambda rows: (rows > 0).sum(-2))
+    with pytest.raises(ValueError, match="gram=True and statistic= exclude each other"):
+        trace.record(apply, params, x, gram=True, statistic=sum_of_squares)
+
+
 def test_only_the_branch_that_is_taken():
     def apply(p, x):
         return lax.cond(x[0, 0] > 0, lambda: x @ p["a"], lambda: (2 * x) @ p["b"])
@@ -129,6 +183,7 @@ def test_only_the_branch_that_is_taken():
     assert_moments(found["a"], x)
     assert float(found["b"].rows) == float(jnp.abs(found["b"].second).max()) == 0
     assert_moments(trace.record(apply, params, -x, gram=True)["b"], -2 * x)
+    assert_statistics(*as_statistic(apply, params, x))
 
 
 CONVOLUTIONS = {
@@ -192,6 +247,7 @@ def test_devices_share_a_batch_and_the_inputs(checked):
     h = jax.nn.relu(x @ params["up"])
     for path, rows in {"up": x, "down": h, "out": h @ params["down"]}.items():
         assert_moments(found[path], rows, gram=False)
+    assert_statistics(jax.jit(lambda p, x: trace.record(apply, p, x, statistic=sum_of_squares))(params, x), found)
     with pytest.warns(UserWarning, match="down has its inputs divided among devices at shard_map"):
         found = trace.record(apply, params, x, gram=True)
     assert set(found) == {"up", "out"}
@@ -319,6 +375,7 @@ RECORDED = {
     "gpt plain fused gqa rope scan": 5, "gpt plain loop": 9, "mlp eqx": 3, "haiku conv groupnorm": 4,
     "resnet flax example": 13, "convnext": 5, "unet": 7, "dropout batchnorm train": 3, "vit": 14, "attention linen": 5,
     "rnn linen": 9, "lstm": 3, "experts": 4,
+    "own gpt-2 loop": 13, "own qwen2 scan+remat": 8, "own one key head scan": 7,
 }  # fmt: skip
 
 

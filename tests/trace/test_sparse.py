@@ -34,6 +34,8 @@ PRODUCTS = {
     "gpt eqx scan vmap": 8,
     "gpt plain fused gqa rope scan": 5,
     "gpt plain loop": 9,
+    "own gpt-2 loop": 13,
+    "own one key head scan": 7,
     "mlp eqx": 3,
     "haiku conv groupnorm": 2,
     "resnet flax example": 8,

@@ -19,21 +19,22 @@ _only_on = Primitive("jaxsparse_only_on")
 _only_on.def_abstract_eval(lambda x, **_: x)
 
 
-def only_on(platform: str, implementation: str, x: jax.Array) -> jax.Array:
+def only_on(platform: str, implementation: str, x: jax.Array, why: str | None = None) -> jax.Array:
     """Return ``x``, and raise a ValueError when compiled for any other platform, where the kernel cannot run.
 
     Args:
       platform: "tpu" or "cuda".
       implementation: the name that the user chose, for the message.
       x: an operand of the kernel.
+      why: what the kernel is for and what to choose elsewhere, for the message; None: what holds for this product.
     """
-    return _only_on.bind(x, platform=platform, implementation=implementation)
+    return _only_on.bind(x, platform=platform, implementation=implementation, why=why or _REASONS[platform])
 
 
-def _refuse(ctx, x, *, platform, implementation):
+def _refuse(ctx, x, *, platform, implementation, why):
     here = ", ".join(ctx.module_context.platforms)
     if here != platform:
-        raise ValueError(f"implementation={implementation!r} cannot run on {here}: {_REASONS[platform]}")
+        raise ValueError(f"implementation={implementation!r} cannot run on {here}: {why}")
     return [x]
 
 

@@ -1,0 +1,124 @@
+"""Calibration data: batches of arguments, and statistics of each of their samples by itself."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsparse.trace.program import is_array
+
+__all__ = ["arrays_of", "by_sample", "checked_batches", "each_batch"]
+
+logger = logging.getLogger("jaxsparse")
+
+
+def checked_batches(batches: Iterable[Any], least: int = 1) -> Iterator[tuple[Any, ...]]:
+    """The args after params that each batch is: a tuple as it is, anything else alone.
+
+    Raises:
+      ValueError: if there are fewer than ``least``, 0 or 1; if they are one array, one dict, or no iterable.
+    """
+    if is_array(batches) or isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        given = f"one array of shape {tuple(batches.shape)}" if is_array(batches) else repr(batches)  # type: ignore[attr-defined]
+        raise ValueError(
+            f"batches must be an iterable of batches, got {given}: give [batch], or a list of (arg, arg) if the model "
+            "takes several"
+        )
+    found = 0
+    for batch in batches:
+        found += 1
+        yield batch if type(batch) is tuple else (batch,)  # one of a class of tuples is one argument
+    if found < least:
+        raise ValueError("batches has no batch: calibration needs one at least")
+
+
+def each_batch(step: Callable[..., Any], params: Any, batches: Iterable[Any]) -> Iterator[Any]:
+    """Call ``step(params, *args)`` for each batch, and hand on what it returns.
+
+    Raises:
+      ValueError: for whatever goes wrong with a batch, naming its number and shapes.
+    """
+    for number, args in enumerate(checked_batches(batches)):
+        try:
+            yield step(params, *args)
+        except Exception as error:
+            shapes = ", ".join(f"{jnp.result_type(leaf)}{list(np.shape(leaf))}" for leaf in jax.tree.leaves(args))
+            raise ValueError(f"batch {number}, ({shapes}): {error}") from error
+
+
+def arrays_of(params: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """The leaves that are arrays, which can be arguments of ``jax.jit``, and what puts others in their places."""
+    leaves, treedef = jax.tree.flatten(params)
+    places = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
+
+    def put(arrays: Sequence[Any]) -> Any:
+        filled = list(leaves)
+        for i, array in zip(places, arrays, strict=True):
+            filled[i] = array
+        return treedef.unflatten(filled)
+
+    return [leaves[i] for i in places], put
+
+
+def by_sample(function: Callable[..., Any], params: Any, samples: int | Sequence[int | None] | None) -> Callable:
+    """``function(params, *args)`` of each sample by itself, summed up over the samples of a batch, and jitted.
+
+    Args:
+      function: of params and args, a batch of one sample; it returns a pytree of arrays.
+      params: the params that will be given, whose leaves that are no arrays are part of the program.
+      samples: the axis of samples in the arrays of all args, or of each; None: these are given as they are.
+
+    Returns:
+      The function of params and args of a batch. It raises a ValueError for args without such an axis.
+    """
+    _, put = arrays_of(params)
+
+    @jax.jit
+    def summed(arrays: list[Any], *args: Any) -> Any:
+        axes, whole = _axes(samples, args), put(arrays)
+        if all(axis is None for axis in axes):
+            return function(whole, *args)
+
+        def one(*args: Any) -> Any:
+            batch = [
+                arg if axis is None else jax.tree.map(lambda x, axis=axis: jnp.expand_dims(x, axis), arg)
+                for arg, axis in zip(args, axes, strict=True)
+            ]
+            return function(whole, *batch)
+
+        return jax.tree.map(lambda x: x.sum(0), jax.vmap(one, in_axes=axes)(*args))
+
+    return lambda params, *args: summed(arrays_of(params)[0], *args)
+
+
+def _axes(samples: int | Sequence[int | None] | None, args: Sequence[Any]) -> tuple[int | None, ...]:
+    """The axis of samples of each of the args, which must have it, all of one length."""
+    axes = (samples,) * len(args) if samples is None or isinstance(samples, int) else tuple(samples)
+    if len(axes) != len(args):
+        raise ValueError(
+            f"samples must be an axis, or one for each of the {len(args)} args after params, got {samples!r}"
+        )
+    lengths: dict[int, str] = {}
+    for number, (arg, axis) in enumerate(zip(args, axes, strict=True)):
+        if axis is None:
+            continue
+        for leaf in jax.tree.leaves(arg):
+            shape = np.shape(leaf)
+            if not -len(shape) <= axis < len(shape):
+                raise ValueError(
+                    f"arg {number} after params has an array of shape {shape}, without the axis {axis} of samples: "
+                    "give samples= with an axis for each of the args, None for those that all samples share"
+                )
+            lengths.setdefault(shape[axis], f"{shape[axis]} in arg {number}")
+            logger.info(
+                "arg %d after params: %d samples along axis %d of an array of %s", number, shape[axis], axis, shape
+            )
+    if len(lengths) > 1:
+        raise ValueError(
+            f"the args have different numbers of samples, {' and '.join(lengths.values())}: give samples= with an axis "
+            "for each of the args, None for those that all samples share"
+        )
+    return axes
