@@ -59,7 +59,7 @@ nitpick_ignore_regex = [
     ),
     (
         "py:class",
-        r"ArrayLike|Any|Table|Callable|DTypeLike|Iterable|Iterator|Mapping|Sequence|Path|Mesh|NamedSharding|Change|Choose|Drop|Forward|Grow|Image|Kept|Pull|Rule|Scope|SlicesLike|Stack|Start|Zeros|.*_lib\..*",
+        r"ArrayLike|Any|BlocksLike|Table|Callable|DTypeLike|Iterable|Iterator|Mapping|Sequence|Path|Mesh|NamedSharding|Ranking|Samples|Change|Choose|Drop|Forward|Grow|Image|Kept|Pull|Rule|Scope|SlicesLike|Stack|Start|Zeros|.*_lib\..*",
     ),
 ]
 

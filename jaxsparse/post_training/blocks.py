@@ -5,7 +5,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ logger = logging.getLogger("jaxsparse")
 NUMBERED = re.compile(r"(.*\D)?\d+")
 
 Blocks = dict[str, np.ndarray]  # path -> the name of the block of each entry of its stack, None for none
-BlocksLike = Callable[[str], str | None] | Sequence[str] | None
+BlocksLike: TypeAlias = Callable[[str], str | None] | Sequence[str] | None
 
 
 def block_names(shapes: Mapping[str, Sequence[int]], leaves: Followed | None, blocks: BlocksLike) -> Blocks:

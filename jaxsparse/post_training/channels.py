@@ -6,7 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,8 @@ __all__ = ["Ranking", "channel_scores", "lowest_channels", "prune_channels"]
 
 logger = logging.getLogger("jaxsparse")
 
-Ranking = Literal["layer", "stack", "global"]
-Samples = int | Sequence[int | None] | None
+Ranking: TypeAlias = Literal["layer", "stack", "global"]
+Samples: TypeAlias = int | Sequence[int | None] | None
 
 
 def prune_channels(
