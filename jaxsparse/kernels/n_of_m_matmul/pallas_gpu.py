@@ -58,7 +58,7 @@ def forward(x: jax.Array, values: jax.Array, metadata: jax.Array, dtype: DTypeLi
             plgpu.tcgen05_mma(
                 total,
                 values_tile,
-                plgpu.transpose_ref(x_tile, (1, 0)),
+                x_tile.T,
                 done,
                 a_sparse_metadata=positions,
                 accumulate=indices[0] > 0,
