@@ -308,9 +308,10 @@ def write(config: ConfigDict, runs: Sequence[Run], folder: Path, command: str) -
     name, title = config.sweep.name, config.sweep.title
     found.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
     (folder / f"{name}.md").write_text(results.as_markdown(name, title, found, command))
+    groups = dict(config.sweep.get("groups") or ())
     for theme in results.THEMES:
         with results.style(theme):
-            results.picture(found, title, config.sweep.get("groups")).savefig(folder / f"{name}_{theme}.png", dpi=130)
+            results.picture(found, title, groups).savefig(folder / f"{name}_{theme}.png", dpi=130)
     return f"{results.text(found)}\n\n{results.paragraph(found)}"
 
 

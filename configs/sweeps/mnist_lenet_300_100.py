@@ -163,7 +163,7 @@ def get_config() -> ConfigDict:
         "sparsities": SPARSITIES,
         "seeds": (0, 1, 2),
         "arms": [{"name": name, **arm} for name, arm in ARMS.items()],
-        "groups": GROUPS,
+        "groups": tuple(GROUPS.items()),  # in this order
         # Of a run on two CPU cores, for the estimate before any run is finished.
         "seconds": {"epoch": 0.8, "start": 4.0},
     })  # fmt: skip
