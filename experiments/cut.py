@@ -27,9 +27,8 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from experiments.command_line import as_path, not_empty
-from experiments.finished import FinishedRun, open_finished, write_start
+from experiments.finished import FinishedRun, errors_in_a_line, open_finished, write_start
 from experiments.program import Program, make_program
-from experiments.stopping import Stopped
 from experiments.train import train
 from experiments.workdir import write_json
 from jaxsparse import models, post_training
@@ -260,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     workdir = args.workdir or args.run.with_name(f"{args.run.name}_{args.name}")
     file = args.results / f"{args.name}.json"
     names = ("units", "heads", "blocks", "windows", "seed", "rounds", "rate", "distill_weight", "distill_temperature")
-    try:
+    with errors_in_a_line():
         run = open_finished(args.run, args.data_dir)
         options = {name: getattr(args, name) for name in names}
         found = cut_and_heal(run, workdir, epochs=args.heal_epochs, **options)
@@ -269,11 +268,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         command = " ".join(["python -m experiments.cut", *(sys.argv[1:] if argv is None else argv)])
         file.with_suffix(".md").write_text(page := as_markdown(found, command))
         print(page)
-    except Stopped as stopped:
-        print(f"stopped {stopped}; the same command goes on from there")
-        sys.exit(128 + stopped.signal)
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

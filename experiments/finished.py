@@ -1,5 +1,8 @@
 """Dense runs that are finished: their weights, what they are evaluated on, data to calibrate with, and what follows."""
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +16,7 @@ from experiments.export import restore_run
 from experiments.measures import Measure, measure_of
 from experiments.options import check_config
 from experiments.program import Program, TrainState, make_program
+from experiments.stopping import Stopped
 from experiments.workdir import fingerprint, read_json
 
 
@@ -153,3 +157,15 @@ def write_start(file: Path, params: Any, masks: Any = None) -> None:
         again.unlink()
         raise ValueError(f"a run was begun from another {file}: take another --workdir, or delete {file.parent}")
     again.replace(file)
+
+
+@contextlib.contextmanager
+def errors_in_a_line() -> Iterator[None]:
+    """Ends a command line with what went wrong in a line, or with where it goes on if it was stopped."""
+    try:
+        yield
+    except Stopped as stopped:
+        print(f"stopped {stopped}; the same command goes on from there")
+        sys.exit(128 + stopped.signal)
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")

@@ -30,9 +30,8 @@ from absl import logging
 
 import jaxsparse
 from experiments.command_line import as_path, not_empty
-from experiments.finished import FinishedRun, open_finished, write_start
+from experiments.finished import FinishedRun, errors_in_a_line, open_finished, write_start
 from experiments.results.table import markdown
-from experiments.stopping import Stopped
 from experiments.train import train
 from experiments.workdir import read_json, write_json
 from jaxsparse import post_training
@@ -257,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     logging.set_verbosity(logging.WARNING)
     file = args.results / f"{args.name}.json"
-    try:
+    with errors_in_a_line():
         todo = cases(args.rules, args.sparsities, args.allocations)
         run = open_finished(args.run, args.data_dir)
         options = {name: getattr(args, name) for name in ("windows", "seed", "finetune_epochs", "rate", "workdir")}
@@ -265,11 +264,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         given = sys.argv[1:] if argv is None else argv
         file.with_suffix(".md").write_text(as_markdown(found, " ".join(["python -m experiments.prune_after", *given])))
         print(f"see {file.with_suffix('.md')}")
-    except Stopped as stopped:
-        print(f"stopped {stopped}; the same command goes on from there")
-        sys.exit(128 + stopped.signal)
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

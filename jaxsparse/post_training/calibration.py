@@ -160,7 +160,7 @@ def _inputs(traced: Traced, now: Mapping[str, Any], batch: Sequence[Any]) -> lis
 
 
 def _kind(leaf: Any) -> Any:
-    """What a program depends on: shape and dtype of an array, and anything else itself."""
+    """The part of an argument that its program depends on: shape and dtype of an array, anything else itself."""
     if is_array(leaf):
         return tuple(leaf.shape), leaf.dtype, getattr(jax.typeof(leaf), "weak_type", False)
     return type(leaf), leaf if getattr(leaf, "__hash__", None) else id(leaf)

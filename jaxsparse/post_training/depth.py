@@ -185,7 +185,7 @@ def _orders(traced: Traced, streams: Sequence[Any], number: Mapping[str, int], b
 
 
 class _Uses:
-    """What the variables of a flat program depend on, and where the params of blocks are used."""
+    """Dependencies of the variables of a flat program, and the places where the params of blocks are used."""
 
     def __init__(self, jaxpr: Any, paths: Sequence[str | None], number: Mapping[str, int]):
         self.jaxpr, self.eqns = jaxpr, live_eqns(jaxpr)

@@ -148,7 +148,7 @@ def _write_qwen2(model: Any) -> dict[str, Any]:
 
 
 def _read_rotary(config: Config, max_length: int | None, longest: int, kv_heads: int | None = None) -> dict[str, Any]:
-    """What Llama, Mistral and Qwen2 have in common; ``kv_heads`` where config.json does not say how many."""
+    """Read the options common to Llama, Mistral and Qwen2; ``kv_heads`` where config.json does not say how many."""
     _only(config, "hidden_act", "silu", "swish")
     if max_length is not None and not 1 <= max_length <= longest:
         raise ValueError(f"max_length is {max_length}, expected 1 to {longest}, max_position_embeddings")

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxsparse.kernels.masked_matmul.platforms import only_on
 from jaxsparse.kernels.n_of_m_matmul import reference
-from jaxsparse.kernels.n_of_m_matmul.compressed import _checked, tcgen05_metadata
+from jaxsparse.kernels.n_of_m_matmul.compressed import checked, tcgen05_metadata
 
 __all__ = ["n_of_m_matmul"]
 
@@ -61,7 +61,7 @@ def n_of_m_matmul(
       "mosaic_gpu" has no rule for ``jax.vmap``.
     """
     x = jnp.asarray(x)
-    values, positions = _checked(values, positions, m, "n_of_m_matmul")
+    values, positions = checked(values, positions, m, "n_of_m_matmul")
     outputs, groups, n = positions.shape if values.ndim == 2 else (0, 0, 0)
     if values.ndim != 2 or x.ndim < 1 or x.shape[-1] != groups * m:
         raise ValueError(

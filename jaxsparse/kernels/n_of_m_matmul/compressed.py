@@ -82,7 +82,7 @@ def decompress_n_of_m(values: ArrayLike, positions: ArrayLike, *, m: int = 4) ->
     Raises:
       ValueError: for shapes that do not belong together.
     """
-    values, positions = _checked(values, positions, m, "decompress_n_of_m")
+    values, positions = checked(values, positions, m, "decompress_n_of_m")
     by_group, groups = values.reshape(positions.shape), jnp.zeros((*positions.shape[:-1], m), values.dtype)
     places = jax.lax.broadcasted_iota(positions.dtype, groups.shape, groups.ndim - 1)
     for i in range(positions.shape[-1]):
@@ -130,7 +130,7 @@ def tcgen05_metadata(positions: ArrayLike, dtype: DTypeLike = jnp.bfloat16) -> j
     return ordered.reshape(*tiles, 128, 64).astype(jnp.uint2)
 
 
-def _checked(values: ArrayLike, positions: ArrayLike, m: int, who: str) -> tuple[jax.Array, jax.Array]:
+def checked(values: ArrayLike, positions: ArrayLike, m: int, who: str) -> tuple[jax.Array, jax.Array]:
     """Both as arrays; a ValueError for shapes that do not belong together."""
     values, positions = jnp.asarray(values), jnp.asarray(positions)
     fits = values.ndim >= 2 and positions.ndim == values.ndim + 1 and positions.shape[:-2] == values.shape[:-1]
