@@ -120,6 +120,7 @@ def test_told_to_stop_and_killed(uninterrupted, arguments, tmp_path):
     assert outcome(tmp_path) == uninterrupted
 
 
+@pytest.mark.slow
 def test_what_one_process_refuses_ends_the_others(arguments, tmp_path):
     (tmp_path / "config.json").write_text('{"epochs": 3}')
     outputs, codes = processes.ends(start(tmp_path, arguments))

@@ -176,6 +176,7 @@ def test_every_held_out_token_is_predicted_once(folder, eval_windows, size):
     )
 
 
+@pytest.mark.slow
 def test_a_run_is_of_these_windows_and_leaves_the_embedding_dense(made):
     """Losses of two steps and of the held-out text are those of the model by hand."""
     state, dataset = made.init(0), made.task.dataset
