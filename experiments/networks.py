@@ -26,6 +26,7 @@ MODELS = {
     "lenet_300_100": models.LeNet300100,
     "lenet5_caffe": models.LeNet5Caffe,
     "mlp": models.MLP,
+    "resnet_8": models.ResNet8,
     "resnet_18": models.ResNet18,
     "resnet_20": models.ResNet20,
     "resnet_34": models.ResNet34,

@@ -8,7 +8,7 @@ from jaxsparse.models.generation import generate
 from jaxsparse.models.gpt import GPT
 from jaxsparse.models.lenet import LeNet5Caffe, LeNet300100
 from jaxsparse.models.mlp import MLP
-from jaxsparse.models.resnet import ResNet18, ResNet20, ResNet34, ResNet50, ResNet56, ResNetCIFAR
+from jaxsparse.models.resnet import ResNet8, ResNet18, ResNet20, ResNet34, ResNet50, ResNet56, ResNetCIFAR
 from jaxsparse.models.vgg import VGG
 from jaxsparse.models.wide_resnet import WideResNet
 
@@ -25,6 +25,7 @@ __all__ = [
     "DenseNet40",
     "LeNet5Caffe",
     "LeNet300100",
+    "ResNet8",
     "ResNet18",
     "ResNet20",
     "ResNet34",

@@ -12,12 +12,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxsparse.groups import Group, entries
 from jaxsparse.models.lenet import LeNet5Caffe, LeNet300100
-from jaxsparse.models.resnet import ResNet50, ResNetCIFAR
+from jaxsparse.models.resnet import ResNet8, ResNet50, ResNetCIFAR
 from jaxsparse.models.vgg import VGG, convolutions_and_hidden
 
 __all__ = ["channel_groups", "reestimate_batch_stats", "slim"]
 
-EPSILON = 1e-5  # as in nn.BatchNorm
+EPSILON = 1e-5  # as in nn.BatchNorm, for models that do not say
 
 
 def channel_groups(model: nn.Module) -> tuple[Group, ...]:
@@ -27,9 +27,9 @@ def channel_groups(model: nn.Module) -> tuple[Group, ...]:
     * :class:`LeNet5Caffe`: the filters "conv1", "conv2", then the inputs of the two dense layers, "inputs" and "fc1".
       Both as in Louizos et al. (2018).
     * :class:`VGG`: the convolutions and hidden dense layers, gated at their batch normalisation.
-    * :class:`ResNetCIFAR`, :class:`ResNet50`: "conv1", whose gates close channels for the next layer but remove nothing
-      (later blocks add to them), and the inner channels of the blocks, gated at their batch normalisation. As in Li and
-      Ji (2021).
+    * :class:`ResNet8`, :class:`ResNetCIFAR`, :class:`ResNet50`: "conv1", whose gates close channels for the next layer
+      but remove nothing (later blocks add to them), and the inner channels of the blocks, gated at their batch
+      normalisation. As in Li and Ji (2021).
 
     Args:
       model: the model; :func:`slim` may have made it.
@@ -66,25 +66,31 @@ def channel_groups(model: nn.Module) -> tuple[Group, ...]:
             _normalised(name, f"{name}/kernel", f"bn{i + 1}", {f"{reader}/kernel": -2}, bias=f"{name}/bias")
             for i, (name, reader) in enumerate(pairwise(names))
         )
-    if isinstance(model, ResNetCIFAR | ResNet50):
+    if isinstance(model, ResNet8 | ResNetCIFAR | ResNet50):
         stem = Group("conv1", {"bn1/scale": 0, "bn1/bias": 0}, kernel="conv1/kernel")
-        blocks = [(model.depth - 2) // 6] * 3 if isinstance(model, ResNetCIFAR) else (3, 4, 6, 3)
+        depth = 8 if isinstance(model, ResNet8) else getattr(model, "depth", None)
+        blocks = (3, 4, 6, 3) if depth is None else [(depth - 2) // 6] * 3
         names = [f"block{stage}_{i + 1}" for stage, times in enumerate(blocks, 1) for i in range(times)]
-        inner = range(1, 2 if isinstance(model, ResNetCIFAR) else 3)
+        inner = range(1, 3 if depth is None else 2)
+        biases = isinstance(model, ResNet8)
         return (
             stem,
             *(
                 _normalised(
-                    f"{name}/conv{i}", f"{name}/conv{i}/kernel", f"{name}/bn{i}", {f"{name}/conv{i + 1}/kernel": -2}
+                    f"{name}/conv{i}",
+                    f"{name}/conv{i}/kernel",
+                    f"{name}/bn{i}",
+                    {f"{name}/conv{i + 1}/kernel": -2},
+                    bias=f"{name}/conv{i}/bias" if biases else None,
                 )
                 for name in names
                 for i in inner
             ),
         )
     raise ValueError(
-        f"there are groups for LeNet300100, LeNet5Caffe, VGG, ResNetCIFAR and ResNet50, got {type(model).__name__}: "
-        "define groups of other models with jaxsparse.Group. (jaxsparse.remaining then counts what is left; slim "
-        "supports only these models.)"
+        "there are groups for LeNet300100, LeNet5Caffe, VGG, ResNet8, ResNetCIFAR and ResNet50, got "
+        f"{type(model).__name__}: define groups of other models with jaxsparse.Group. (jaxsparse.remaining then counts "
+        "what is left; slim supports only these models.)"
     )
 
 
@@ -132,7 +138,7 @@ def slim(model: nn.Module, params: Any, batch_stats: Any = None) -> tuple[nn.Mod
         changed = False
         for name in names:
             (group,) = (group for group in channel_groups(model) if group.name == name)
-            stays = _fold_constants(group, leaves, stats)
+            stays = _fold_constants(group, leaves, stats, getattr(model, "epsilon", EPSILON))
             if not stays.all():
                 model = _narrowed(model, name, stays)
                 _cut(group, stays, leaves, stats)
@@ -226,7 +232,9 @@ def _parts(group: Group, leaves: dict[str, np.ndarray]) -> tuple[str | None, str
     return kernel, bias if bias in own else None, norm, reader
 
 
-def _fold_constants(group: Group, leaves: dict[str, np.ndarray], stats: dict[str, np.ndarray]) -> np.ndarray:
+def _fold_constants(
+    group: Group, leaves: dict[str, np.ndarray], stats: dict[str, np.ndarray], epsilon: float
+) -> np.ndarray:
     """Fold constant channels of a group into the next layer, in ``leaves``; returns which channels stay, bool."""
     kernel, bias, norm, reader = _parts(group, leaves)
     path, axis, _ = group.multiplies[0]
@@ -249,7 +257,7 @@ def _fold_constants(group: Group, leaves: dict[str, np.ndarray], stats: dict[str
         scale, shift = leaves[f"{norm}/scale"], leaves[f"{norm}/bias"]
         made &= scale != 0
         mean, variance = (stats[f"{norm}/{name}"].astype(value.dtype) for name in ("mean", "var"))
-        normal = (value - mean) / np.sqrt(variance + EPSILON)
+        normal = (value - mean) / np.sqrt(variance + epsilon)
         value = np.where(scale != 0, normal * scale, 0) + shift
         if not behind_relu:
             value = np.maximum(value, 0)
@@ -330,7 +338,7 @@ def _narrowed(model: nn.Module, name: str, stays: np.ndarray) -> nn.Module:
     groups = [group.name for group in channel_groups(model)]
     if isinstance(model, VGG):
         return model.clone(features=_replaced(model.widths(), groups.index(name), kept.size), width=1.0)
-    assert isinstance(model, ResNetCIFAR | ResNet50)
+    assert isinstance(model, ResNet8 | ResNetCIFAR | ResNet50)
     return model.clone(inner=_replaced(model.inner_widths(), groups.index(name) - 1, kept.size))
 
 

@@ -1,4 +1,4 @@
-"""Residual networks: the narrow ones of the ResNet paper for CIFAR images, and ResNet-18, -34 and -50."""
+"""Residual networks: narrow ones for CIFAR images, the smallest that of MLPerf Tiny, and ResNet-18, -34 and -50."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxsparse.models.blocks import BatchNorm, check_images, dense, he_normal, scaled
 from jaxsparse.models.layers import Conv, max_pool
 
-__all__ = ["ResNet18", "ResNet20", "ResNet34", "ResNet50", "ResNet56", "ResNetCIFAR"]
+__all__ = ["ResNet8", "ResNet18", "ResNet20", "ResNet34", "ResNet50", "ResNet56", "ResNetCIFAR"]
 
 
 class ResNetCIFAR(nn.Module):
@@ -101,6 +101,74 @@ class ResNet56(ResNetCIFAR):
     """ResNet-56, the :class:`ResNetCIFAR` of depth 56."""
 
     depth: int = 56
+
+
+class ResNet8(nn.Module):
+    """ResNet-8 of the benchmark MLPerf Tiny, for CIFAR images: 78,186 parameters and 480 batch statistics.
+
+    A 3 x 3 convolution, three basic blocks with 16, 32 and 64 channels, the mean of all pixels, a dense layer:
+    12,501,632 multiply-adds an image. As in Keras, all convolutions have biases, padding is "SAME", and batch
+    normalisation keeps 0.99 of its statistics and adds 0.001 to variances. The shortcuts of the second and third block
+    are 1 x 1 convolutions without batch normalisation. Kernels start from N(0, sqrt(2 / fan_in)), truncated at two
+    standard deviations, biases from 0. The model returns logits.
+
+    (The network with 8 layers of the ResNet paper is ``ResNetCIFAR(8)``.)
+
+    Training and evaluation: if the collection ``"batch_stats"`` is mutable, batch normalisation uses the statistics of
+    the batch and updates the running ones; otherwise it uses the running ones.
+
+    Attributes:
+      num_classes: number of logits, int >= 1.
+      width: factor of all hidden channel numbers, which are rounded and at least 1.
+      inner: channels inside each block, 3 ints >= 1; None: those of its stage. A network whose blocks lost channels by
+        pruning can be rebuilt like this.
+      epsilon: what batch normalisation adds to variances.
+      dtype: dtype of the computation and of the logits; None promotes input and parameters. Parameters and batch
+        statistics are float32.
+      implementation: form of the convolutions, as in :func:`jaxsparse.models.layers.conv`; None chooses the fastest.
+      axis_name: named axis of devices over which batch statistics are averaged; with None each device uses its own.
+
+    Raises:
+      ValueError: if the input is not (batch, height, width, channels) or smaller than 4 x 4.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jaxsparse import models
+      >>> variables = jax.eval_shape(models.ResNet8().init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+      >>> {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in sorted(variables.items())}
+      {'batch_stats': 480, 'params': 78186}
+
+    References:
+      Banbury et al., *MLPerf Tiny Benchmark*, 2021 (arXiv:2106.07597), whose reference reaches 87.0% on CIFAR-10:
+      https://github.com/mlcommons/tiny, ``benchmark/training/image_classification/keras_model.py``.
+    """
+
+    num_classes: int = 10
+    width: float = 1.0
+    inner: Sequence[int] | None = None
+    epsilon: float = 1e-3
+    dtype: Any = None
+    implementation: str | None = None
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Logits (batch, num_classes) of ``images`` (batch, height, width, channels)."""
+        init = nn.initializers.he_normal()
+        conv, norm, x = _begin(self, images, init, smallest=4)
+        conv, norm = partial(conv, use_bias=True), partial(norm, momentum=0.99, epsilon=self.epsilon)
+        x = conv(scaled(16, self.width), 3, name="conv1")(x)
+        x = nn.relu(norm(name="bn1")(x))
+        block = partial(_Block, project=True, normalise_shortcut=False, padding="SAME", conv=conv, norm=norm)
+        x = _stages(x, block, (16, 32, 64), (1, 1, 1), self.width, _inner(self, 3))
+        return dense(
+            x, self.num_classes, name="fc", dtype=self.dtype, kernel_init=init, bias_init=nn.initializers.zeros_init()
+        )
+
+    def inner_widths(self) -> tuple[int, ...]:
+        """The number of channels inside each block."""
+        return tuple([scaled(n, self.width) for n in (16, 32, 64)] if self.inner is None else self.inner)
 
 
 class ResNet18(nn.Module):
@@ -291,18 +359,21 @@ class _Block(nn.Module):
     conv: Any
     norm: Any
     zero_init: bool = False
+    normalise_shortcut: bool = True
+    padding: int | str = 1
 
     @nn.compact
     def __call__(self, x):
-        y = self.conv(self.inner[0] or self.features, 3, strides=self.strides, padding=1, name="conv1")(x)
+        wide, padding = self.inner[0] or self.features, self.padding
+        y = self.conv(wide, 3, strides=self.strides, padding=padding, name="conv1")(x)
         y = nn.relu(self.norm(name="bn1")(y))
-        y = self.conv(self.features, 3, padding=1, name="conv2")(y)
+        y = self.conv(self.features, 3, padding=padding, name="conv2")(y)
         y = self.norm(name="bn2", scale_init=_last_scale(self))(y)
         if x.shape == y.shape:
             return nn.relu(x + y)
         if self.project:
             x = self.conv(self.features, 1, strides=self.strides, padding=0, name="shortcut_conv")(x)
-            x = self.norm(name="shortcut_bn")(x)
+            x = self.norm(name="shortcut_bn")(x) if self.normalise_shortcut else x
         else:
             added = self.features - x.shape[-1]
             x = x[:, :: self.strides, :: self.strides]

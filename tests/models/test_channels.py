@@ -17,6 +17,7 @@ MODELS = {
     "VGG-11-BN": (models.VGG("11_bn", width=1 / 16), (32, 32, 3)),
     "VGG16-C": (models.VGG("C", width=1 / 16), (32, 32, 3)),
     "ResNet-8": (models.ResNetCIFAR(8, project=True, width=0.5), (32, 32, 3)),
+    "ResNet-8, MLPerf Tiny": (models.ResNet8(width=0.5), (32, 32, 3)),
     "ResNet-50": (models.ResNet50(num_classes=5, width=1 / 16), (32, 32, 3)),
 }
 
@@ -115,6 +116,7 @@ def test_a_layer_whose_channels_are_all_closed_keeps_one():
         (models.LeNet5Caffe(), (20, 50, 800, 500)),
         (models.VGG("16"), (64,) * 2 + (128,) * 2 + (256,) * 3 + (512,) * 6),
         (models.ResNetCIFAR(56, project=True), (16,) * 10 + (32,) * 9 + (64,) * 9),
+        (models.ResNet8(), (16, 16, 32, 64)),
         (models.ResNet50(), (64,) * 7 + (128,) * 8 + (256,) * 12 + (512,) * 6),
     ],
     ids=lambda value: type(value).__name__,

@@ -23,6 +23,7 @@ ALL = {
     "VGG-13": models.VGG("13_bn"),
     "VGG-16": models.VGG("16_bn"),
     "VGG-19": models.VGG("19_bn"),
+    "ResNet-8": models.ResNet8(),
     "ResNet-18": models.ResNet18(),
     "ResNet-20": models.ResNet20(),
     "ResNet-56": models.ResNet56(),
@@ -53,6 +54,9 @@ ALL = {
         ("VGG-13", 9_416_010, 9_222_848 + 36_864 + 147_456),
         ("VGG-16", 14_728_266, 14_715_584),
         ("VGG-19", 20_040_522, 20_024_000),
+        # MLPerf Tiny's reference: 78,666 with 480 statistics. Convolutions of 3 x 3 from 3 to 16, 16 to 16 twice, 16 to
+        # 32, 32 to 32, 32 to 64 and 64 to 64 channels have 74,160 weights, two of 1 x 1 2,560, the dense layer 640.
+        ("ResNet-8", 78_666 - 480, 74_160 + 2_560 + 640),
         # NeuralFuse, Table 7.
         ("ResNet-18", 11_173_962, 11_164_352),
         # He et al. 2016, Table 6: 0.27M and 0.85M. n blocks per stage have 432 + 2 n 48,384 - 13,824 weights in 3 x 3

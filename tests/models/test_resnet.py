@@ -3,6 +3,7 @@ import re
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
@@ -34,6 +35,61 @@ def test_shortcut_without_parameters_keeps_every_second_pixel_and_surrounds_the_
     assert (x.shape, y.shape) == ((2, 5, 4, 3), (2, 3, 2, 6))
     chex.assert_trees_all_equal(y[..., 1:4], x[:, ::2, ::2])
     chex.assert_trees_all_equal(y[..., :1].sum() + y[..., 4:].sum(), jnp.float32(0))
+
+
+def as_keras(params, stats, images, training):
+    """The network of MLPerf Tiny's ``keras_model.py``, by float64 arithmetic on arrays; and its new statistics."""
+    new, (params, stats) = {}, jax.tree.map(np.float64, (params, stats))
+
+    def conv(x, at, strides=1):
+        kernel, (n, *size, _) = at["kernel"], x.shape
+        out = [-(-d // strides) for d in size]
+        pads = [max((o - 1) * strides + k - d, 0) for o, k, d in zip(out, kernel.shape, size, strict=False)]
+        x = np.pad(x, ((0, 0), *((p // 2, p - p // 2) for p in pads), (0, 0)))  # the odd one at the end
+        y = np.zeros((n, *out, kernel.shape[-1])) + at["bias"]
+        for i, j in np.ndindex(kernel.shape[:2]):
+            places = x[:, i : i + out[0] * strides : strides, j : j + out[1] * strides : strides]
+            y += places[:, : out[0], : out[1]] @ kernel[i, j]
+        return y
+
+    def norm(x, path):
+        own, at = ({name: leaf for (*where, name), leaf in flatten_dict(tree).items() if "/".join(where) == path}
+                   for tree in (params, stats))  # fmt: skip
+        mean, var = (x.mean((0, 1, 2)), x.var((0, 1, 2))) if training else (at["mean"], at["var"])
+        new[path] = {"mean": 0.99 * at["mean"] + 0.01 * mean, "var": 0.99 * at["var"] + 0.01 * var}
+        return (x - mean) / np.sqrt(var + 0.001) * own["scale"] + own["bias"]
+
+    x = np.maximum(norm(conv(np.float64(images), params["conv1"]), "bn1"), 0)
+    for block, strides in (("block1_1", 1), ("block2_1", 2), ("block3_1", 2)):
+        own = params[block]
+        y = np.maximum(norm(conv(x, own["conv1"], strides), f"{block}/bn1"), 0)
+        y = norm(conv(y, own["conv2"]), f"{block}/bn2")
+        x = np.maximum(y + (conv(x, own["shortcut_conv"], strides) if strides == 2 else x), 0)
+    return x.mean((1, 2)) @ params["fc"]["kernel"] + params["fc"]["bias"], new
+
+
+def test_resnet_8_computes_what_the_reference_of_mlperf_tiny_does():
+    model, images = resnet.ResNet8(), numpy_images((2, 9, 12, 3))
+    variables = numpy_variables(model, images.shape)
+    wanted, new = as_keras(variables["params"], variables["batch_stats"], images, training=True)
+    found, updates = model.apply(variables, images, mutable=["batch_stats"])
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    for path, leaf in flatten_dict(updates["batch_stats"]).items():
+        np.testing.assert_allclose(leaf, new["/".join(path[:-1])][path[-1]], rtol=1e-4, atol=1e-5)
+    wanted, _ = as_keras(variables["params"], variables["batch_stats"], images, training=False)
+    np.testing.assert_allclose(model.apply(variables, images), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_resnet_8_starts_as_keras_does():
+    params = flatten_dict(resnet.ResNet8().init(jax.random.key(0), numpy_images((1, 8, 8, 3)))["params"])
+    assert sum(leaf.size for leaf in params.values()) == 78_186
+    for path, leaf in params.items():
+        if path[-1] != "kernel":
+            assert (leaf == (path[-1] == "scale")).all(), path
+        elif leaf.size > 4000:
+            deviation = (2 / np.prod(leaf.shape[:-1])) ** 0.5
+            assert float(leaf.std()) == pytest.approx(deviation, rel=0.05), path
+            assert float(abs(leaf).max()) < 2.3 * deviation, path  # cut off at 2 / 0.88
 
 
 @pytest.mark.parametrize(("model", "parameters"), [(resnet.ResNet18, 11_689_512), (resnet.ResNet34, 21_797_672)])

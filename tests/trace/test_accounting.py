@@ -51,10 +51,12 @@ def test_layers_count_by_their_formula():
     assert lenet == dict(zip(sorted(lenet), (12 * 12, 6 * 6, 1, 1), strict=True))
 
 
-# VGG-16 for CIFAR: 313.2M multiply-adds in convolutions, ResNet-50: 4.09G, ResNet-56: 125.5M (He et al.).
+# VGG-16 for CIFAR: 313.2M multiply-adds in convolutions, ResNet-50: 4.09G, ResNet-56: 125.5M (He et al.), ResNet-8
+# of MLPerf Tiny: 12.5M.
 PUBLISHED = [
     (models.VGG("16"), 32, 313_196_544 + 5_120),
     (models.ResNetCIFAR(56), 32, 125_485_696),
+    (models.ResNet8(), 32, 12_501_632),
     (models.ResNet50(), 224, 4_089_184_256),
 ]
 
