@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxsparse.artifacts.contents import CODES, FORMAT, VERSION, Leaf, as_json, parts_of, read_contents, sha256
+from jaxsparse.artifacts.contents import FORMAT, VERSION, Leaf, as_json, checksum, joined, read_contents
 from jaxsparse.artifacts.encodings import (
     SMALLER,
     bit_view,
@@ -40,7 +40,7 @@ from jaxsparse.trees import is_masked_node, leaf_paths, natural_order, path_name
 
 __all__ = ["describe", "load_sparse", "save_sparse"]
 
-_IN_HEADER = {"fan_in": 20, "n_of_m": 32}  # bytes that such a leaf takes more in the header
+_IN_HEADER = {"fan_in": 20, "n_of_m": 34}  # bytes that such a leaf takes more in the header
 _AT_LEAST, _TIMES_THE_FILE = 1 << 24, 4096  # the default limit of a file's size in memory
 
 
@@ -106,17 +106,17 @@ def save_sparse(
         bools = treedef.unflatten([np.array(True) if mask is None else mask for mask in kept])
         tree = plain_tree(amenable_init(tree, bools, init))
     units = leaf_units(tree, kept, structure, layout)
-    leaves = []
-    tensors: dict[str, np.ndarray] = {}
-    for i, (name, leaf, mask) in enumerate(zip(names, jax.tree.leaves(tree), kept, strict=True)):
+    leaves, parts = [], []
+    for name, leaf, mask in zip(names, jax.tree.leaves(tree), kept, strict=True):
         with naming(name, ValueError):
-            about, parts = _encode(name, leaf, mask, dtype, units.get(name), asked=structure is not None)
-        leaves.append(about.as_json())
-        tensors |= {f"{i}/{part}": np.ascontiguousarray(array) for part, array in parts.items()}
-    stamps = {name: [CODES[x.dtype.name], x.shape, sha256(x.view(np.uint8))] for name, x in sorted(tensors.items())}
-    model = {"tree": as_json(treedef.unflatten(range(len(leaves)))), "leaves": leaves, "tensors": stamps}
+            about, arrays = _encode(name, leaf, mask, dtype, units.get(name), asked=structure is not None)
+        leaves.append(about)
+        parts.append(arrays)
+    tensors = joined(leaves, parts)
+    model = {"tree": as_json(treedef.unflatten(range(len(leaves)))), "leaves": [leaf.as_json() for leaf in leaves]}
     text = json.dumps(model, separators=(",", ":"))
-    metadata = {"format": FORMAT, "version": VERSION, "sha256": sha256(text.encode()), "model": text}
+    stamp = checksum(text, {name: tensor.view(np.uint8) for name, tensor in tensors.items()})
+    metadata = {"format": FORMAT, "version": VERSION, "sha256": stamp, "model": text}
     data = memoryview(package.save(tensors, metadata))
     # The package writes the metadata in a random order: restore that above, so that equal models give equal files.
     end = 8 + int.from_bytes(data[:8], "little")
@@ -145,7 +145,7 @@ def load_sparse(path: str | os.PathLike, *, like: Any = None, max_bytes: int | N
       and the scalar True for dense leaves. Pruned weights are +0.
 
     Raises:
-      ArtifactError: if the file is damaged, not written by :func:`save_sparse`, of a newer version, or too large.
+      ArtifactError: if the file is damaged, not written by :func:`save_sparse`, of another version, or too large.
       ValueError: if its leaves are not those of ``like``, or have other shapes, naming them.
       OSError: if the file cannot be read.
       ImportError: without the package safetensors.
@@ -158,7 +158,7 @@ def load_sparse(path: str | os.PathLike, *, like: Any = None, max_bytes: int | N
       ([array([[0. , 0.1]])], [array([[False,  True]])])
     """
     with naming(path, ArtifactError):
-        tree, leaves, tensors, file_size = read_contents(path)
+        tree, leaves, parts, file_size = read_contents(path)
         limit = max(_AT_LEAST, _TIMES_THE_FILE * file_size) if max_bytes is None else max_bytes
         needed = sum(leaf.nbytes + (leaf.size if leaf.positions != "dense" else 0) for leaf in leaves)
         if needed > limit:
@@ -166,8 +166,8 @@ def load_sparse(path: str | os.PathLike, *, like: Any = None, max_bytes: int | N
                 f"this file of {file_size:,} bytes would take {needed:,} in memory, more than max_bytes={limit:,}; "
                 f"if you trust it, use load_sparse(path, max_bytes={needed})"
             )
-        loaded = [_decode(leaf, parts_of(tensors, i)) for i, leaf in enumerate(leaves)]
-        params, masks = (jax.tree.map(lambda i, part=part: loaded[i][part], tree) for part in (0, 1))
+        loaded = [_decode(leaf, arrays) for leaf, arrays in zip(leaves, parts, strict=True)]
+        params, masks = (jax.tree.map(lambda i, which=which: loaded[i][which], tree) for which in (0, 1))
     if like is None:
         return params, masks
     with naming(path, ValueError):
@@ -193,21 +193,20 @@ def describe(path: str | os.PathLike) -> str:
       bias    100        dense  dense, one float32      4
       kernel  100x100    1.00%  gaps, one float32     104
       ------  -------  -------  ------------------  -----
-      header                                          776
-      all     10,100     1.98%                        884
-      dense: 40,400 bytes, 2.19% of it
+      header                                          424
+      all     10,100     1.98%                        532
+      dense: 40,400 bytes, 1.32% of it
     """
     with naming(path, ArtifactError):
-        _, leaves, tensors, file_size = read_contents(path)
+        _, leaves, parts, file_size = read_contents(path)
         rows, stored = [], 0
-        for i, leaf in enumerate(leaves):
-            parts = parts_of(tensors, i)
-            size = sum(part.nbytes for part in parts.values())
+        for leaf, arrays in zip(leaves, parts, strict=True):
+            size = sum(array.nbytes for array in arrays.values())
             stored += size
             values = {"each": "", "constant": "one ", "two": "two ", "scaled": "scaled "}[leaf.values]
             share = "dense" if leaf.positions == "dense" else f"{leaf.kept / leaf.size:.2%}" if leaf.size else "-"
             positions = leaf.positions if leaf.n_of_m is None else "{}:{}".format(*leaf.n_of_m)
-            encoding = f"{positions}, {values}{parts['values'].dtype.name}"
+            encoding = f"{positions}, {values}{arrays['values'].dtype.name}"
             rows.append(
                 (printable(leaf.name), "x".join(map(str, leaf.shape)) or "scalar", share, encoding, f"{size:,}")
             )
@@ -268,14 +267,27 @@ def _encode(
             survivors = np.where(live, survivors, np.zeros((), leaf.dtype)).ravel()
             own = {"n_of_m": (unit.n, unit.m), "axes": axes}
     values, of_values = encode_values(survivors, dtype, sparse=mask is not None)
-    about = Leaf(name, leaf.shape, leaf.dtype.name, kept, positions, low_bits, values, **own)
-    return about, parts | of_values
+    parts |= of_values
+    in_file = parts["values"].dtype.name
+    about = Leaf(
+        name,
+        leaf.shape,
+        kept,
+        dtype=leaf.dtype.name,
+        stored=None if values == "scaled" or in_file == leaf.dtype.name else in_file,
+        positions=positions,
+        bytes=0 if mask is None else parts["positions"].size,
+        low_bits=low_bits,
+        values=values,
+        **own,
+    )
+    return about, parts
 
 
 def _decode(leaf: Leaf, parts: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """The leaf and its mask."""
     with naming(leaf.name, ValueError):
-        values = decode_values(parts, leaf.values, leaf.stored, leaf.dtype)
+        values = decode_values(parts, leaf.values, leaf.slots, leaf.dtype)
         if leaf.positions == "dense":
             return np.broadcast_to(values, leaf.size).reshape(leaf.shape).copy(), np.array(True)
         array, mask = np.zeros(leaf.size, leaf.dtype), np.zeros(leaf.size, bool)

@@ -4,6 +4,7 @@ from jaxsparse.models.alexnet import AlexNet
 from jaxsparse.models.channels import channel_groups, reestimate_batch_stats, slim
 from jaxsparse.models.conv_n import Conv2, Conv4, Conv6, ConvN
 from jaxsparse.models.densenet import DenseNet, DenseNet40
+from jaxsparse.models.folding import fold_batch_norm
 from jaxsparse.models.generation import generate
 from jaxsparse.models.gpt import GPT
 from jaxsparse.models.lenet import LeNet5Caffe, LeNet300100
@@ -34,6 +35,7 @@ __all__ = [
     "ResNetCIFAR",
     "WideResNet",
     "channel_groups",
+    "fold_batch_norm",
     "generate",
     "reestimate_batch_stats",
     "slim",

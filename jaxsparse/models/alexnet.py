@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from jaxsparse.models.blocks import BatchNorm, check_images, conv_bn_relu, dense, scaled
+from jaxsparse.models.blocks import BatchNorm, check_images, conv_bn_relu, dense, no_norm, scaled
 
 __all__ = ["AlexNet"]
 
@@ -32,6 +32,7 @@ class AlexNet(nn.Module):
         statistics are float32.
       implementation: form of the convolutions, as in :func:`jaxsparse.models.layers.conv`; None chooses the fastest.
       axis_name: named axis of devices over which batch statistics are averaged; with None each device uses its own.
+      batch_norm: whether there is batch normalisation; without it the model is as :func:`fold_batch_norm` leaves it.
 
     Raises:
       ValueError: for an unknown variant, and if the input is not (batch, height, width, channels) or smaller than 7 x
@@ -57,6 +58,7 @@ class AlexNet(nn.Module):
     dtype: Any = None
     implementation: str | None = None
     axis_name: str | None = None
+    batch_norm: bool = True
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -64,9 +66,14 @@ class AlexNet(nn.Module):
         if self.variant not in _UNITS:
             raise ValueError(f"AlexNet's variant is one of {tuple(_UNITS)}, got {self.variant!r}")
         check_images(images, 7, "AlexNet")
-        norm = partial(BatchNorm, dtype=self.dtype, axis_name=self.axis_name)
+        norm = partial(BatchNorm if self.batch_norm else no_norm, dtype=self.dtype, axis_name=self.axis_name)
         layer = partial(
-            conv_bn_relu, strides=2, dtype=self.dtype, implementation=self.implementation, axis_name=self.axis_name
+            conv_bn_relu,
+            strides=2,
+            dtype=self.dtype,
+            implementation=self.implementation,
+            axis_name=self.axis_name,
+            batch_norm=self.batch_norm,
         )
         x = images
         for number, (features, kernel_size, padding) in enumerate(_CONVOLUTIONS, 1):

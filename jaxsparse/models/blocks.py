@@ -1,5 +1,6 @@
 """Parts that the models share: batch normalisation, layers with PyTorch's initial values, checks."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ from flax import linen as nn
 
 from jaxsparse.models.layers import Conv, fan_in_uniform
 
-__all__ = ["BatchNorm", "check_features", "check_images", "conv_bn_relu", "dense", "he_normal", "scaled"]
+__all__ = ["BatchNorm", "check_features", "check_images", "conv_bn_relu", "dense", "he_normal", "no_norm", "scaled"]
 
 
 class BatchNorm(nn.BatchNorm):
@@ -43,6 +44,11 @@ class BatchNorm(nn.BatchNorm):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise every channel of ``x`` (..., channels)."""
         return super().__call__(x, use_running_average=not self.is_mutable_collection("batch_stats"))
+
+
+def no_norm(**options: Any) -> Callable[[jax.Array], jax.Array]:
+    """Nothing, in place of :class:`BatchNorm` where it is folded into a layer."""
+    return lambda x: x
 
 
 def he_normal(mode: str) -> nn.initializers.Initializer:
@@ -83,6 +89,7 @@ def conv_bn_relu(
     dtype: Any = None,
     implementation: str | None = None,
     axis_name: str | None = None,
+    batch_norm: bool = True,
 ) -> jax.Array:
     """A convolution with bias, batch normalisation and ReLU: the layers "conv<number>" and "bn<number>".
 
@@ -100,7 +107,8 @@ def conv_bn_relu(
         implementation=implementation,
         name=f"conv{number}",
     )
-    return nn.relu(BatchNorm(dtype=dtype, axis_name=axis_name, name=f"bn{number}")(layer(x)))
+    norm = BatchNorm if batch_norm else no_norm
+    return nn.relu(norm(dtype=dtype, axis_name=axis_name, name=f"bn{number}")(layer(x)))
 
 
 def scaled(channels: int, width: float) -> int:

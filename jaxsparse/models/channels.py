@@ -38,13 +38,18 @@ def channel_groups(model: nn.Module) -> tuple[Group, ...]:
       The groups, for :func:`jaxsparse.l0`, :func:`jaxsparse.dep_l0` and :func:`jaxsparse.remaining`.
 
     Raises:
-      ValueError: for a model of another class.
+      ValueError: for a model of another class, and one without its batch normalisation.
 
     Examples:
       >>> from jaxsparse import models
       >>> [group.name for group in channel_groups(models.LeNet5Caffe())]
       ['conv1', 'conv2', 'inputs', 'fc1']
     """
+    if not getattr(model, "batch_norm", True):
+        raise ValueError(
+            f"the channels of a {type(model).__name__} are gated at its batch normalisation, which this one has not: "
+            "take the model before fold_batch_norm, and fold after slim"
+        )
     if isinstance(model, LeNet300100):
         return (
             Group("inputs", {"fc1/kernel": 0}, {"fc1/kernel": 0}),

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxsparse.models.blocks import BatchNorm, check_images, dense, he_normal, scaled
+from jaxsparse.models.blocks import BatchNorm, check_images, dense, he_normal, no_norm, scaled
 from jaxsparse.models.layers import Conv, max_pool
 
 __all__ = ["ResNet8", "ResNet18", "ResNet20", "ResNet34", "ResNet50", "ResNet56", "ResNetCIFAR"]
@@ -39,6 +39,8 @@ class ResNetCIFAR(nn.Module):
       axis_name: named axis of devices over which batch statistics are averaged; with None each device uses its own.
       zero_init: whether each block starts as its shortcut alone, because the scale of its last batch normalisation
         starts from 0 (Goyal et al., 2017, section 5.1).
+      batch_norm: whether convolutions are followed by batch normalisation, and not by a bias alone, as
+        :func:`fold_batch_norm` leaves them.
 
     Raises:
       ValueError: for any other depth, and if the input is not (batch, height, width, channels) or smaller than 4 x 4.
@@ -70,6 +72,7 @@ class ResNetCIFAR(nn.Module):
     implementation: str | None = None
     axis_name: str | None = None
     zero_init: bool = False
+    batch_norm: bool = True
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -127,6 +130,8 @@ class ResNet8(nn.Module):
         statistics are float32.
       implementation: form of the convolutions, as in :func:`jaxsparse.models.layers.conv`; None chooses the fastest.
       axis_name: named axis of devices over which batch statistics are averaged; with None each device uses its own.
+      batch_norm: whether convolutions are followed by batch normalisation, and not by a bias alone, as
+        :func:`fold_batch_norm` leaves them.
 
     Raises:
       ValueError: if the input is not (batch, height, width, channels) or smaller than 4 x 4.
@@ -151,6 +156,7 @@ class ResNet8(nn.Module):
     dtype: Any = None
     implementation: str | None = None
     axis_name: str | None = None
+    batch_norm: bool = True
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -194,6 +200,8 @@ class ResNet18(nn.Module):
       axis_name: named axis of devices over which batch statistics are averaged; with None each device uses its own.
       zero_init: whether each block starts as its shortcut alone, because the scale of its last batch normalisation
         starts from 0 (Goyal et al., 2017, section 5.1).
+      batch_norm: whether convolutions are followed by batch normalisation, and not by a bias alone, as
+        :func:`fold_batch_norm` leaves them.
 
     Raises:
       ValueError: for an unknown stem, and if the input is not (batch, height, width, channels) or smaller than 8 x 8
@@ -223,6 +231,7 @@ class ResNet18(nn.Module):
     implementation: str | None = None
     axis_name: str | None = None
     zero_init: bool = False
+    batch_norm: bool = True
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -269,6 +278,8 @@ class ResNet50(nn.Module):
       axis_name: named axis of devices over which batch statistics are averaged; with None each device uses its own.
       zero_init: whether each block starts as its shortcut alone, because the scale of its last batch normalisation
         starts from 0 (Goyal et al., 2017, section 5.1).
+      batch_norm: whether convolutions are followed by batch normalisation, and not by a bias alone, as
+        :func:`fold_batch_norm` leaves them.
 
     Raises:
       ValueError: if the input is not (batch, height, width, channels) or smaller than 32 x 32.
@@ -294,6 +305,7 @@ class ResNet50(nn.Module):
     implementation: str | None = None
     axis_name: str | None = None
     zero_init: bool = False
+    batch_norm: bool = True
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -317,9 +329,14 @@ def _begin(model, images: jax.Array, kernel_init, smallest: int):
     """The layers of a model, convolution and batch normalisation, and its images after a check."""
     check_images(images, smallest, type(model).__name__)
     conv = partial(
-        Conv, use_bias=False, dtype=model.dtype, kernel_init=kernel_init, implementation=model.implementation
+        Conv,
+        use_bias=not model.batch_norm,
+        dtype=model.dtype,
+        kernel_init=kernel_init,
+        implementation=model.implementation,
     )
-    return conv, partial(BatchNorm, dtype=model.dtype, axis_name=model.axis_name), images
+    norm = BatchNorm if model.batch_norm else no_norm
+    return conv, partial(norm, dtype=model.dtype, axis_name=model.axis_name), images
 
 
 def _inner(model, blocks: int, each: int = 1) -> Sequence[Sequence[int | None]]:

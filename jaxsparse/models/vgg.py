@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from jaxsparse.models.blocks import BatchNorm, check_images, conv_bn_relu, dense, he_normal, scaled
+from jaxsparse.models.blocks import BatchNorm, check_images, conv_bn_relu, dense, he_normal, no_norm, scaled
 from jaxsparse.models.layers import max_pool
 
 __all__ = ["VGG"]
@@ -59,6 +59,7 @@ class VGG(nn.Module):
       implementation: form of convolution and max-pool, as in :func:`jaxsparse.models.layers.conv`; None chooses the
         fastest.
       axis_name: named axis of devices over which batch statistics are averaged; with None each device uses its own.
+      batch_norm: whether there is batch normalisation; without it the model is as :func:`fold_batch_norm` leaves it.
 
     Raises:
       ValueError: for an unknown variant, for ``features`` that are not one per hidden layer, and if the input is not
@@ -87,6 +88,7 @@ class VGG(nn.Module):
     dtype: Any = None
     implementation: str | None = None
     axis_name: str | None = None
+    batch_norm: bool = True
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -97,7 +99,14 @@ class VGG(nn.Module):
         check_images(images, 16 if pooled else 32, f"VGG({self.variant!r})")
         features = iter(self.widths())
 
-        layer = partial(conv_bn_relu, dtype=self.dtype, implementation=self.implementation, axis_name=self.axis_name)
+        norm = partial(BatchNorm if self.batch_norm else no_norm, dtype=self.dtype, axis_name=self.axis_name)
+        layer = partial(
+            conv_bn_relu,
+            dtype=self.dtype,
+            implementation=self.implementation,
+            axis_name=self.axis_name,
+            batch_norm=self.batch_norm,
+        )
         if not hidden:
             init = he_normal("fan_in" if pooled else "fan_out")
             layer = partial(layer, kernel_init=init, bias_init=nn.initializers.zeros_init())
@@ -116,7 +125,7 @@ class VGG(nn.Module):
         x = x.reshape(x.shape[0], -1)
         for i in range(1, hidden + 1):
             x = nn.relu(dense(x, next(features), name=f"fc{i}", dtype=self.dtype))
-            x = BatchNorm(dtype=self.dtype, axis_name=self.axis_name, name=f"bn{number + i}")(x)
+            x = norm(name=f"bn{number + i}")(x)
         return dense(x, self.num_classes, name=f"fc{hidden + 1}", dtype=self.dtype)
 
     def widths(self) -> Sequence[int]:
