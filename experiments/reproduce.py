@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from experiments import stages
 from experiments.command_line import as_path, not_empty
+from experiments.footprint import footprint
 from experiments.options import as_seeds, for_run
 from experiments.results.paper import as_frame, as_json, as_markdown, outcomes, read_outcomes
 from experiments.results.plot import picture
@@ -69,6 +70,8 @@ def reproduce(
             if row.stage:
                 stages.write_start(read_config(row), row.stage, (runs / row.run).parent, seed)
             train(config_of(row, seed, data_dir, runs), workdir)
+            if table.footprint:
+                footprint(workdir, data_dir)
         except stages.MissingStageError as missing:
             print(f"  left for later: {missing}")
         except WorkdirInUseError:

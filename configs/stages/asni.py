@@ -1,7 +1,8 @@
-"""Both parts of ASNI beside dense training and a lottery ticket, on MNIST (mnist_fc, ...) or CIFAR-10 (cifar_vgg16).
+"""Both parts of ASNI beside dense training and a lottery ticket, on MNIST (mnist_fc) or CIFAR-10 (cifar_vgg16, ...).
 
 Damadi, Nouri and Pirsiavash, *Amenable Sparse Network Investigator*, 2022 (arXiv:2202.09284). ``configs/mnist_asni.py``
-and ``configs/cifar_asni.py`` have the experiments, and what came out of the author's.
+and ``configs/cifar_asni.py`` have the experiments, and what came out of the author's; cifar10_resnet8 is the "asni" of
+``configs/cifar10_resnet8.py``.
 
   dense           the same training without pruning
   asni_1          ASNI-I: pruned once an epoch
@@ -14,17 +15,20 @@ and ``configs/cifar_asni.py`` have the experiments, and what came out of the aut
 
 from ml_collections import ConfigDict
 
-from configs import cifar_asni, mnist_asni
+from configs import cifar10_resnet8, cifar_asni, mnist_asni
 
 DATA = {"mnist": mnist_asni, "cifar": cifar_asni}
+RESNET8 = "cifar10_resnet8"
 
 
 def get_config(experiment: str = "mnist_fc") -> ConfigDict:
     """The stages of an experiment, such as "mnist_fc" or "cifar_vgg16"."""
     data, _, name = experiment.partition("_")
-    if data not in DATA:
-        raise ValueError(f"this config comes with experiments such as mnist_fc and cifar_vgg16, got {experiment!r}")
-    config = DATA[data].get_config(name)
+    if data not in DATA and experiment != RESNET8:
+        raise ValueError(
+            f"this config comes with {RESNET8} and experiments such as mnist_fc and cifar_vgg16, got {experiment!r}"
+        )
+    config = cifar10_resnet8.get_config("asni") if experiment == RESNET8 else DATA[data].get_config(name)
     config.stages = [
         {"name": "dense", "dense": True},
         {"name": "asni_1"},

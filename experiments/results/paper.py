@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from experiments import footprint
 from experiments.results.published import PaperTable
 from experiments.results.table import markdown, with_error
 from experiments.workdir import read_json
@@ -15,7 +16,8 @@ from experiments.workdir import read_json
 if TYPE_CHECKING:
     import pandas as pd
 
-QUANTITIES = ["test_error", "kept", "validation_error"]
+FOOTPRINT = ["multiply_adds", "bytes_float32", "bytes_int8", "error_int8"]
+QUANTITIES = ["test_error", "kept", "validation_error", *FOOTPRINT]
 OUTCOMES = ["run", "seed", *QUANTITIES, "widths"]  # the columns of results
 
 
@@ -26,12 +28,16 @@ def outcomes(table: PaperTable, runs: Path) -> "pd.DataFrame":
         for path in (runs / row.run).glob("seed_*/result.json"):
             result = read_json(path) or {}
             validation = result.get("validation_accuracy")
+            files = read_json(path.with_name(footprint.NAME)) or {}
             found.append({
                 "run": row.run,
                 "seed": result["seed"],
                 "test_error": 100 * (1 - result["test_accuracy"]),
                 "kept": 100 * result["density"],
                 "validation_error": None if validation is None else 100 * (1 - validation),
+                "multiply_adds": 100 * files["multiply_adds"] if files else None,
+                "error_int8": 100 * (1 - files["test_accuracy_int8"]) if files else None,
+                **{name: files.get(name) for name in ("bytes_float32", "bytes_int8")},
                 "widths": "-".join(map(str, result["widths"])) if "widths" in result else None,
             })  # fmt: skip
     return as_frame(found)
@@ -116,6 +122,10 @@ def _compared(table: PaperTable, rows: "pd.DataFrame", found: "pd.DataFrame") ->
         "kept (%)": _with_errors(rows.kept, rows.kept_error) if finds_its_sparsity else "",
         "validation": _with_errors(rows.validation_error, rows.validation_error_error) if finds_its_sparsity else "",
         "ours": _with_errors(rows.test_error, rows.test_error_error, missing="not run"),
+        "multiply-adds (%)": _with_errors(rows.multiply_adds, form=".1f"),
+        "bytes, float32": _with_errors(rows.bytes_float32, form=",.0f"),
+        "bytes, int8": _with_errors(rows.bytes_int8, form=",.0f"),
+        "error, int8": _with_errors(rows.error_int8, rows.error_int8_error),
         "seeds": [seeds.get(run, "") for run in rows.run],
         "difference": _with_errors(rows.test_error - rows.published, form="+.3f"),
         "two standard errors": _with_errors(errors, form=".3f"),

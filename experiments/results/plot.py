@@ -30,13 +30,18 @@ def picture(table: PaperTable, found: "pd.DataFrame") -> Figure:
     for row in beside_paper(table, found).itertuples():
         if row.seeds and row.x == "dense":
             baselines[f"{row.series}, dense, ours"] = row.test_error
-        elif row.seeds:
+        elif row.seeds and not (table.footprint and math.isnan(row.bytes_int8)):
             x = round(row.kept, 2) if table.against_kept else row.x
-            ours.setdefault(f"{row.series}, ours", {})[x] = row.test_error, row.test_error_error
+            x = round(row.bytes_int8 / 1000, 1) if table.footprint else x
+            label = row.series if table.footprint else f"{row.series}, ours"
+            ours.setdefault(label, {})[x] = (
+                (row.error_int8, row.error_int8_error) if table.footprint else (row.test_error, row.test_error_error)
+            )
         if not math.isnan(row.published) and row.x != "dense":
             paper.setdefault(f"{row.series}, paper", {})[row.x] = row.published, row.published_error
     others = {label: {x: (error, math.nan) for x, error in points.items()} for label, points in table.others.items()}
     xlabel = "weights kept (%)" if table.against_kept else table.x
+    xlabel = "kilobytes of the file, values in int8" if table.footprint else xlabel
     return errors_against(xlabel, {**ours, **paper, **others}, baselines, table.title.partition(". ")[0])
 
 

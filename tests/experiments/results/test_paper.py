@@ -31,13 +31,24 @@ def outcomes(*of_rows, kept=(10.0, 20.0, 100.0), **more):
     ])  # fmt: skip
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", [name for name in TABLES if (RESULTS / f"{name}.json").exists()])
 def test_the_committed_pages_are_those_of_the_committed_numbers(name):
     """But for the last line, which says how and when they were written."""
     found = paper.read_outcomes(RESULTS / f"{name}.json")
     page = paper.as_markdown(name, TABLES[name], found, "")
     assert page.splitlines()[:-1] == (RESULTS / f"{name}.md").read_text().splitlines()[:-1]
     assert paper.as_json(TABLES[name], found) == json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def test_files_of_the_runs():
+    files = {"multiply_adds": 12.34, "bytes_float32": 21_000, "bytes_int8": 10_500, "error_int8": 20.5}
+    found = outcomes((19.0,), (16.5,), (15.0,), **files)
+    table = TABLE._replace(footprint=True)
+    text = paper.as_markdown("small", table, found, "the command")
+    assert "| digits | 10 | 20.00 ± 1.000 | 19.00 | 12.3 | 21,000 | 10,500 | 20.50 | 0 |" in text
+    (axes,) = plot.picture(table, found).axes
+    assert axes.get_xlabel() == "kilobytes of the file, values in int8"
+    assert "bytes" not in paper.as_markdown("small", TABLE, outcomes((19.0,), (), ()), "the command")
 
 
 def test_markdown():
