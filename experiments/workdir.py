@@ -219,7 +219,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two processes may take part in a sweep
     with open(part, "w") as file:
         file.write(text)
         file.flush()

@@ -63,8 +63,14 @@ def from_hf(
     except ImportError as error:
         raise ImportError('from_hf needs Flax: pip install "jaxsparse[train]", or flax') from error
     known = [DTYPES[code] for code in _FLOATS]
-    if dtype is not None and (dtype := np.dtype(dtype)).name not in known:
-        raise ValueError(f"dtype must be None or one of {', '.join(known)}, got {dtype}")
+    if dtype is not None:
+        try:
+            name = np.dtype(dtype).name
+        except TypeError:
+            name = repr(dtype)
+        if name not in known:
+            raise ValueError(f"dtype must be None or one of {', '.join(known)}, got {name}")
+        dtype = np.dtype(dtype)
     folder = Path(folder)
     with naming(folder / "config.json", ArtifactError):
         config = read_object(folder / "config.json")
