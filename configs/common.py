@@ -55,7 +55,11 @@ def training() -> ConfigDict:
     config.distill_weight = 0.5
 
     config.data = ConfigDict()
+    # "digits", a set of TensorFlow Datasets, or your own images: "npz", "folder" or "function" with config.data.files,
+    # the path of an .npz or of a folder, or "MODULE:FUNCTION".
     config.data.name = ""
+    config.data.files = config_dict.placeholder(str)
+    config.data.test = config_dict.placeholder(float)  # share of your own images to test on, without a split; None: 0.1
     config.data.batch_size = 100
     config.data.validation = 0.0  # share of the train examples that is held out, the last of them
     config.data.mean = config_dict.placeholder(tuple)  # None: that of the train images
@@ -65,7 +69,8 @@ def training() -> ConfigDict:
     config.data.pad_mode = "zeros"  # or "reflect",
     config.data.flip = False  # and mirrored at random
     config.data.streamed = False  # True: too large for the memory, read and decoded by worker processes while training
-    config.data.image_size = 224  # of streamed images, which are cropped at random, resized and mirrored
+    # Of streamed images, which are cropped at random, resized and mirrored; of a folder's, whose centres are resized.
+    config.data.image_size = 224
     config.data.workers = 0  # processes that read and decode streamed images
     config.data.classes = config_dict.placeholder(tuple)  # of streamed sets: only these, by name or number; None: all
 

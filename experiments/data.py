@@ -5,8 +5,9 @@ Pixels stay bytes, a quarter of the memory of floats; :func:`normalise` turns th
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +40,7 @@ class Dataset(NamedTuple):
       num_classes: int.
       mean: (channels,), float32: subtracted from the pixels, which are from 0 to 255.
       std: (channels,), float32: what they are then divided by.
+      about: what result.json has about images of one's own; nothing for data that their name says.
     """
 
     train: Split
@@ -47,6 +49,7 @@ class Dataset(NamedTuple):
     num_classes: int
     mean: np.ndarray
     std: np.ndarray
+    about: Mapping[str, Any] = MappingProxyType({})
 
 
 def load(
@@ -88,14 +91,43 @@ def load(
     """
     check_amounts(validation, examples)
     train, test, num_classes = _digits() if name == "digits" else _from_tfds(name, data_dir)
-    train, test = (Split(*(part[:examples] for part in split)) for split in (train, test))
-    kept = len(train.labels) - round(validation * len(train.labels))
+    splits = {"train": train, "test": test}
+    return assembled(splits, num_classes, name, validation=validation, mean=mean, std=std, examples=examples)
+
+
+def assembled(
+    splits: Mapping[str, Split],
+    num_classes: int,
+    name: str,
+    *,
+    validation: float,
+    mean: float | Sequence[float] | None,
+    std: float | Sequence[float] | None,
+    examples: int | None,
+) -> Dataset:
+    """The data set of the splits "train", "test" and maybe "validation"; the options are those of :func:`load`."""
+    splits = {split: Split(*(part[:examples] for part in both)) for split, both in splits.items()}
+    train = splits["train"]
+    kept = kept_of(len(train.labels), validation, name)
     train, held_out = Split(*(part[:kept] for part in train)), Split(*(part[kept:] for part in train))
+    found_mean, found_std = _moments(train.images) if mean is None or std is None else (None, None)
+    mean = _channels(found_mean if mean is None else 255 * np.asarray(mean), train, "mean")
+    if std is None and not np.all(found_std):
+        channel = int(np.argmin(found_std))
+        raise ValueError(
+            f"channel {channel} is the same in every pixel of {name}'s train images: config.data.std says by what "
+            "to divide"
+        )
+    std = _channels(found_std if std is None else 255 * np.asarray(std), train, "std")
+    return Dataset(train, splits.get("validation", held_out), splits["test"], num_classes, mean, std)
+
+
+def kept_of(count: int, validation: float, name: str) -> int:
+    """How many train examples are left without the share held out; a ValueError if none is."""
+    kept = count - round(validation * count)
     if not kept:
         raise ValueError(f"config.data.validation={validation} leaves none of {name}'s train examples")
-    mean = _channels(train.images.mean((0, 1, 2)) if mean is None else 255 * np.asarray(mean), train, "mean")
-    std = _channels(train.images.std((0, 1, 2)) if std is None else 255 * np.asarray(std), train, "std")
-    return Dataset(train, held_out, test, num_classes, mean, std)
+    return kept
 
 
 def check_amounts(validation: float, examples: int | None) -> None:
@@ -152,6 +184,17 @@ def augment(images: jax.Array, keys: jax.Array, *, pad: int, pad_mode: str, flip
         return jnp.where(flip & jax.random.bernoulli(flip_key), image[:, ::-1], image)
 
     return jax.vmap(one)(padded, keys)
+
+
+def _moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each channel, by exact sums of integers that take little memory."""
+    sums = np.zeros((2, images.shape[-1]), np.int64)
+    for start in range(0, len(images), 1000):
+        pixels = images[start : start + 1000].astype(np.int32)
+        sums += [power.sum((0, 1, 2), dtype=np.int64) for power in (pixels, pixels * pixels)]
+    count = images.size // images.shape[-1]
+    mean, square = sums / count
+    return mean, np.sqrt(np.maximum(square - mean * mean, 0))
 
 
 def _channels(values: Any, split: Split, what: str) -> np.ndarray:

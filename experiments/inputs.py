@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from experiments import data, text
 from experiments.measures import TEXT
-from experiments.options import choose
+from experiments.options import OF_OWN, OWN, choose
 from jaxsparse.parallel import DeviceLayout
 
 PADDINGS = {"zeros": "constant", "reflect": "reflect"}
@@ -35,29 +35,35 @@ def open_dataset(config: ConfigDict) -> Any:
             examples=config.data.examples,
         )
     mean, std = (None if given == (None,) else given for given in (config.data.mean, config.data.std))  # =None, as read
+    name, own = config.data.name, config.data.name in OWN
+    for key in () if own else OF_OWN:
+        if config.data.get(key) is not None:
+            raise ValueError(f"config.data.{key} has no effect for {name!r}; it is for text and {', '.join(OWN)}")
+    options = {"validation": config.data.validation, "examples": config.data.examples}
+    if own:
+        from experiments import own_data  # with Pillow, which other data do without
+
+        options["test"] = config.data.test
     if not config.data.streamed:
-        return data.load(
-            config.data.name,
-            config.data_dir,
-            validation=config.data.validation,
-            mean=mean,
-            std=std,
-            examples=config.data.examples,
-        )
+        options |= {"mean": mean, "std": std}
+        if own:
+            size = config.data.image_size
+            return own_data.load(name, config.data.files, config.data_dir, image_size=size, **options)
+        return data.load(name, config.data_dir, **options)
     from experiments import streams  # takes a while, and small sets do without
 
+    if own and name != "folder":
+        raise ValueError(f"config.data.streamed is for a folder and sets of TensorFlow Datasets, not for {name!r}")
     for key, given in (("mean", mean), ("std", std)):
         if given is None or len(given) not in (1, 3):
             raise ValueError(f"config.data.{key} of streamed images has one number or one for each colour, got {given}")
-    images = streams.open_set(
-        config.data.name,
-        config.data_dir,
-        validation=config.data.validation,
-        examples=config.data.examples,
-        classes=config.data.classes,
-    )
+    options["classes"] = config.data.classes
+    if own:
+        images = own_data.open_set(config.data.files, config.data_dir, **options)
+    else:
+        images = streams.open_set(name, config.data_dir, **options)
     mean, std = (np.broadcast_to(255 * np.asarray(x, np.float32), (3,)) for x in (mean, std))
-    return data.Dataset(images.train, images.validation, images.test, images.num_classes, mean, std)
+    return data.Dataset(images.train, images.validation, images.test, images.num_classes, mean, std, images.about)
 
 
 def open_source(stack: ExitStack, config: ConfigDict, dataset: Any, layout: DeviceLayout, position: Any) -> Any:

@@ -8,8 +8,10 @@ from ml_collections import ConfigDict
 
 from experiments.measures import TEXT
 
-# Keys of config.data that a text alone has.
+# Keys of config.data for a text, and those that are for images of one's own too.
 OF_TEXT = ("files", "test_files", "test", "length", "vocab_size", "epoch_tokens", "eval_windows")
+OF_OWN = ("files", "test")
+OWN = ("npz", "folder", "function")  # the names of data that are images of one's own
 SEEDS = 2**32  # how many there are: PRNG keys are made of 32 bits
 
 
@@ -84,11 +86,18 @@ def refuse_idle(config: ConfigDict, changed: Iterable[str]) -> None:
     """Raises a ValueError if one of the keys ``changed``, such as "data.workers", has no effect in this run."""
     methods = [key for key in changed if key.startswith("method.")]
     of_images = [f"data.{name}" for name in ("mean", "std", "pad", "flip", "streamed")]
+    of_own, of_text = ([f"data.{name}" for name in names] for names in (OF_OWN, OF_TEXT))
+    name, streamed = config.data.name, config.data.streamed
     needs = {  # what is needed: whether it is there, and the keys that need it
-        "config.data.streamed": (config.data.streamed, ["data.image_size", "data.workers", "data.classes"]),
+        "config.data.streamed": (streamed, ["data.workers", "data.classes"]),
+        "config.data.streamed, or images in a folder": (streamed or name == "folder", ["data.image_size"]),
         "config.data.pad": (config.data.pad, ["data.pad_mode"]),
-        "images": (config.data.name != TEXT, of_images),
-        "a text": (config.data.name == TEXT, [f"data.{name}" for name in OF_TEXT]),
+        "images": (name != TEXT, of_images),
+        "a text": (name == TEXT, sorted({*of_text} - {*of_own})),
+        f"a text or images of one's own, config.data.name={', '.join(map(repr, (TEXT, *OWN)))}": (
+            name in (TEXT, *OWN),
+            of_own,
+        ),
         "config.masks_from": (config.masks_from, ["start"]),
         "config.distill_from": (config.get("distill_from"), ["distill_temperature", "distill_weight"]),
         "a method: with config.masks_from the masks are fixed": (not config.masks_from, methods),

@@ -65,9 +65,11 @@ def finish(run: Workdir, state: TrainState, program: Program) -> None:
     result = {"dense": run.config.dense, "seed": run.config.seed, "steps": lines[-1]["step"]}
     names = ("density", "validation", "test", "multiply_adds")
     result |= {name: value for name, value in lines[-1].items() if name.startswith(names)}
-    if program.task.about:  # of a text
-        of_a_step = run.config.data.batch_size * program.task.unit[1]
-        result |= {"tokens": result["steps"] * of_a_step, "data": program.task.about}
+    what, of_an_input = program.task.unit
+    if what == "tokens":
+        result["tokens"] = result["steps"] * run.config.data.batch_size * of_an_input
+    if program.task.about:
+        result["data"] = program.task.about
     result["seconds"] = sum(line["seconds"] for line in lines)
     masks, widths = inspect.current_masks(state.opt_state, state.params), ""
     places = program.positions()

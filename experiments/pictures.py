@@ -39,6 +39,13 @@ def centre_box(height: int, width: int, size: int) -> tuple[int, int, int, int]:
     return left, top, left + side, top + side
 
 
+def square_box(height: int, width: int) -> tuple[int, int, int, int]:
+    """The largest square in the centre: left, top, right, bottom."""
+    side = min(height, width)
+    left, top = (width - side) // 2, (height - side) // 2
+    return left, top, left + side, top + side
+
+
 def crop(
     file: bytes, box_of: Callable[[int, int], tuple[int, int, int, int]], out: np.ndarray, mirrored: bool = False
 ) -> None:
@@ -55,6 +62,7 @@ def crop(
       mirrored: whether left and right are exchanged.
 
     Raises:
+      ValueError: for more than 8 bits a channel.
       Exception: of Pillow, if the file cannot be read, or ends too early.
     """
     header = _jpeg_header(file)
@@ -64,6 +72,8 @@ def crop(
         except ValueError:  # something is wrong with it; Pillow decides whether it can be read
             pass
     image = Image.open(io.BytesIO(file))
+    if image.mode[0] in "IF":  # Pillow would clip them
+        raise ValueError(f"it has more than 8 bits a channel, mode {image.mode}")
     part = np.asarray(image.convert("RGB").crop(box_of(image.height, image.width)))
     _resize(part, (0, part.shape[1]), (0, part.shape[0]), out, mirrored)
 

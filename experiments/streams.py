@@ -12,7 +12,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import grain
@@ -73,12 +74,14 @@ class ImageSet(NamedTuple):
       validation: examples held out from those of training; there may be none.
       test: the examples to test on.
       num_classes: int.
+      about: what result.json has about images of one's own; nothing for data that their name says.
     """
 
     train: Source
     validation: Source
     test: Source
     num_classes: int
+    about: Mapping[str, Any] = MappingProxyType({})
 
 
 def open_set(
@@ -122,7 +125,7 @@ def open_set(
     decoders = {image_key: tfds.decode.SkipDecoding()}
     before = IMAGENET if builder.name == "imagenet2012" else ""
     sources = []
-    numbers = None if classes is None else _numbers_of(classes, names, name)
+    numbers = None if classes is None else numbers_of(classes, names, name)
     for split in ("train", "validation" if "validation" in builder.info.splits else "test"):
         try:
             records = data.as_source(name, builder, split, before, decoders=decoders)
@@ -133,9 +136,7 @@ def open_set(
             source = source.of_its_classes()
         sources.append(source[: examples or len(source)])
     train, test = sources
-    kept = len(train) - round(validation * len(train))
-    if not kept:
-        raise ValueError(f"config.data.validation={validation} leaves none of {name}'s train examples")
+    kept = data.kept_of(len(train), validation, name)
     return ImageSet(train[:kept], train[kept:], test, len(names if classes is None else classes))
 
 
@@ -301,8 +302,8 @@ class TfdsSource:
         return dataclasses.replace(self, chosen=np.asarray(chosen, np.int64))
 
 
-def _numbers_of(classes: Sequence[str | int], names: Sequence[str], set_name: str) -> dict[int, int]:
-    """From the set's labels to 0, 1, ..."""
+def numbers_of(classes: Sequence[str | int], names: Sequence[str], set_name: str) -> dict[int, int]:
+    """From the set's labels to 0, 1, ..., for the classes that are given by name or number."""
     numbers = []
     for given in classes:
         if given in names:

@@ -32,11 +32,13 @@ class Task(abc.ABC):
       options: arguments of the model while it trains.
       unit: what is counted for the speed, and how many of them an input has.
       measure: the number by which runs are compared.
+      other: other data of this kind, in words.
       about: what result.json has about the data; nothing for data that their name says.
     """
 
     dtype: ClassVar[Any]
     measure: ClassVar[Measure]
+    other: ClassVar[str]
     options: ClassVar[Mapping[str, Any]] = {}
     shape: tuple[int, ...]
     eval_batch: int
@@ -84,7 +86,14 @@ class Task(abc.ABC):
 
     def refuse_another(self, about: Mapping[str, Any] | None) -> None:
         """Raises a ValueError if a run was begun with other data, which ``about`` describes."""
-        del about  # of images the configuration says all
+        if about and about["sha256"] != self.about["sha256"]:
+            raise ValueError(
+                f"the run was begun with {self.other}: {self.described(about)}; now it is {self.described(self.about)}"
+            )
+
+    @abc.abstractmethod
+    def described(self, about: Mapping[str, Any]) -> str:
+        """The data that ``about`` is of, in words."""
 
     @abc.abstractmethod
     def said(self, result: Mapping[str, Any]) -> str:
@@ -94,12 +103,13 @@ class Task(abc.ABC):
 class ImageTask(Task):
     """Telling images apart; those of an epoch come in a random order, and each is changed at random."""
 
-    dtype, measure = jnp.float32, ACCURACY
+    dtype, measure, other = jnp.float32, ACCURACY, "other images"
 
     def __init__(self, config: ConfigDict, dataset: data.Dataset):
         super().__init__(config, dataset)
         self.shape = data.image_shape(dataset, config.data.image_size)
         self.eval_batch, self.unit = EVAL_BATCH, ("images", 1)
+        self.about = dataset.about
         self._augmented: Callable[..., jax.Array] = make_augmentation(config)
 
     def numbers(self, key, start, length, epochs):
@@ -126,6 +136,10 @@ class ImageTask(Task):
         """See :class:`Task`."""
         return {"loss": loss / len(split.labels), "accuracy": hits / len(split.labels)}
 
+    def described(self, about):
+        """See :class:`Task`."""
+        return f"{about['source']}, {about['train_images']:,} images to train on, SHA-256 {about['sha256'][:12]}..."
+
     def said(self, result):
         """See :class:`Task`."""
         return f"test accuracy {result['test_accuracy']:.2%}"
@@ -137,7 +151,7 @@ class TextTask(Task):
     Losses are in nats a token.
     """
 
-    dtype, measure, options = jnp.int32, LOSS, {"train": True}
+    dtype, measure, options, other = jnp.int32, LOSS, {"train": True}, "another text"
 
     def __init__(self, config: ConfigDict, dataset: text.TextDataset):
         super().__init__(config, dataset)
@@ -182,13 +196,9 @@ class TextTask(Task):
         found = {"loss": loss, "accuracy": hits / targets, "perplexity": jnp.exp(loss)}
         return found | ({"bits_per_byte": loss / math.log(2)} if self._bytes else {})
 
-    def refuse_another(self, about):
+    def described(self, about):
         """See :class:`Task`."""
-        if about is not None and about["sha256"] != self.about["sha256"]:
-            raise ValueError(
-                f"the run was begun with another text: {about['source']}, {about['bytes']:,} bytes in {about['files']} "
-                f"files; now it is {self.about['source']}, {self.about['bytes']:,} bytes in {self.about['files']} files"
-            )
+        return f"{about['source']}, {about['bytes']:,} bytes in {about['files']} files"
 
     def said(self, result):
         """See :class:`Task`."""

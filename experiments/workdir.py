@@ -20,6 +20,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from experiments.checkpoints import Checkpoints
+from experiments.measures import TEXT
 from experiments.options import with_seed
 from jaxsparse.inspect import read_history
 
@@ -27,6 +28,7 @@ from jaxsparse.inspect import read_history
 NOT_COMPARED = ("data_dir", "data.workers")
 # Keys that runs of earlier versions lack, with the values that come to the same.
 ADDED = {"start_from": None, "distill_from": None, "distill_temperature": 2.0, "distill_weight": 0.5}
+ADDED_TO_IMAGES = {"data.files": None, "data.test": None}  # texts have always had them
 
 
 class WorkdirError(OSError):
@@ -261,11 +263,13 @@ def refuse_another(path: Path, config: ConfigDict) -> None:
 
 
 def compared(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a configuration that say what is run, dotted, without those of ADDED that change nothing."""
+    """The keys of a configuration that say what is run, dotted, without those that were added and change nothing."""
+    keys = flat(config)
+    added = ADDED | ({} if keys.get("data.name") == TEXT else ADDED_TO_IMAGES)
     return {
         key: value
-        for key, value in flat(config).items()
-        if key not in NOT_COMPARED and not (key in ADDED and value == ADDED[key])
+        for key, value in keys.items()
+        if key not in NOT_COMPARED and not (key in added and value == added[key])
     }
 
 

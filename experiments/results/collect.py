@@ -14,7 +14,7 @@ import numpy as np
 import jaxsparse
 from experiments import workdir
 from experiments.measures import TEXT
-from experiments.options import OF_TEXT
+from experiments.options import OF_OWN, OF_TEXT
 from jaxsparse import inspect
 from jaxsparse.trees import natural_order
 
@@ -147,6 +147,7 @@ def tested_on(config: Mapping[str, Any]) -> str:
         return _text_of(config)
     classes, examples = config.get("data.classes"), config.get("data.examples")
     parts = [str(config.get("data.name", ""))]
+    parts += [f"{name} {value}" for name in OF_OWN if (value := config.get(f"data.{name}")) is not None]
     parts += [f"classes {', '.join(map(str, classes))}"] if classes else []
     parts += [f"the first {examples:,} images"] if examples else []
     return ", ".join(parts)

@@ -28,22 +28,18 @@ STYLE = {
 MOST_MASKS = 8  # layers of a run that are drawn
 
 
-def report(runs: Sequence[Run], title: str, progress: Callable[[Any], Any] = iter) -> str:
+def report(runs: Sequence[Run], title: str, progress: Callable[[Any], Any] = iter, refresh: int | None = None) -> str:
     """The page of some runs, as HTML.
 
     Args:
       runs: in the order of the tables.
       title: of the page.
       progress: wraps the runs while their pictures are drawn, such as ``tqdm``.
+      refresh: the seconds after which the page asks where it came from for a new one; None: never.
     """
-    import jinja2
-
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    environment.filters["svg"] = _svg
-    template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     differing, shared = _configurations(runs)
     with matplotlib.style.context(STYLE):
-        return template.render(
+        return _render(
             title=title,
             sets=[_of_set(name, of_set) for name, of_set in compare.by_data(runs).items()],
             seeds=compare.seeds_table(runs),
@@ -51,7 +47,22 @@ def report(runs: Sequence[Run], title: str, progress: Callable[[Any], Any] = ite
             shared=shared,
             details=map(_details, progress(runs)),
             count=len(runs),
+            refresh=refresh,
+            message=None,
         )
+
+
+def notice(message: str, title: str, refresh: int) -> str:
+    """A page that says why there are no runs to show; ``refresh`` is that of :func:`report`."""
+    return _render(title=title, message=message, refresh=refresh)
+
+
+def _render(**values: Any) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    environment.filters["svg"] = _svg
+    return environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8")).render(values)
 
 
 def _of_set(name: str, runs: Sequence[Run]) -> dict[str, Any]:
