@@ -121,7 +121,7 @@ def test_dtypes(tmp_path):
     assert read(tmp_path / "halves")[0]["torch_dtype"] == "float32"
     with pytest.raises(ValueError, match="dtype must be None or one of bfloat16, float16, float32, float64, got int8"):
         formats.from_hf(tmp_path / "mixed", dtype="int8")
-    with pytest.raises(ValueError, match="dtype must be None or one of bfloat16, float16, float32, float64, got 'floaty'"):
+    with pytest.raises(ValueError, match="dtype must be None or one of .*, got 'floaty'"):
         formats.from_hf(tmp_path / "mixed", dtype="floaty")
     with pytest.raises(ValueError, match="norm/scale must be one of bfloat16, .*, got int32"):
         formats.to_hf(tmp_path / "int", model, params | {"norm": {"scale": np.ones(16, np.int32)}})
