@@ -26,6 +26,7 @@ extensions = [
     "api",
     "mathml",
     "notebooks",
+    "search",
 ]
 exclude_patterns = ["**.ipynb_checkpoints", "notebooks/README.md"]
 suppress_warnings = [
@@ -71,6 +72,7 @@ html_title = f"jaxsparse {version}"
 html_static_path = ["_static"]
 html_css_files = ["custom.css"]
 html_copy_source = False
+html_search_scorer = str(Path(__file__).parent / "_ext" / "scorer.js")
 html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#0b6e99", "color-brand-content": "#0b6e99"},
     "dark_css_variables": {"color-brand-primary": "#56b4e9", "color-brand-content": "#56b4e9"},

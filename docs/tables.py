@@ -1,4 +1,6 @@
-"""Writes the tables of methods from their docstrings: ``python -m docs.tables``; ``--check`` only says which are stale.
+"""Writes tables of methods from their docstrings, and of numbers from committed results (docs/evidence.py).
+
+``python -m docs.tables`` writes them; with ``--check`` it only says which are stale.
 
 A method is a public function in ``jaxsparse/methods/`` that returns a gradient transformation. The first line of its
 docstring is its goal, with the paper in brackets; the first address under "References" is that of the paper.
@@ -16,6 +18,7 @@ from types import ModuleType
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import jaxsparse
+from docs import evidence
 from jaxsparse import methods
 
 ROOT = Path(__file__).parents[1]
@@ -161,6 +164,7 @@ def options(module: ModuleType) -> list[str]:
 TABLES = {
     ROOT / "README.md": names,
     PAGES / "index.md": table,
+    ROOT / "docs" / "choose.md": evidence.choose,
     ROOT / "docs" / "api" / "methods.md": reference,
 }
 
