@@ -31,7 +31,7 @@ NAME, DTYPES = "footprint.json", ("float32", "int8")
 
 
 def footprint(workdir: Path, data_dir: str | None = None) -> dict[str, Any]:
-    """What is in the footprint.json of a run, which is written if it is not there.
+    """Measure the files of a finished run, or read what was measured before from its footprint.json.
 
     Args:
       workdir: the folder of a run that is finished.
