@@ -9,7 +9,7 @@ def test_runs_are_named_by_config_and_argument():
     everything = same_metrics.chosen([])
     assert "digits_sparse_momentum" in everything
     assert not any("common" in run for run in everything)
-    with pytest.raises(ValueError, match="no such config: mnist_rad; there are cifar10_sparse_momentum:alexnet_s, "):
+    with pytest.raises(ValueError, match="no such config: mnist_rad; there are cifar10_resnet8:sparse_momentum, "):
         same_metrics.chosen(["mnist_rda", "mnist_rad"])
 
 
