@@ -107,6 +107,7 @@ def test_exact_sum_is_near_the_sum_and_free_of_order(seed, exponent):
     np.testing.assert_allclose(total, np.abs(values.astype(np.float64)).sum(), rtol=2e-6)
 
 
+@pytest.mark.slow
 def test_exact_sum_of_many_terms():
     values = jnp.full((3000, 3000), 0.7)
     np.testing.assert_allclose(exact_sum(values), 0.7 * 9e6, rtol=1e-6)

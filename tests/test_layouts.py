@@ -241,6 +241,7 @@ def test_groups_along_an_axis_of_choice():
         jaxsparse.n_of_m(2, 4, axis="heads")
 
 
+@pytest.mark.slow
 def test_equal_matrices_get_equal_densities_and_a_stack_is_its_layers():
     shapes = {"q": (512, 8, 64), "same": (512, 512), "mlp": (512, 2048)}
     for kernel in (False, True):

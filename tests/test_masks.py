@@ -272,6 +272,7 @@ def test_sparsities_that_are_no_numbers(sparsity):
             use(params, sparsity)
 
 
+@pytest.mark.slow
 def test_no_layer_is_emptied_without_a_word_and_at_least_keeps_some():
     params = {"big": jax.random.normal(jax.random.key(0), (784, 300)), "out": jnp.full((10, 10), 1e-9)}
     global_masks = functools.partial(jaxsparse.magnitude_masks, allocation="global")

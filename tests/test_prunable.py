@@ -126,6 +126,7 @@ class Block(eqx.Module):
         self.conv, self.fc = eqx.nn.Conv2d(2, 4, 3, key=key), eqx.nn.Linear(8, 8, key=key)
 
 
+@pytest.mark.slow
 def test_stacked_norms_and_biases_stay_dense():
     keys = jax.random.split(jax.random.key(0), 6)
     for params in (Block(keys[0]), eqx.filter_vmap(Block)(keys)):

@@ -40,6 +40,7 @@ def test_rda_cosine_is_the_authors_formula_counted_from_1():
     assert float(averaging(10**6)) == 1
 
 
+@pytest.mark.slow
 def test_rda_halving_is_the_authors_loop():
     boundaries = [391 * epoch for epoch in range(60, 421, 40)]
     assert len(boundaries) == 10

@@ -31,6 +31,7 @@ def masks_of(program, seed=0):
     return masks
 
 
+@pytest.mark.slow
 def test_the_scores_are_of_the_weights_that_the_run_starts_with_and_of_its_images():
     dataset = data.load("digits", examples=400)
     made = program.make_program(config_with(score="snip", examples=50), dataset)

@@ -80,6 +80,7 @@ def test_the_network_computes_the_same_without_its_closed_channels(name, argumen
     np.testing.assert_allclose(losses[1]["loss"], losses[0]["loss"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_state_becomes_that_of_the_smaller_network():
     config, dataset = make_config(), data.load("digits", examples=128)
     made = program.make_program(config, dataset)

@@ -44,6 +44,7 @@ def two_stages():
 # --- Resumed --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_in_the_second_stage_ends_with_the_same_bits(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "draw", lambda *_: None)  # pictures take longer than the training
     config, whole, stopped = two_stages(), tmp_path / "whole", tmp_path / "stopped"

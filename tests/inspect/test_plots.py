@@ -160,6 +160,7 @@ def test_history():
     drawn(figure)
 
 
+@pytest.mark.slow
 def test_histories_of_several_runs():
     figure = inspect.plot_history({"dense": HISTORY, "sparse": inspect.History(tuple(LINES[:1]))})
     assert list(lines_of(figure.axes[0])) == ["dense, train", "dense, test", "sparse, train"]
@@ -252,6 +253,7 @@ def test_names_are_drawn_as_they_are(recwarn):
     assert not recwarn.list
 
 
+@pytest.mark.slow
 def test_empty_layers_and_weights_that_are_not_finite():
     masks = {"none": np.ones((5, 0), bool), "some": np.ones((2, 2), bool), "²": np.ones((0, 3), bool)}
     drawn(inspect.plot_masks(masks))
@@ -308,6 +310,7 @@ def test_class_specialization_back_to_back():
         inspect.plot_class_specialization({"dense": {"only": [0.1]}, "sparse": sparse})
 
 
+@pytest.mark.slow
 def test_nothing_to_draw_yet():
     assert "nothing logged yet" in texts(inspect.plot_history(NOTHING))
     assert "no densities logged" in texts(inspect.plot_layer_densities(NOTHING))

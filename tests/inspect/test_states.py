@@ -104,6 +104,7 @@ def test_a_state_of_a_smaller_model_is_refused():
                 look(state, more)
 
 
+@pytest.mark.slow
 def test_layers_of_which_nothing_is_left_are_warned_of():
     params = {"big": jnp.ones((100, 100)), "out": {"kernel": 0.01 * jnp.ones((5, 4))}, "dense": jnp.ones((2, 2))}
     masks = {"big": params["big"] > 0, "out": {"kernel": jnp.zeros((5, 4), bool)}, "dense": True}

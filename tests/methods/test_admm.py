@@ -97,6 +97,7 @@ def test_six_weights_by_hand():
         jaxsparse.check(opt_state, params)
 
 
+@pytest.mark.slow
 def test_layers_by_themselves_units_and_the_fewest():
     params = make_params()
     sizes = {"attention": 256, "conv": 144, "dense": 384}

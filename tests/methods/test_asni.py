@@ -421,6 +421,7 @@ def test_centroids_of_another_tree_are_named():
         jaxsparse.amenable_init(params, masks, {"conv9/kernel": (-1.0, 1.0)})
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_two_numbers_a_layer_on_the_masks():
     params = network()
     masks = jaxsparse.magnitude_masks(params, 0.5)
@@ -433,6 +434,7 @@ def test_training_goes_on_from_two_numbers_a_layer_on_the_masks():
     assert int((trained["fc"]["kernel"] != 0).sum()) == 10
 
 
+@pytest.mark.slow
 def test_at_least_so_many_weights_of_every_leaf_stay():
     params = {"big": jnp.arange(1.0, 101.0).reshape(10, 10), "out": jnp.full((4, 5), 1e-3)}
     for structure in ("weight", {"big": jaxsparse.block(1, 2)}):

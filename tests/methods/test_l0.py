@@ -263,6 +263,7 @@ def test_with_all_gates_frozen_open_it_is_the_inner_optimizer(problem):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_freezing_takes_the_test_gates_and_holds_them(problem):
     params, loss = problem
     tx = jaxsparse.l0(optax.sgd(0.05), GROUPS, penalty=0.1, gate_optimizer=optax.adam(0.1), freeze_gates_at=4, key=1)
@@ -297,6 +298,7 @@ def test_eval_params_are_the_weights_times_the_test_gates(problem):
     assert int((evaluated["conv2"]["bias"] == 0).sum()) > 0  # the penalty closes some
 
 
+@pytest.mark.slow
 def test_clamped_log_alpha_stays_in_its_bounds(problem):
     params, loss = problem
     tx = jaxsparse.l0(optax.sgd(0.05), GROUPS, penalty=5.0, gate_optimizer=optax.sgd(10.0), clamp=(-1.0, 2.0), key=1)

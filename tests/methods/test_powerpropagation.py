@@ -40,6 +40,7 @@ def test_it_is_the_power_differentiated(alpha):
     assert np.abs(params["kernel"] - start["kernel"]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_a_link_inside_prunes_what_it_would_prune_of_the_params():
     inside = jaxsparse.magnitude_pruning(0.75, begin=2, scope="global")
     links = [

@@ -145,6 +145,7 @@ def test_what_is_not_regularised_is_sgd_with_an_averaged_gradient_bit_by_bit():
     assert (np.asarray(ours["kernel"]) != np.asarray(theirs["kernel"])).any()
 
 
+@pytest.mark.slow
 def test_velocity_at_a_constant_step_size_is_momentum():
     decay = float(np.exp(-1 / 9.5))
     params = make_params()
@@ -211,6 +212,7 @@ def test_a_layer_of_zeros_is_left_alone_and_comes_back():
     jaxsparse.check(state, optax.apply_updates(params, updates))
 
 
+@pytest.mark.slow
 @given(st.integers(0, 10**6), st.floats(0, 1), st.floats(1e-5, 0.1), st.floats(1, 1000))
 @settings(max_examples=30)
 def test_the_masks_are_where_the_weights_are_not_zero(seed, averaging, l1, factor):

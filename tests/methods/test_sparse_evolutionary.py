@@ -41,6 +41,7 @@ def test_by_hand():
         np.testing.assert_array_equal(values[grown], 0)
 
 
+@pytest.mark.slow
 def test_growth_is_random_and_depends_on_the_key():
     params = make_params()
     ends = []

@@ -127,6 +127,7 @@ def test_groups_are_those_of_the_papers(model, sizes):
     assert group_sizes(models.channel_groups(model), params) == sizes
 
 
+@pytest.mark.slow
 def test_statistics_are_not_gathered_in_evaluation():
     variables = Attends().init(jax.random.key(0), jnp.ones((1, 8, 8, 1)), train=True)
     arguments = (Attends(), variables["params"], variables["batch_stats"], [jnp.ones((4, 8, 8, 1))])

@@ -68,6 +68,7 @@ def as_keras(params, stats, images, training):
     return x.mean((1, 2)) @ params["fc"]["kernel"] + params["fc"]["bias"], new
 
 
+@pytest.mark.slow
 def test_resnet_8_computes_what_the_reference_of_mlperf_tiny_does():
     model, images = resnet.ResNet8(), numpy_images((2, 9, 12, 3))
     variables = numpy_variables(model, images.shape)
@@ -80,6 +81,7 @@ def test_resnet_8_computes_what_the_reference_of_mlperf_tiny_does():
     np.testing.assert_allclose(model.apply(variables, images), wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_resnet_8_starts_as_keras_does():
     params = flatten_dict(resnet.ResNet8().init(jax.random.key(0), numpy_images((1, 8, 8, 3)))["params"])
     assert sum(leaf.size for leaf in params.values()) == 78_186

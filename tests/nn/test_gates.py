@@ -7,6 +7,7 @@ import jaxsparse
 from jaxsparse.nn import HardConcreteGate
 
 
+@pytest.mark.slow
 def test_every_example_has_its_own_gates_and_evaluation_has_none_drawn():
     gate, x = HardConcreteGate(log_alpha=0.3), jnp.ones((500, 2, 3, 8))
     variables = gate.init(jax.random.key(0), x)

@@ -234,6 +234,7 @@ def closed_by_hand(params, groups, closed):
     return masked(params, gate_masks(params, per_layer, dead))
 
 
+@pytest.mark.slow
 def test_each_layer_of_a_scan_keeps_its_own_best_units():
     apply, params = stacked_mlp()
     x = rand(2, 5, 4)

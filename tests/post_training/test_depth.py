@@ -61,6 +61,7 @@ def stacked(params):
     return params | {"blocks": jax.tree.map(lambda *x: jnp.stack(x), *params["blocks"])}
 
 
+@pytest.mark.slow
 def test_scores_of_blocks_stacked_and_written_out():
     params, batches = layers(), [jnp.arange(10).reshape(2, 5), jnp.arange(3)[None]]
     want = []

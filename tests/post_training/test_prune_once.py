@@ -298,6 +298,7 @@ def test_experts_are_matrices_of_their_own_and_one_that_is_not_reached_is_named(
     np.testing.assert_array_equal(pruned["experts"] != 0, masks["experts"])
 
 
+@pytest.mark.slow
 def test_what_is_pruned_may_be_chosen(caplog):
     (scan, stacked), _, batches = gpts()
     with caplog.at_level(logging.INFO, "jaxsparse"):
@@ -462,8 +463,11 @@ ZOO = {
 NORMALISED = {"gpt eqx scan vmap", "experts"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ZOO)
+# Each takes half a minute to compile, and what they are made of is in others too.
+LONG = ("unet", "resnet", "gpt eqx scan vmap", "gpt linen scan+remat rms", "gpt linen loop layernorm", "rnn linen")
+
+
+@pytest.mark.parametrize("name", slow_except([], ZOO, LONG))
 def test_models_of_others(name):
     apply, params, args = MODELS[name]()
     batches = batches_like(args, number=4)

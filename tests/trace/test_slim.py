@@ -79,6 +79,7 @@ def test_training_goes_on_as_that_of_the_masked_model():
     np.testing.assert_allclose(small_losses, losses, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_slim_of_slim_is_made_of_the_first_function():
     apply, _, small, (x,), _, _ = slimmed("mlp")
     groups = trace.channel_groups(small.apply, small.params, x)

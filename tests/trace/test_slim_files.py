@@ -29,6 +29,7 @@ def small():
     return trace.slim(apply, params, CLOSED, x)
 
 
+@pytest.mark.slow
 def test_the_same_bits_in_another_process(small, tmp_path):
     small.save(tmp_path / "small")
     subprocess.run([sys.executable, "-c", AGAIN, tmp_path / "small", tmp_path / "y.npy"], check=True)

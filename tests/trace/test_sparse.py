@@ -329,6 +329,7 @@ def test_batch_statistics_and_numbers_come_out():
     assert_close([got["y"], got["state"]], [want["y"], want["state"]], 1e-5)
 
 
+@pytest.mark.slow
 def test_shard_map_outside_and_inside():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     params = {"w": rand(8, 16), "v": rand(16, 8, seed=1)}

@@ -62,6 +62,7 @@ def test_masks_count_what_is_left():
     jaxsparse.check(small.opt_state)
 
 
+@pytest.mark.slow
 def test_gates_are_cut_by_group():
     apply, params, (x,) = mlp()
     groups = trace.channel_groups(apply, params, x)

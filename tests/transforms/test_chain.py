@@ -65,6 +65,7 @@ def test_an_inner_chain_sees_the_signals_of_the_outer():
         np.testing.assert_array_equal(m, g)
 
 
+@pytest.mark.slow
 def test_a_chain_in_a_chain_has_its_own_momentum_and_that_of_the_outer():
     params = make_params()
     whole = [optax.sgd(0.1, momentum=0.9), jaxsparse.sparse_momentum(0.5, 2)]

@@ -24,6 +24,7 @@ def stacked_paths(layers):
     return [[layers[i].path for i in stack.members] for stack in layers.stacks]
 
 
+@pytest.mark.slow
 def test_layers_of_one_size_are_stacked_under_jit_alone():
     params = deep_params()
     masks = jaxsparse.random_masks(params, 0.5)
@@ -40,6 +41,7 @@ def test_layers_of_one_size_are_stacked_under_jit_alone():
     assert layers_in_jit(params, masks).stacks == []
 
 
+@pytest.mark.slow
 def test_on_a_mesh_the_paths_of_a_stack_differ_in_numbers_alone():
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
     params = jax.device_put(deep_params(), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))

@@ -117,6 +117,7 @@ def test_drop_and_grow_have_exact_counts(drop, grow):
     np.testing.assert_array_equal(regrow.counts(layers, new), before - lose + gains)
 
 
+@pytest.mark.slow
 def test_layers_of_units_are_grouped_by_size_and_n_of_m_stands_alone():
     params = make_params()
     structure = {"attention/kernel": jaxsparse.block(2, 4), "dense/kernel": jaxsparse.n_of_m(1, 4)}

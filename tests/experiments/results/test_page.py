@@ -1,6 +1,7 @@
 import dataclasses
 
 import numpy as np
+import pytest
 
 from experiments.results import compare, page
 from tests.experiments.results.runs import made_up
@@ -18,6 +19,7 @@ def test_what_was_logged_in_some_lines_only_and_odd_names():
     assert rows[0][header.index("images/s")] == "100"
 
 
+@pytest.mark.slow
 def test_runs_on_other_data_are_not_compared():
     history = ({"step": 1, "epoch": 1, "train_loss": 1.0},)
     runs = []
