@@ -43,14 +43,17 @@ def footprint(workdir: Path, data_dir: str | None = None) -> dict[str, Any]:
 
     Raises:
       OSError: if this is not the folder of a finished run, or its data are not there.
-      ValueError: for a model that has no batch normalisation to fold, or text.
+      ValueError: for a model that has no batch normalisation to fold, and streamed images.
     """
     if (known := read_json(workdir / NAME)) is not None:
         return known
     if read_json(workdir / "result.json") is None:
         raise OSError(f"{str(workdir)!r} is not the folder of a finished run: it has no result.json")
+    config: dict[str, Any] = read_json(workdir / "config.json") or {}
+    if config.get("data", {}).get("streamed"):
+        raise ValueError(f"{str(workdir)!r} streams its images; this takes data that fit into the memory")
     program, params, state = restore_run(workdir, data_dir)
-    config, stats = read_json(workdir / "config.json") or {}, state.model_state.get("batch_stats")
+    stats = state.model_state.get("batch_stats")
     if stats is None:
         raise ValueError(f"{str(workdir)!r}: {type(program.model).__name__} has no batch normalisation to fold")
     model, masks = program.model, None

@@ -42,6 +42,7 @@ def test_erdos_renyi_is_that_of_jaxpruner():
         np.testing.assert_allclose(1 - np.array(densities), golden[f"erk_{sparsity}"], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(
     shapes=st.lists(st.lists(st.integers(1, 40), min_size=2, max_size=4), min_size=1, max_size=6),

@@ -283,6 +283,7 @@ def test_every_method_takes_heads_and_outputs_first():
     assert sum(int(mask.sum()) for mask in jax.tree.leaves(grown)) == 56
 
 
+@pytest.mark.slow
 def test_the_views_work_on_sharded_leaves_of_explicit_meshes():
     mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
     leaf = jax.random.normal(KEY, (8, 2, 4))

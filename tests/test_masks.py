@@ -38,6 +38,7 @@ def test_uniform_masks_are_within_one_of_their_share():
         assert abs(count - 0.13 * size) < 1
 
 
+@pytest.mark.slow
 def test_seeds_give_different_masks_traced_or_not():
     params = make_params()
     one, two = (jaxsparse.random_masks(params, 0.5, key=key) for key in (1, 2))
@@ -219,6 +220,7 @@ def test_per_output_of_heads_and_stacks():
     assert (mask.sum(1) == 4).all()
 
 
+@pytest.mark.slow
 def test_per_output_what_has_no_inputs_is_ranked_as_a_whole():
     params = {"kernel": jnp.arange(24.0).reshape(2, 4, 3), "bias": jnp.arange(8.0).reshape(2, 4), "b": jnp.arange(4.0)}
     layout = {"bias": jaxsparse.Layout((), 1, stack=0), "b": jaxsparse.Layout((), 0)}

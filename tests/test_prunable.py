@@ -95,6 +95,7 @@ def test_a_predicate_that_takes_a_gain_is_told_with_its_name():
         assert names(prunable_leaves(params, layout=layout)) == {"block/norm/weight", "block/w"}
 
 
+@pytest.mark.slow
 def test_a_layer_called_value_is_a_name_and_the_wrapper_of_nnx_is_none():
     attention = nnx.MultiHeadAttention(num_heads=2, in_features=4, rngs=nnx.Rngs(0), decode=False)
     linen = nn.MultiHeadDotProductAttention(2).init(jax.random.key(0), jnp.ones((1, 3, 4)))["params"]

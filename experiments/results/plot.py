@@ -28,20 +28,20 @@ def picture(table: PaperTable, found: "pd.DataFrame") -> Figure:
     paper: dict[str, dict[Any, tuple[float, float]]] = {}
     baselines: dict[str, float] = {}
     for row in beside_paper(table, found).itertuples():
-        if row.seeds and row.x == "dense":
-            baselines[f"{row.series}, dense, ours"] = row.test_error
-        elif row.seeds and not (table.footprint and math.isnan(row.bytes_int8)):
-            x = round(row.kept, 2) if table.against_kept else row.x
-            x = round(row.bytes_int8 / 1000, 1) if table.footprint else x
-            label = row.series if table.footprint else f"{row.series}, ours"
-            ours.setdefault(label, {})[x] = (
-                (row.error_int8, row.error_int8_error) if table.footprint else (row.test_error, row.test_error_error)
-            )
+        error, label = (row.test_error, row.test_error_error), f"{row.series}, ours"
+        x = round(row.kept, 2) if table.against_kept else row.x
+        if table.footprint:  # of the file that is as large
+            error, label, x = (row.error_int8, row.error_int8_error), row.series, round(row.bytes_int8 / 1000, 1)
+        if row.x == "dense" and not math.isnan(error[0]):
+            baselines[f"{row.series}, dense, ours"] = error[0]
+        elif row.x != "dense" and not math.isnan(error[0]):
+            ours.setdefault(label, {})[x] = error
         if not math.isnan(row.published) and row.x != "dense":
             paper.setdefault(f"{row.series}, paper", {})[row.x] = row.published, row.published_error
     others = {label: {x: (error, math.nan) for x, error in points.items()} for label, points in table.others.items()}
     xlabel = "weights kept (%)" if table.against_kept else table.x
-    xlabel = "kilobytes of the file, values in int8" if table.footprint else xlabel
+    if table.footprint:
+        xlabel = "kilobytes of the file, values in int8"
     return errors_against(xlabel, {**ours, **paper, **others}, baselines, table.title.partition(". ")[0])
 
 

@@ -307,12 +307,10 @@ def _resnet8(series, x, folder, argument, changes, seeds=1, published=None, stag
     return Row(series, x, f"cifar10_resnet8/{folder}", config, changes, published, seeds, stage)
 
 
-def _resnet8_at(series, argument, percents, key="method.sparsity", seeds=1) -> tuple[Row, ...]:
-    """Rows of a method at so many % zeros."""
-    return tuple(
-        _resnet8(series, f"{percent}% zeros", f"{argument}_{percent}", argument, {key: percent / 100}, seeds)
-        for percent in percents
-    )
+def _resnet8_at(percent, series, argument, seeds=1) -> Row:
+    """The row of a method at so many % zeros."""
+    changes = {"method.sparsity": percent / 100}
+    return _resnet8(series, f"{percent}% zeros", f"{argument}_{percent}", argument, changes, seeds)
 
 
 def _resnet8_rda(l1, argument="rda") -> Row:
@@ -332,13 +330,13 @@ _RESNET8_TABLE = PaperTable(
     "normalisation folded into the layers, and without closed channels; multiply-adds that are by zeros are left out.",
     "setting",
     (
-        _resnet8("dense", "dense", "dense", "dense", {}, 2, (13.0, None)),
-        *_resnet8_at("sparse momentum", "sparse_momentum", (80,)),
-        *_resnet8_at("sparse momentum", "sparse_momentum", (90,), seeds=2),
-        *_resnet8_at("sparse momentum", "sparse_momentum", (95,)),
-        *_resnet8_at("rigl", "rigl", (90,)),
+        _resnet8("ResNet-8", "dense", "dense", "dense", {}, 2, (13.0, None)),
+        _resnet8_at(80, "sparse momentum", "sparse_momentum"),
+        _resnet8_at(90, "sparse momentum", "sparse_momentum", seeds=2),
+        _resnet8_at(95, "sparse momentum", "sparse_momentum"),
+        _resnet8_at(90, "rigl", "rigl"),
         _resnet8_rda(3e-6),
-        *_resnet8_at("gradual magnitude", "magnitude_pruning", (90,)),
+        _resnet8_at(90, "gradual magnitude", "magnitude_pruning"),
         _resnet8_gates("dep_l0", 1e-6),
         _resnet8_gates("l0", 1e-6),
         *(
@@ -347,7 +345,7 @@ _RESNET8_TABLE = PaperTable(
         ),
         _resnet8_rda(1e-6),
         _resnet8_rda(6e-6),
-        *_resnet8_at("set", "sparse_evolutionary", (90,)),
+        _resnet8_at(90, "set", "sparse_evolutionary"),
         _resnet8("sr_ste", "2:4", "sr_ste", "sr_ste", {}),
         _resnet8_rda(1e-7, "rda_channel"),
     ),

@@ -68,6 +68,7 @@ def fan_in(inputs, outputs, k, live, seed=0):
     return rng.permuted(np.arange(inputs)[:, None] < k * (rng.permutation(outputs) < live), axis=0)
 
 
+@pytest.mark.slow
 def test_a_constant_fan_in_is_two_dense_arrays_and_a_product():
     rng = np.random.default_rng(0)
     mask = fan_in(30, 12, 5, 8)

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -13,8 +12,7 @@ import pytest
 import jaxsparse
 from experiments import export, prune_after, stages, train
 from experiments.results import collect
-from experiments.stopping import Stopped
-from experiments.workdir import Workdir, read_json, read_metrics
+from experiments.workdir import read_json, read_metrics
 from tests.experiments.test_own_data import arrays, saved, write_folder
 from tests.experiments.test_resume import outcome
 from tests.experiments.test_train import CONFIG, ROOT, smoke_config
@@ -59,19 +57,8 @@ def test_the_result_says_where_the_images_are_from(npz):
     assert collect.tested_on(collect.read_config(run)) == f"npz, files {file}, test 0.2"
 
 
-def test_a_run_that_was_stopped_ends_with_the_same_bits(npz, tmp_path, monkeypatch):
-    log = Workdir.log
-
-    def stop(self, metrics):
-        log(self, metrics)
-        if metrics["step"] == 9:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Workdir, "log", stop)
-    with pytest.raises(Stopped):
-        train.train(own_config(npz[0]), tmp_path / "run", quiet=True)
-    monkeypatch.undo()
-    state, _ = train.train(own_config(npz[0]), tmp_path / "run", quiet=True)
+def test_a_run_that_was_stopped_ends_with_the_same_bits(npz, tmp_path, stopped_and_resumed):
+    state = stopped_and_resumed(own_config(npz[0]), tmp_path / "run")
     chex.assert_trees_all_equal(state.params, npz[2].params)
     assert outcome(tmp_path / "run") == outcome(npz[1])
 
@@ -125,24 +112,13 @@ def test_a_folder_in_stages_and_pruned_after_training(tmp_path, monkeypatch):
     assert "magnitude" in (tmp_path / "prune_after.md").read_text()
 
 
-def test_a_folder_is_streamed_and_resumed(tmp_path, monkeypatch):
+def test_a_folder_is_streamed_and_resumed(tmp_path, stopped_and_resumed):
     write_folder(tmp_path / "images", channels=3, count=200, test=60)
     changes = {"data.streamed": True, "data.mean": (0.5,), "data.std": (0.3,), "data.pad": 0, "data.flip": False}
     config = config_of("folder", "images", data_dir=str(tmp_path), **changes)
     state, [result] = train.train(config, tmp_path / "run", quiet=True)
     assert (result["steps"], result["data"]["test_images"]) == (12, 60)
-    log = Workdir.log
-
-    def stop(self, metrics):
-        log(self, metrics)
-        if metrics["step"] == 9:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Workdir, "log", stop)
-    with pytest.raises(Stopped):
-        train.train(config, tmp_path / "stopped", quiet=True)
-    monkeypatch.undo()
-    again, _ = train.train(config, tmp_path / "stopped", quiet=True)
+    again = stopped_and_resumed(config, tmp_path / "stopped")
     chex.assert_trees_all_equal(again.params, state.params)
     assert [line["step"] for line in read_metrics(tmp_path / "stopped")] == [3, 6, 9, 12]
     next((tmp_path / "images/train/digit_4").iterdir()).unlink()

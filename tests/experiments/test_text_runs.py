@@ -1,9 +1,7 @@
 """Whole runs on a text: resumed, in every layout, side by side, with masks held, pruned at the start, in a sweep."""
 
 import json
-import os
 import runpy
-import signal
 
 import chex
 import jax
@@ -15,8 +13,7 @@ from experiments import program, stages, sweep, train
 from experiments.inputs import open_dataset, open_source
 from experiments.results import sweep as results
 from experiments.results.compare import finished_runs
-from experiments.stopping import Stopped
-from experiments.workdir import Workdir, read_metrics
+from experiments.workdir import read_metrics
 from jaxsparse.trees import by_path
 from tests.experiments import tiny_text
 from tests.experiments.test_resume import outcome
@@ -54,19 +51,8 @@ def test_a_run_leaves_losses_tokens_a_second_and_where_its_text_is_from(run, fol
     assert "accuracy" not in table
 
 
-def test_a_run_that_was_stopped_ends_with_the_same_bits(run, folder, tmp_path, monkeypatch):
-    log = Workdir.log
-
-    def stop(self, metrics):
-        log(self, metrics)
-        if metrics["step"] == 9:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Workdir, "log", stop)
-    with pytest.raises(Stopped):
-        train.train(tiny_text.config(folder), tmp_path / "run", quiet=True)
-    monkeypatch.undo()
-    state, _ = train.train(tiny_text.config(folder), tmp_path / "run", quiet=True)
+def test_a_run_that_was_stopped_ends_with_the_same_bits(run, folder, tmp_path, stopped_and_resumed):
+    state = stopped_and_resumed(tiny_text.config(folder), tmp_path / "run")
     chex.assert_trees_all_equal(state.params, run[1].params)
     assert outcome(tmp_path / "run") == outcome(run[0])
 

@@ -51,6 +51,7 @@ def masks_of_a_network():
     return jaxsparse.get_masks(tx.init(make_params()), make_params())
 
 
+@pytest.mark.slow
 def test_masks_of_every_sparse_leaf():
     masks = masks_of_a_network()
     figure = inspect.plot_masks(masks)
@@ -193,6 +194,7 @@ def test_layer_densities_are_logarithmic_over_a_wide_range(densities, scale):
     assert figure.axes[0].get_yscale() == scale
 
 
+@pytest.mark.slow
 def test_accuracy_against_kept():
     runs = {"ours": [(0.2, 0.97), (0.02, 0.95, 0.01)], "theirs": [(0.05, 0.9)], "none yet": []}
     figure = inspect.plot_accuracy_against_kept(runs, baselines={"dense": 0.98})
@@ -218,6 +220,7 @@ def test_what_was_logged_is_drawn_without_the_rest():
     assert [text.get_text() for text in errors.get_legend().get_texts()] == ["test"]
 
 
+@pytest.mark.slow
 def test_a_single_point_is_seen():
     figure = inspect.plot_layer_densities(inspect.History(tuple(LINES)))
     assert [line.get_marker() for line in figure.axes[1].lines] == ["o", "o"]

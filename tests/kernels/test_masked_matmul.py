@@ -149,6 +149,7 @@ def test_any_mask(rows, inputs, outputs, density, implementation, seed):
     compare(Product(rows, inputs, outputs, None), [mask], "float32", implementation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", slow_except([True], [False, True]))
 def test_no_races_and_nothing_read_that_was_not_written(masked):
     # The interpreter that keeps to a TPU's memory: what was not written is NaN, copies on their way are watched.
@@ -221,6 +222,7 @@ def test_dense_gradients_of_the_weights(implementation):
     np.testing.assert_allclose(fixed, full, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", BLOCK_BACKENDS)
 @pytest.mark.parametrize("batched", slow_except(["all"], ["x", "w", "mask", "all"]))
 def test_vmap(implementation, batched):
@@ -265,6 +267,7 @@ def test_nothing_to_multiply():
     assert y.tolist() == [[0, 1, 2], [0, 1, 2]]
 
 
+@pytest.mark.slow
 def test_lists_of_blocks():
     live = jnp.asarray([[False, True, True], [False, False, True]])
     by_column = block_info(live).by_column

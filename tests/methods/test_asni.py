@@ -327,6 +327,7 @@ def network(key=0):
     return treedef.unflatten([jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
 
 
+@pytest.mark.slow
 def test_every_weight_becomes_the_mean_of_its_layer_and_sign():
     params = network()
     masks = jaxsparse.magnitude_masks(params, 0.6, allocation="global")

@@ -96,6 +96,7 @@ def test_the_number_of_weights_follows_equation_1(initial, begin):
     assert expected == SPARSE_SIZE - round(0.9 * SPARSE_SIZE)
 
 
+@pytest.mark.slow
 def test_the_drop_fraction_is_the_authors_cosine():
     """By what one layer of 1000 weights, which are pruned no more, loses of those that it has."""
     params = {"kernel": jnp.linspace(1.0, 2.0, 1000).reshape(20, 50)}

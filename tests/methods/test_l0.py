@@ -200,6 +200,7 @@ def test_the_gradients_are_those_of_the_explicit_loss(problem, name):
     assert all(float(jnp.abs(g).max()) > 1e-3 for g in wanted[1])
 
 
+@pytest.mark.slow
 def test_penalty_of_neighbours_is_the_product_of_expected_widths(problem):
     params, _ = problem
     logits = [jnp.linspace(-1, 1, 6), jnp.linspace(0, 2, 4)]
@@ -281,6 +282,7 @@ def test_freezing_takes_the_test_gates_and_holds_them(problem):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_eval_params_are_the_weights_times_the_test_gates(problem):
     params, loss = problem
     tx = jaxsparse.l0(optax.sgd(0.05), GROUPS, penalty=5.0, gate_optimizer=optax.adam(0.3), key=1)

@@ -103,6 +103,7 @@ def test_what_arrives_has_the_variance_of_the_dense_network(allocation):
         assert float(by_output.mean()) == pytest.approx(2, rel=0.1)
 
 
+@pytest.mark.slow
 def test_new_draws_follow_the_gain_and_the_key_and_leave_dense_leaves():
     params = {"a": jnp.zeros((64, 64)), "b": jnp.zeros((64, 64)), "dense": jnp.ones((4, 4))}
     masks = jaxsparse.random_masks(params, 0.5, prunable=["a", "b"])

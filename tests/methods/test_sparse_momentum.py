@@ -92,6 +92,7 @@ def test_by_hand_prune_redistribute_regrow():
     assert new["b"].tolist() == [[True, True, False, False, False, True, True, True]]
 
 
+@pytest.mark.slow
 def test_a_just_pruned_weight_may_return_and_keeps_its_value():
     weights = {"w": jnp.array([[4.0, 3.0, 0.2, 0.1, 0, 0, 0, 0]])}
     momentum = {"w": jnp.array([[0.0, 0, 9, 8, 1, 1, 1, 1]])}
@@ -559,6 +560,7 @@ def test_every_step_keeps_the_budget_in_whole_units(name):
     assert changes == 3
 
 
+@pytest.mark.slow
 def test_leaves_that_do_not_fit_are_told_once_for_a_link():
     params = make_params()
     with warnings.catch_warnings(record=True, action="always") as seen:
@@ -765,6 +767,7 @@ def test_muon_and_its_adam_part_share_what_regrows():
     assert 100 < int(masks["conv"].sum()) < 320
 
 
+@pytest.mark.slow
 def test_the_scale_of_one_optimizer_does_not_matter():
     weights, momentum, masks = random_problem(5, [(10, 10), (20, 20), (20, 10)], [0.5, 0.2, 0.3])
     tx = jaxsparse.sparse_momentum(0.5, 1, masks=masks)
@@ -825,6 +828,7 @@ def test_frozen_layers_keep_their_masks_and_the_others_do_as_without_them():
     assert same == {"frozen": True, "head": False, "silent": False, "tail": False}
 
 
+@pytest.mark.slow
 def test_fingerprints_change_with_any_bit():
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
         w = jax.random.normal(jax.random.key(0), (40, 30)).astype(dtype)

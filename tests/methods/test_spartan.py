@@ -37,6 +37,7 @@ def moved(tx, weights, count, grads):
     return opt_state, params["kernel"], before - after.weights["kernel"]
 
 
+@pytest.mark.slow
 def test_the_soft_choice_is_that_of_the_authors_loop():
     tx = jaxsparse.spartan(optax.sgd(1.0), 0.75, warmup=10, freeze_at=40)
     # Of 12 weights 12 - round(9 t / 10) are chosen, with a beta of 1 + 19 t / 40.

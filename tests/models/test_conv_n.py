@@ -53,6 +53,7 @@ def test_it_is_what_it_says_in_plain_jax(shape):
         np.testing.assert_allclose(y, x, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_kernels_start_normal_by_their_inputs_and_biases_at_zero():
     params = models.Conv2().init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
     for layer, fan_in in (("conv2", 9 * 64), ("fc1", 1024), ("fc2", 256)):

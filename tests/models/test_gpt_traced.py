@@ -58,6 +58,7 @@ def units_and_heads(model, groups):
     return units, heads or places
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "form"), slow_except(QUICK[:1], FORMS))
 def test_half_of_the_units_and_heads_are_cut(name, form):
     model, params, apply = gpt(name, form)

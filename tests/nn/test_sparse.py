@@ -167,6 +167,7 @@ def stacked(lift, axes):
     return Model()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lift", slow_except([nn.scan], [nn.scan, nn.vmap]))
 def test_layers_under_scan_and_vmap_take_their_masks(lift):
     x = jax.random.normal(jax.random.key(0), (2, 8))

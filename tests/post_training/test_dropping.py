@@ -68,6 +68,7 @@ def test_the_blocks_of_leaves():
     assert numbers_of(tree, "layers/*") == (want, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("blocks", "stack"), [("block_*", False), ("blocks", True)])
 def test_states_of_optimizers(blocks, stack):
     params = numbered([f"block_{i}" for i in range(3)])

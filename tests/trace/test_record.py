@@ -227,6 +227,7 @@ def mesh_of(**axes):
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(jax.sharding.AxisType.Auto,) * len(axes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checked", slow_except([True], [True, False]))
 def test_devices_share_a_batch_and_the_inputs(checked):
     mesh = mesh_of(data=2, model=2)

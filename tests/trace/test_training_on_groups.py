@@ -73,6 +73,7 @@ SOME = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOME)
 def test_l0_takes_derived_groups(name):
     apply, params, args = TRAINED[name]()

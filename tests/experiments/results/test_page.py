@@ -44,6 +44,7 @@ def test_runs_on_other_data_are_not_compared():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_layer_densities_are_drawn_where_masks_change():
     def lines(*densities, **flips):
         return tuple(
