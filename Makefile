@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG := configs/digits_sparse_momentum.py
 
-.PHONY: help train test test-all test-versions test-optax test-interop notebooks docs lint clean
+.PHONY: help train test test-all test-versions test-optax test-interop soak notebooks docs lint clean
 
 help:
 	@echo "make train      train sparse momentum at 90% sparsity on digits, and a dense baseline, and compare"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-versions  make test with every Python from 3.11 to 3.13 that is here, and with each JAX"
 	@echo "make test-optax run Optax's own tests over our links (OPTAX=CHECKOUT: those of another Optax)"
 	@echo "make test-interop  round trips with transformers and torch, which go into an environment of their own, 6 GB"
+	@echo "make soak       try for hours to lose something: kill runs, fill the disk, read hostile files"
 	@echo "make notebooks  execute the notebooks and write their outputs back"
 	@echo "make docs       build the documentation, into build/docs/index.html"
 	@echo "make lint       ruff, mypy, and a wheel that installs and imports"
@@ -37,6 +38,10 @@ test-optax: $(VENV)/test.installed
 
 test-interop: $(VENV)/interop.installed
 	$(VENV)/interop/bin/python -m pytest tests/interop
+
+# Goes on where it was ended.
+soak: $(VENV)/test.installed
+	$(BIN)/python -m tests.soak
 
 notebooks: $(VENV)/notebooks.installed
 	$(BIN)/python -m notebooks.run

@@ -9,6 +9,7 @@ Usage: ``python -m benchmarks.trace_sparse [--models gpt-256 gpt-1024] [--densit
 import argparse
 import functools
 import statistics
+import sys
 
 import jax
 import optax
@@ -104,7 +105,7 @@ def main():
             *(f"{statistics.median(times):.2f}" for times in seconds.values()),
             f"{statistics.median(against):.2f}", f"{min(against):.2f} to {max(against):.2f}",
         ])  # fmt: skip
-        print(report, " | ".join(rows[-1]), sep="\n", flush=True)
+        print(report, " | ".join(rows[-1]), sep="\n", file=sys.stderr)
     timing.save(
         "trace_sparse",
         "Train steps of an unchanged GPT on block kernels",

@@ -25,6 +25,7 @@ extensions = [
     "sphinx_copybutton",
     "api",
     "mathml",
+    "measured",
     "notebooks",
     "search",
 ]

@@ -448,30 +448,35 @@ def save(figure: Figure, path: Path) -> None:
     Image.open(buffer).convert("RGB").quantize(96).save(path, optimize=True)
 
 
+def style(theme: str) -> dict:
+    """Settings of matplotlib: the colours of a theme, and small letters."""
+    ink, paper, line = INK[theme]
+    return {
+        "axes.prop_cycle": mpl.cycler(color=COLOURS[theme]),
+        "font.size": 9,
+        "axes.titlesize": 9.5,
+        "legend.fontsize": 8,
+        "legend.frameon": False,
+        "lines.linewidth": 1.6,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": line,
+        "axes.facecolor": paper,
+        "figure.facecolor": paper,
+        "savefig.facecolor": paper,
+        **{f"{part}.color": ink for part in ("text", "xtick", "ytick")},
+        "axes.labelcolor": ink,
+    }
+
+
 def main() -> None:
     """Draws those that the command line names, or all."""
     FOLDER.mkdir(exist_ok=True)
     for name in sys.argv[1:] or PICTURES:
         compute, size = PICTURES[name]
         draw = compute()
-        for theme, (ink, paper, line) in INK.items():
-            style = {
-                "axes.prop_cycle": mpl.cycler(color=COLOURS[theme]),
-                "font.size": 9,
-                "axes.titlesize": 9.5,
-                "legend.fontsize": 8,
-                "legend.frameon": False,
-                "lines.linewidth": 1.6,
-                "axes.spines.top": False,
-                "axes.spines.right": False,
-                "axes.edgecolor": line,
-                "axes.facecolor": paper,
-                "figure.facecolor": paper,
-                "savefig.facecolor": paper,
-                **{f"{part}.color": ink for part in ("text", "xtick", "ytick")},
-                "axes.labelcolor": ink,
-            }
-            with mpl.rc_context(style):
+        for theme in INK:
+            with mpl.rc_context(style(theme)):
                 figure = Figure(figsize=size, layout="constrained")
                 figure.theme = theme
                 draw(figure)

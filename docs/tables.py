@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import jaxsparse
-from docs import evidence
+from docs import evidence, speeds
 from jaxsparse import methods
 
 ROOT = Path(__file__).parents[1]
@@ -165,6 +165,7 @@ TABLES = {
     ROOT / "README.md": names,
     PAGES / "index.md": table,
     ROOT / "docs" / "choose.md": evidence.choose,
+    ROOT / "docs" / "benchmarks.md": speeds.digest,
     ROOT / "docs" / "api" / "methods.md": reference,
 }
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxsparse.trees import WRAPPED, path_name
 
-__all__ = ["Axes", "Leaf", "Rules", "described"]
+__all__ = ["Axes", "Leaf", "Rules", "described", "is_attention_output"]
 
 # Names of leaves that multiply, wherever they lie. (``weight`` does not: it may be a normalisation's.)
 _MATRIX_NAMES = {"kernel", "w", "embedding", "embeddings"}
@@ -283,7 +283,7 @@ class Rules:
                 agree = any(map(as_wide, (shape, *queries)))
             if agree or (len(shape) == 3 and shape[0] >= shape[1]):
                 return [0], range(1, len(shape)), 0, "" if agree else "taken for heads of attention"
-        elif _HEADS_IN.fullmatch(leaf.label) and self._in_attention(leaf, around):
+        elif is_attention_output(leaf) and self._in_attention(leaf, around):
             if len(shape) == 4:
                 return ([1, 2], [3], 1, _AXIS_0) if shape[1] * shape[2] == shape[3] else None
             if shape[0] * shape[1] == shape[2] or (shape[2], *shape[:2]) in tails:
@@ -298,6 +298,11 @@ class Rules:
         """Whether query, key or value stand beside a leaf, or a module around it is attention."""
         heads = any(_HEADS_OUT.fullmatch(other.label) for other in around)
         return heads or any(_ATTENTION.search(part) for part in (*leaf.modules, leaf.kind))
+
+
+def is_attention_output(leaf: Leaf) -> bool:
+    """Whether a leaf, by its name, is the projection behind attention, whose inputs are the heads."""
+    return bool(_HEADS_IN.fullmatch(leaf.label))
 
 
 def _is_thin(leaf: Leaf) -> bool:

@@ -75,6 +75,12 @@ class Layout:
         """Whether the leaf has inputs, unlike a bias or a gain."""
         return bool(self.inputs)
 
+    @property
+    def head(self) -> int | None:
+        """The last but one of several axes that are inputs or outputs, that of attention's heads; None without them."""
+        axes = next((axes for axes in (self.outputs, self.inputs) if len(axes) > 1), None)  # type: ignore[arg-type]
+        return None if axes is None else axes[-2]  # type: ignore[index]
+
     def is_plain(self, rank: int) -> bool:
         """Whether a leaf of this rank has the axes of a Flax layer: spatial axes, inputs, outputs."""
         return not self.stack and (not self.inputs or (self.inputs, self.outputs) == ((rank - 2,), (rank - 1,)))

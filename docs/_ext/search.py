@@ -17,6 +17,8 @@ FIRST = {
     "2:4": "methods/sr_ste",
     "transformer": "howto/transformers",
     "transformers": "howto/transformers",
+    "nnx": "howto/flax_nnx",
+    "gallery": "gallery",
     "prune a trained network": "prune",
     "save": "howto/save_and_convert",
     "load": "howto/save_and_convert",

@@ -35,7 +35,7 @@ class PaperTable(NamedTuple):
     """The rows of a table, and its text.
 
     Attributes:
-      title: of the table.
+      title: of the table; after a full stop the publication that it is from, if it is from one.
       about: how the runs were made, for the reader of the results.
       x: the name of the column of ``Row.x``.
       rows: in the order of the table; those with x "dense" are baselines.

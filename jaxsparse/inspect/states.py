@@ -17,7 +17,7 @@ from jaxsparse.masks import apply_masks, validate_masks
 from jaxsparse.prunable import prunable_leaves
 from jaxsparse.transforms.checks import hint_of_parts
 from jaxsparse.transforms.protocols import HasGates, HasLatents, HasNotes, link_states
-from jaxsparse.trees import by_path, is_masked_node, path_name
+from jaxsparse.trees import by_path, is_masked_node, natural_order, path_name
 
 __all__ = [
     "SparsityError",
@@ -324,6 +324,19 @@ def masks_for(opt_state_or_masks: Any, params: Any) -> Any:
         return get_masks(opt_state_or_masks, params)  # or an error, if the state has no sparse link
     validate_masks(opt_state_or_masks, params)
     return opt_state_or_masks
+
+
+def sparse_masks(masks: Any, function: str) -> dict[str, np.ndarray]:
+    """The masks of the sparse leaves, by path, in natural order; the argument may be an optimizer state."""
+    if link_states(masks):
+        masks = get_masks(masks)
+    found = {path: np.asarray(mask) for path, mask in by_path(masks).items() if np.ndim(mask) > 0}
+    for path, mask in found.items():
+        if mask.dtype != bool:
+            raise ValueError(f"{function}: expected masks, or an optimizer state, got {mask.dtype} for {path}")
+    if not found:
+        raise ValueError(f"{function}: no leaf has a mask, all are dense")
+    return {path: found[path] for path in sorted(found, key=natural_order)}
 
 
 def _all_bool(tree: Any) -> bool:

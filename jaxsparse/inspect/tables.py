@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsparse.inspect.attention import kept_by_head
 from jaxsparse.inspect.states import masks_for
 from jaxsparse.layouts import Layout, LayoutLike, leaf_layouts
 from jaxsparse.tables import Table, Tabular
@@ -32,6 +33,9 @@ class LayerSummary(NamedTuple):
         vectors.
       dead_outputs: the number of outputs that keep no weight; None for dense leaves.
       positions: the number of output positions of an example at which the leaf is applied; None if unknown.
+      heads: the number of heads of attention, all layers of a stack together; None where none are found, see
+        :func:`heads`.
+      dead_heads: the number of heads that keep no weight in this leaf; None where none are found.
     """
 
     path: str
@@ -43,6 +47,8 @@ class LayerSummary(NamedTuple):
     dead_inputs: int | None = None
     dead_outputs: int | None = None
     positions: float | None = None
+    heads: int | None = None
+    dead_heads: int | None = None
 
     @property
     def macs(self) -> float | None:
@@ -62,7 +68,18 @@ class Summary(Tabular):
 
     def table(self) -> Table:
         """The cells of the table."""
-        header = ("layer", "shape", "weights", "kept", "density", "mean |w|", "dead in", "dead out", "MACs")
+        header = (
+            "layer",
+            "shape",
+            "weights",
+            "kept",
+            "density",
+            "mean |w|",
+            "dead in",
+            "dead out",
+            "dead heads",
+            "MACs",
+        )
         sparse = [row for row in self.layers if row.sparse]
         rows = [
             (
@@ -74,6 +91,7 @@ class Summary(Tabular):
                 "" if row.mean_abs is None else f"{row.mean_abs:.3g}",
                 "" if row.dead_inputs is None else f"{row.dead_inputs:,}",
                 "" if row.dead_outputs is None else f"{row.dead_outputs:,}",
+                "" if row.heads is None else f"{row.dead_heads:,} of {row.heads:,}",
                 "" if row.macs is None else f"{row.macs:,.0f}",
             )
             for row in self.layers
@@ -85,7 +103,7 @@ class Summary(Tabular):
             of_all = sum(row.weights * (row.positions or 0) for row in layers)
             macs = f"{of_kept:,.0f} ({of_kept / of_all:.1%})" if of_all else ""
             density = _density(kept, weights, bool(sparse))
-            totals.append((name, "", f"{weights:,}", f"{kept:,}", density, "", "", "", macs))
+            totals.append((name, "", f"{weights:,}", f"{kept:,}", density, "", "", "", "", macs))
         return Table(header, tuple(rows), tuple(totals), left=(0, 1)).without_empty_columns(keep=5)
 
 
@@ -94,8 +112,8 @@ def summary(
 ) -> Summary:
     """Count the weights that every layer keeps, as a table.
 
-    The table also has the mean absolute value of the kept weights, the number of dead inputs and outputs, which have no
-    weight left, and the multiply-accumulate operations (MACs).
+    The table also has the mean absolute value of the kept weights, the number of dead inputs, outputs and heads of
+    attention, which have no weight left (:func:`heads` tells which), and the multiply-accumulate operations (MACs).
 
     Args:
       opt_state_or_masks: an optimizer state, or masks like the params.
@@ -151,7 +169,11 @@ def _layer(path: str, leaf: Any, mask: np.ndarray, positions: float | None, layo
         dead_outputs = int(np.count_nonzero(~layout.any_by_output(mask)))
         if layout.is_matrix:
             dead_inputs = int(np.count_nonzero(~layout.any_by_input(mask)))
-    return LayerSummary(path, tuple(leaf.shape), weights, kept, sparse, mean_abs, dead_inputs, dead_outputs, positions)
+    of_heads = kept_by_head(mask, layout) if sparse else None
+    heads, dead = (None, None) if of_heads is None else (of_heads.size, int(np.count_nonzero(of_heads == 0)))
+    return LayerSummary(
+        path, tuple(leaf.shape), weights, kept, sparse, mean_abs, dead_inputs, dead_outputs, positions, heads, dead
+    )
 
 
 def _is_numeric(leaf: Any) -> bool:

@@ -17,9 +17,8 @@ from tests.artifacts.test_artifacts import same_bits
 LIMIT = 1 << 24  # what a small file may take in memory by default
 
 
-@pytest.fixture(scope="module")
-def model():
-    """A small model with every encoding in it."""
+def every_encoding():
+    """A small model with every encoding in it: params and masks."""
     rng = np.random.default_rng(1)
     dense = rng.standard_normal((40, 25))
     mask = rng.random((40, 25)) < 0.1
@@ -41,11 +40,19 @@ def model():
     return params, masks
 
 
+STRUCTURE = {"n_of_m/*": jaxsparse.n_of_m(2, 4)}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return every_encoding()
+
+
 @pytest.fixture(scope="module")
 def valid(model, tmp_path_factory):
     """The bytes of its file, and a path to write to."""
     path = tmp_path_factory.mktemp("fuzz") / "model"
-    save_sparse(path, *model, structure={"n_of_m/*": jaxsparse.n_of_m(2, 4)})
+    save_sparse(path, *model, structure=STRUCTURE)
     text = describe(path)
     for encoding in (
         "2:4, float64",

@@ -156,6 +156,8 @@ def test_older_checkpoints(tmp_path):
 
 REFUSED = [
     ("gpt2", {"model_type": "gpt_neox"}, "model_type is 'gpt_neox', expected one of gpt2, llama, mistral, qwen2"),
+    ("gpt2", {"model_type": {"a": 1}}, "model_type is {'a': 1}, expected one of gpt2, llama, mistral, qwen2"),
+    ("gpt2", {"n_embd": 2**63}, "n_embd is 9223372036854775808, expected at most 2147483647"),
     ("gpt2", {"activation_function": "relu"}, "activation_function is 'relu', and models.GPT has 'gelu_new' or"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
     ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True"),
@@ -223,6 +225,8 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
     ]:
         with pytest.raises(ArtifactError, match=message):
             formats.from_hf(changed(tmp_path, "llama", {}, tensors))
+    with pytest.raises(ArtifactError, match="config.json tells of 2147483647 blocks, but there are 28 tensors"):
+        formats.from_hf(changed(tmp_path, "gpt2", {"n_layer": 2**31 - 1}))
     with pytest.raises(ArtifactError, match=r"lacks lm_head.weight"):
         formats.from_hf(changed(tmp_path, "qwen2", {"tie_word_embeddings": False}))
     with pytest.raises(ArtifactError, match=r"has model.layers.0.self_attn.k_proj.bias, .* place for"):
@@ -244,6 +248,7 @@ def test_damaged_checkpoints(tmp_path):
     for where, message in [
         ("model-00004-of-00004.safetensors", "model.layers.0.mlp.up_proj.weight should be in model-00004"),
         ("../other.safetensors", "expected files of this folder, got '../other.safetensors'"),
+        ("", "expected files of this folder, got ''"),
         (4, "expected a weight_map"),
     ]:
         moved = listing["weight_map"] | {"model.layers.0.mlp.up_proj.weight": where}

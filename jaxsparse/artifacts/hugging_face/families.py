@@ -10,6 +10,7 @@ from jaxsparse.trees import listed
 __all__ = ["FAMILIES", "Family", "family_for", "options_of"]
 
 Config = Mapping[str, Any]
+_MOST = 2**31 - 1  # of layers, heads, channels: products of a few of them still are sizes of arrays
 
 
 class Family(NamedTuple):
@@ -37,7 +38,7 @@ def options_of(config: Config, max_length: int | None = None) -> tuple[Family, d
       ValueError: for what models.GPT cannot do, naming the key and its value.
     """
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"model_type is {kind!r}, expected one of {', '.join(FAMILIES)}")
     if (quantised := config.get("quantization_config")) is not None:
         method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
@@ -219,6 +220,8 @@ def _count(config: Config, key: str, default: int | None = None) -> int:
         value = default
     if type(value) is not int or value < 1:
         raise ValueError(f"{key} is {value!r}, expected an int >= 1" if key in config else f"{key} is missing")
+    if value > _MOST:
+        raise ValueError(f"{key} is {value}, expected at most {_MOST}")
     return value
 
 

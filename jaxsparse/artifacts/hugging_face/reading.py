@@ -76,10 +76,13 @@ def from_hf(
         config = read_object(folder / "config.json")
         family, options = options_of(config, max_length)
         model = GPT(**options)
-        shapes = shapes_of(model)
-    tensors = family.names.tensors(shapes, model.num_layers)
     with naming(folder, ArtifactError), contextlib.ExitStack() as stack:
         stored = _stored(folder, family.names, stack)
+        if model.num_layers > len(stored):  # before anything is made for each of them
+            raise ValueError(f"config.json tells of {model.num_layers} blocks, but there are {len(stored)} tensors")
+        with naming("config.json", ValueError):
+            shapes = shapes_of(model)
+        tensors = family.names.tensors(shapes, model.num_layers)
         _check_tied(model.tied, stored, tensors)
         _check(stored, tensors, shapes)
         leaves: dict[str, np.ndarray] = {}
@@ -133,7 +136,7 @@ def _by_index(index: Mapping[str, Any], opened: Any) -> dict[str, Any]:
     listing = index.get("weight_map")
     if not isinstance(listing, dict) or not all(isinstance(name, str) for name in listing.values()):
         raise ValueError("expected a weight_map, from the names of the tensors to those of the files")
-    if outside := [name for name in listing.values() if Path(name).name != name]:
+    if outside := [name for name in listing.values() if not name or Path(name).name != name]:
         raise ValueError(f"expected files of this folder, got {outside[0]!r}")
     files = {name: opened(name) for name in sorted(set(listing.values()))}
     inside = {name: set(file.keys()) for name, file in files.items()}

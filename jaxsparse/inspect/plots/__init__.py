@@ -10,6 +10,7 @@ from jaxsparse.inspect.plots.features import plot_class_specialization
 from jaxsparse.inspect.plots.masks import (
     plot_densities,
     plot_filters,
+    plot_heads,
     plot_masks,
     plot_receptive_fields,
     plot_weights,
@@ -24,5 +25,6 @@ from jaxsparse.inspect.plots.style import COLOURS, MARKERS
 
 __all__ = [
     "COLOURS", "MARKERS", "plot_accuracy_against_kept", "plot_class_specialization", "plot_densities", "plot_filters",
-    "plot_history", "plot_layer_densities", "plot_masks", "plot_receptive_fields", "plot_schedules", "plot_weights",
+    "plot_heads", "plot_history", "plot_layer_densities", "plot_masks", "plot_receptive_fields", "plot_schedules",
+    "plot_weights",
 ]  # fmt: skip

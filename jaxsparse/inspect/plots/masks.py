@@ -1,18 +1,18 @@
 """Pictures of masks and of the weights that they keep."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from jaxsparse.inspect.attention import heads as heads_of
 from jaxsparse.inspect.plots.style import COLOURS, ink, ink_map, logarithmic, new_figure, plain, whole_numbers
-from jaxsparse.inspect.states import get_masks, masks_for
+from jaxsparse.inspect.states import masks_for, sparse_masks
 from jaxsparse.layouts import Layout, LayoutLike, leaf_layouts
-from jaxsparse.transforms.protocols import link_states
 from jaxsparse.trees import align, by_path, natural_order
 
-__all__ = ["plot_densities", "plot_filters", "plot_masks", "plot_receptive_fields", "plot_weights"]
+__all__ = ["plot_densities", "plot_filters", "plot_heads", "plot_masks", "plot_receptive_fields", "plot_weights"]
 
 
 def plot_densities(masks: Any):
@@ -27,7 +27,7 @@ def plot_densities(masks: Any):
     Raises:
       ValueError: if no leaf has a mask, or the leaves are not masks.
     """
-    layers = {path: (int(mask.sum()), mask.size) for path, mask in _sparse(masks, "plot_densities").items()}
+    layers = {path: (int(mask.sum()), mask.size) for path, mask in sparse_masks(masks, "plot_densities").items()}
     shares = {path: 100 * kept / max(size, 1) for path, (kept, size) in layers.items()}
     overall = 100 * sum(kept for kept, _ in layers.values()) / max(1, sum(size for _, size in layers.values()))
     figure = new_figure(9, 1.1 + 0.28 * len(layers))
@@ -74,7 +74,7 @@ def plot_masks(masks: Any, *, layout: LayoutLike = None, max_side: int = 256):
     Raises:
       ValueError: if no leaf has a mask, or the leaves are not masks.
     """
-    sparse = _sparse(masks, "plot_masks")
+    sparse = sparse_masks(masks, "plot_masks")
     layouts = leaf_layouts(sparse, layout)
     columns = min(len(sparse), 4)
     rows = -(-len(sparse) // columns)
@@ -96,6 +96,38 @@ def plot_masks(masks: Any, *, layout: LayoutLike = None, max_side: int = 256):
         else:
             axes.set_yticks([])
         whole_numbers(axes.xaxis, axes.yaxis)
+    return figure
+
+
+def plot_heads(masks: Any, *, heads: Mapping[str, int] | None = None, layout: LayoutLike = None):
+    """Draw the density of every head of attention, a row for each leaf (or layer of a stack), dead heads crossed out.
+
+    Args:
+      masks: a pytree of bool arrays, or an optimizer state.
+      heads: the number of heads of leaves whose heads have no axis of their own, see :func:`jaxsparse.inspect.heads`.
+      layout: which axes of leaves are inputs, outputs and stacked layers, see :func:`jaxsparse.inspect.heads`.
+
+    Returns:
+      A ``matplotlib.figure.Figure``.
+
+    Raises:
+      ValueError: as :func:`jaxsparse.inspect.heads`.
+    """
+    layers = heads_of(masks, heads=heads, layout=layout).layers
+    shares = np.full((len(layers), max(len(layer.kept) for layer in layers)), np.nan)
+    for row, layer in enumerate(layers):
+        shares[row, : len(layer.kept)] = 100 * layer.density
+    figure = new_figure(3.6 + 0.4 * shares.shape[1], 1.2 + 0.28 * len(layers))
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="viridis", aspect="auto", vmin=0, interpolation="nearest")
+    dead = np.argwhere(shares == 0)
+    axes.plot(dead[:, 1], dead[:, 0], "x", color="white")
+    axes.set_yticks(range(len(layers)), [plain(layer.name) for layer in layers])
+    axes.set(xlabel="head")
+    whole_numbers(axes.xaxis)
+    figure.colorbar(image, ax=axes, label="kept (%)")
+    if len(dead):
+        axes.set_title(f"{len(dead)} dead of {int(np.isfinite(shares).sum())} heads, crossed out", fontsize=9)
     return figure
 
 
@@ -234,19 +266,6 @@ def plot_weights(opt_state_or_masks: Any, params: Any):
     if not layers:
         figure.text(0.5, 0.5, "no layer with a mask keeps any weight", ha="center")
     return figure
-
-
-def _sparse(masks: Any, function: str) -> dict[str, np.ndarray]:
-    """The masks of the sparse leaves, by path, in natural order; the argument may be an optimizer state."""
-    if link_states(masks):
-        masks = get_masks(masks)
-    found = {path: np.asarray(mask) for path, mask in by_path(masks).items() if np.ndim(mask) > 0}
-    for path, mask in found.items():
-        if mask.dtype != bool:
-            raise ValueError(f"{function}: expected masks, or an optimizer state, got {mask.dtype} for {path}")
-    if not found:
-        raise ValueError(f"{function}: no leaf has a mask, all are dense")
-    return {path: found[path] for path in sorted(found, key=natural_order)}
 
 
 def _share(mask: np.ndarray) -> float:
