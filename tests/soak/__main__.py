@@ -68,11 +68,12 @@ def lines_of(log: Path) -> dict[tuple[str, int], dict[str, Any]]:
 
 def make(name: str, folder: Path, log: Path, again: bool) -> bool:
     """Makes what is missing of the trials of a name; whether nothing was lost in any of them."""
+    if log.exists() and not log.read_text().endswith("\n"):  # ended while it wrote
+        log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
     made = lines_of(log)
     done = {trial for (other, trial), line in made.items() if other == name and not (again and "lost" in line)}
-    if name != "full disk" and len(done) == ABOUT[name][0]:
-        return True
-    for trial, attempt in enumerate(rich.progress.track(attempts(name, folder), name)):
+    left = [] if len(done) == ABOUT[name][0] else attempts(name, folder)  # which prepares them
+    for trial, attempt in enumerate(rich.progress.track(left, name)):
         if trial in done:
             continue
         began = time.monotonic()
