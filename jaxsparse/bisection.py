@@ -26,7 +26,7 @@ def select(
     groups: list[list[tuple]],
     ks: list[jax.Array],
     absolute: bool,
-    axes: tuple[int, ...] | None = None,
+    axes: tuple[tuple[int, ...], ...] | None = None,
     sizes: tuple[int, ...] | None = None,
     starts: tuple[int | tuple[int, ...], ...] | None = None,
     rows: bool = False,
@@ -37,7 +37,7 @@ def select(
     ``sizes``, for each array of a group, is how much an entry counts. Then there may be no threshold, or no cut among
     the ties, that gives ``ks[g]`` exactly: the searches end at the last that does not exceed it.
 
-    With ``axes`` the arrays are reduced over those axes only, and ``ks[g]`` has
+    With ``axes`` the arrays of group g are reduced over ``axes[g]`` only, and ``ks[g]`` has
     the reduced shape (axes kept): one selection for each remaining index.
 
     With ``rows`` all arrays are stacks, every member is ranked by itself, and ``ks[g]`` is a vector: a number for each
@@ -49,10 +49,12 @@ def select(
     """
     if not groups:
         return []
-    if sizes is None and not rows and len(groups) == len(groups[0]) == 1 and _is_few(groups[0][0][0], axes):
+    if sizes is None and not rows and len(groups) == len(groups[0]) == 1 and _is_few(groups[0][0][0], axes and axes[0]):
         scores, where = groups[0][0]
-        return [[_by_rank(scores, where, ks[0], absolute, axes)]]
-    reduced = [[tuple(range(1, x.ndim)) if rows else axes for x, _ in group] for group in groups]
+        return [[_by_rank(scores, where, ks[0], absolute, axes and axes[0])]]
+    reduced = [
+        [tuple(range(1, x.ndim)) if rows else axes and axes[g] for x, _ in group] for g, group in enumerate(groups)
+    ]
     extents = [[_extent(x.shape, over) for (x, _), over in zip(group, overs, strict=True)]
                for group, overs in zip(groups, reduced, strict=True)]  # fmt: skip
 

@@ -71,7 +71,7 @@ def top_k_mask(
     kept = [range(scores.ndim)[d] for d in ([axis] if isinstance(axis, int) else axis)]
     others = tuple(d for d in range(scores.ndim) if d not in kept)
     ks = jnp.expand_dims(jnp.broadcast_to(jnp.asarray(k, jnp.int32), [scores.shape[d] for d in kept]), others)
-    return select([[_checked(scores, where)]], [ks], absolute, others)[0][0]
+    return select([[_checked(scores, where)]], [ks], absolute, (others,))[0][0]
 
 
 def top_k_masks(scores: Any, ks: Any, *, where: Any | None = None, absolute: bool = False, enough: bool = False) -> Any:
@@ -106,6 +106,28 @@ def top_k_masks(scores: Any, ks: Any, *, where: Any | None = None, absolute: boo
     groups = [[_checked(x, w)] for x, w in zip(leaves, eligible, strict=True)]
     ks = [_checked_k(k, group[0][0].size) for k, group in zip(ks, groups, strict=True)]
     return treedef.unflatten([masks[0] for masks in select(groups, ks, absolute, enough=enough)])
+
+
+def top_k_along(
+    scores: Sequence[jax.Array],
+    ks: Sequence[jax.Array],
+    axes: Sequence[tuple[int, ...]],
+    where: Sequence[jax.Array | None],
+    *,
+    absolute: bool = False,
+    enough: bool = False,
+) -> list[jax.Array]:
+    """:func:`top_k_mask` of arrays along axes of their own, compiled as one search.
+
+    Args:
+      scores: floats.
+      ks: int32: how many of each array to mark along its axes, which have length 1 here.
+      axes: of each array, those that are searched together; there is a search for each index of the others.
+      where: for each array None or bool of its shape: only these may be marked.
+      absolute, enough: as for :func:`top_k_masks`.
+    """
+    groups = [[_checked(x, w)] for x, w in zip(scores, where, strict=True)]
+    return [masks[0] for masks in select(groups, list(ks), absolute, tuple(axes), enough=enough)]
 
 
 def global_top_k_masks(

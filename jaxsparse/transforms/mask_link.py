@@ -31,7 +31,7 @@ from jaxsparse.transforms.checks import (
     require_params,
 )
 from jaxsparse.transforms.landing import land_on_masks, on_update_steps
-from jaxsparse.transforms.layers import Layer, each, layers_of
+from jaxsparse.transforms.layers import Layer, Layers, each, layers_of
 from jaxsparse.transforms.renewal import Renewing, Restarting
 from jaxsparse.trees import is_masked_node, leaf_paths
 
@@ -209,6 +209,7 @@ def mask_link(
     renewing: Renewing | Restarting | None = None,
     what: str = "momentum",
     proposed: bool = False,
+    shaped: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """A link that keeps pruned weights at exactly 0 and changes its masks on some steps.
 
@@ -231,6 +232,7 @@ def mask_link(
         :func:`jaxsparse.chain` can see to that.
       what: what to call the signal in errors.
       proposed: the layers have the weights that the proposed update leads to, pruned ones too, in place of the params.
+      shaped: ``change`` asks where in its leaf a weight is: layers that repeat one another keep their shapes.
       draws: whether ``change`` makes random choices, by ``Layer.key``. If not, only ``start`` has the key.
 
     Returns:
@@ -277,6 +279,7 @@ def mask_link(
                 next_key, draw = jax.random.split(next_key) if draws and key is not None else ((), None)
                 weights = _moved(params, updates, masks) if proposed else params
                 layers = layers_of(weights, seen, masks, structure=structure, layout=layout, key=draw, what=what)
+                layers = Layers(layers, flat=False) if shaped else layers
                 nans, *prints = each(layers, _looked_at if watch else _nans)
                 nan_scores += jnp.sum(nans)
                 if watch:
