@@ -49,12 +49,11 @@ def select(
     """
     if not groups:
         return []
-    if sizes is None and not rows and len(groups) == len(groups[0]) == 1 and _is_few(groups[0][0][0], axes and axes[0]):
+    each: list = [None] * len(groups) if axes is None else list(axes)
+    if sizes is None and not rows and len(groups) == len(groups[0]) == 1 and _is_few(groups[0][0][0], each[0]):
         scores, where = groups[0][0]
-        return [[_by_rank(scores, where, ks[0], absolute, axes and axes[0])]]
-    reduced = [
-        [tuple(range(1, x.ndim)) if rows else axes and axes[g] for x, _ in group] for g, group in enumerate(groups)
-    ]
+        return [[_by_rank(scores, where, ks[0], absolute, each[0])]]
+    reduced = [[tuple(range(1, x.ndim)) if rows else each[g] for x, _ in group] for g, group in enumerate(groups)]
     extents = [[_extent(x.shape, over) for (x, _), over in zip(group, overs, strict=True)]
                for group, overs in zip(groups, reduced, strict=True)]  # fmt: skip
 

@@ -5,9 +5,7 @@ Lasby, Golubeva, Evci, Nica and Ioannou, *Dynamic Sparse Training with Structure
 (``rigl_constant_fan.py``).
 """
 
-import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,15 +15,16 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxsparse.allocation import Allocation, Sparsity, check_allocation, check_sparsities
-from jaxsparse.layouts import Layout, LayoutLike, leaf_layouts
+from jaxsparse.layouts import LayoutLike, leaf_layouts
 from jaxsparse.masks import validate_masks
 from jaxsparse.prunable import prunable_leaves
 from jaxsparse.selection import count_true, top_k_along
 from jaxsparse.transforms import fan_in
 from jaxsparse.transforms.checks import check_range
 from jaxsparse.transforms.exchange import check_fraction, gradient_of, sums_of_gradients
-from jaxsparse.transforms.layers import Column, Layer, Layers, as_layers, counts, each
+from jaxsparse.transforms.layers import as_layers, counts, each
 from jaxsparse.transforms.mask_link import MaskState, every, given_masks, mask_link
+from jaxsparse.transforms.matrices import Matrices, kept_then_largest, layout_of, matrices_of, to_column
 from jaxsparse.transforms.renewal import Renewing
 from jaxsparse.trees import by_path, is_partial, leaf_paths
 
@@ -200,12 +199,12 @@ def srigl(
 
     def change(layers, state):
         layers, fraction = as_layers(layers), schedule(state.count)
-        layouts = {layer.path: _layout(layer) for layer in layers}
+        layouts = {layer.path: layout_of(layer) for layer in layers}
         last = fan_in.last_layers({x.path: x.mask for x in layers}, layouts, never_ablate, partial=True)
         whole = np.asarray([layer.path in last for layer in layers], bool)
-        budgets = layers.column(jax.tree.leaves(state.own.budgets))
-        parts = _parts(layers, budgets, whole)
-        new = Column(budgets.members, _renewed(parts, fraction, min_salient), [None] * len(parts))
+        parts, budgets = matrices_of(layers), layers.column(jax.tree.leaves(state.own.budgets)).parts
+        budgets = [part.view(budget) for part, budget in zip(parts, budgets, strict=True)]
+        new = to_column(parts, _renewed(parts, budgets, whole, fraction, min_salient))
         resting = state.watched.resting
         new = each(layers, lambda layers, new, rests: [
             jnp.where(rest, layer.mask, mask) for layer, mask, rest in zip(layers, new, rests, strict=True)
@@ -229,118 +228,62 @@ def srigl(
     )
 
 
-class _Part(NamedTuple):
-    """A layer, or layers in a stack, as matrices: (stack..., places..., inputs, outputs)."""
-
-    weight: jax.Array
-    gradient: jax.Array
-    mask: jax.Array
-    budget: jax.Array
-    whole: Any  # bool: whether no output is ablated
-    stack: int  # how many axes it has
-    back: Callable[[jax.Array], jax.Array]  # to the shape of the leaf
-
-    @property
-    def of_layer(self) -> tuple[int, ...]:
-        """The axes of one layer."""
-        return tuple(range(self.stack, self.mask.ndim))
-
-    @property
-    def inputs(self) -> tuple[int, ...]:
-        """The axes of the inputs of one output."""
-        return self.of_layer[:-1]
-
-
-def _parts(layers: Layers, budgets: Column, whole: np.ndarray) -> list[_Part]:
-    """The layers in the order of the parts of a column."""
-    found = []
-    stacked = [stack.layer for stack in layers.stacks]
-    for layer, members, budget in zip(
-        [*stacked, *(layers[i] for i in layers.single)], budgets.members, budgets.parts, strict=True
-    ):
-        at, more = _layout(layer), int(len(members) > 1)
-        if more:
-            at = at.of_rank(layer.mask.ndim - 1)
-            at = Layout(
-                *(tuple(axis + 1 for axis in axes) for axes in (at.inputs, at.outputs)),
-                stack=(0, *(axis + 1 for axis in at.stack)),
-            )
-        weight, gradient, mask, budget = map(at.to_matrices, (layer.weight, layer.signal, layer.mask, budget))
-        keeps = whole[list(members)].reshape(-1, *[1] * (mask.ndim - 1))
-        back = functools.partial(at.from_matrices, like=layer.mask)
-        found.append(_Part(weight, gradient, mask, budget, keeps, len(at.stack), back))
-    return found
-
-
-def _renewed(parts: Sequence[_Part], fraction: jax.Array, min_salient: ArrayLike | None) -> list[jax.Array]:
-    """The next masks. Axes that are reduced stay, with length 1; all parts share each search, which compiles faster."""
-    of_layer, inputs = [p.of_layer for p in parts], [p.inputs for p in parts]
-    weights, masks = [p.weight for p in parts], [p.mask for p in parts]
+def _renewed(
+    parts: Sequence[Matrices],
+    budgets: Sequence[jax.Array],
+    whole: np.ndarray,
+    fraction: jax.Array,
+    min_salient: ArrayLike | None,
+) -> list[jax.Array]:
+    """The next masks. All parts share each search, which compiles faster. Axes that are reduced stay, with length 1."""
+    of_layer, nowhere = [part.of_layer for part in parts], [None] * len(parts)
+    weights, masks, signals = ([getattr(part, x) for part in parts] for x in ("weight", "mask", "signal"))
     stay, go = [], []
-    for p in parts:
-        active = count_true(p.mask, p.of_layer)
+    for part in parts:
+        active = count_true(part.mask, part.of_layer)
         goes = jnp.floor(jnp.asarray(fraction, jnp.float32) * active.astype(jnp.float32)).astype(jnp.int32)
-        kept = jnp.minimum(active - goes, count_true(p.mask & (p.weight != 0), p.of_layer))
+        kept = jnp.minimum(active - goes, count_true(part.mask & (part.weight != 0), part.of_layer))
         stay.append(jnp.clip(kept, 0, active))
         go.append(active - stay[-1])
-    live = [jnp.ones_like(p.mask[(slice(None),) * p.stack + (slice(1),) * len(p.inputs)]) for p in parts]
+
+    among = masks
+    live = [
+        jnp.ones((*part.mask.shape[: part.stack], *[1] * len(part.of_output), part.outputs), bool) for part in parts
+    ]
     if min_salient is not None:
-        large = top_k_along(
-            [*weights, *(p.gradient for p in parts)], [*stay, *go], of_layer * 2, [*masks, *[None] * len(parts)],
-            absolute=True, enough=True,
-        )  # fmt: skip
-        salient = [
-            count_true(a | b, p.inputs) for p, a, b in zip(parts, large[: len(parts)], large[len(parts) :], strict=True)
-        ]
-        live = _salient_outputs(parts, salient, jnp.asarray(min_salient, jnp.float32))
-    left = top_k_along(
-        weights, stay, of_layer, [m & alive for m, alive in zip(masks, live, strict=True)], absolute=True
-    )
-    scores, sizes = [], []
-    for p, keeps, alive in zip(parts, left, live, strict=True):
-        most = math.prod(p.mask.shape[axis] for axis in p.inputs)
-        size = jnp.minimum(p.budget // count_true(alive, p.of_layer), most)
-        scores.append(_first_kept_then_grown(keeps, p.weight, p.gradient))
+        # S: the largest weights and the largest gradients.
+        found = top_k_along(weights + signals, stay + go, 2 * of_layer, masks + nowhere, absolute=True, enough=True)
+        both = zip(parts, found[: len(parts)], found[len(parts) :], strict=True)
+        salient = [count_true(large | grows, part.of_output) for part, large, grows in both]
+        live = _live(parts, budgets, whole, salient, jnp.asarray(min_salient, jnp.float32))
+        among = [mask & alive for mask, alive in zip(masks, live, strict=True)]
+
+    left = top_k_along(weights, stay, of_layer, among, absolute=True)
+    sizes = []
+    for part, budget, alive in zip(parts, budgets, live, strict=True):
+        size = jnp.minimum(budget // count_true(alive, part.of_layer), part.fan_in)
         sizes.append(jnp.where(alive, size, 0))
-    new = top_k_along(scores, sizes, inputs, [None] * len(parts), enough=True)
-    return [p.back(mask) for p, mask in zip(parts, new, strict=True)]
+    # Of each output the k' largest that are left, and if they are fewer, what grows by gradient.
+    scores = [kept_then_largest(*three) for three in zip(left, weights, signals, strict=True)]
+    return top_k_along(scores, sizes, [part.of_output for part in parts], nowhere, enough=True)
 
 
-def _salient_outputs(parts: Sequence[_Part], count: Sequence[jax.Array], gamma: jax.Array) -> list[jax.Array]:
+def _live(
+    parts: Sequence[Matrices], budgets: Sequence[jax.Array], whole: np.ndarray, salient: Sequence[jax.Array], gamma: Any
+) -> list[jax.Array]:
     """The outputs that are not ablated, by their numbers of salient weights: (stack..., 1..., outputs)."""
-    room = []
-    for p in parts:  # as many outputs stay as it takes for their fan-in to fit
-        width, most = p.mask.shape[-1], math.prod(p.mask.shape[axis] for axis in p.inputs)
-        room.append(jnp.minimum(p.budget // most + 1, width))
-    first = top_k_along(
-        [n.astype(jnp.float32) for n in count], room, [p.of_layer for p in parts], [None] * len(parts), enough=True
-    )
+    # As many outputs stay as it takes for their fan-in to fit.
+    fewest = [jnp.minimum(n // part.fan_in + 1, part.outputs) for part, n in zip(parts, budgets, strict=True)]
+    counted = [count.astype(jnp.float32) for count in salient]
+    first = top_k_along(counted, fewest, [part.of_layer for part in parts], [None] * len(parts), enough=True)
     live = []
-    for p, n, ahead in zip(parts, count, first, strict=True):
-        of_fan_in = jnp.maximum(jnp.floor(gamma * (p.budget // p.mask.shape[-1]).astype(jnp.float32)), 1)
+    for part, n, count, ahead in zip(parts, budgets, salient, first, strict=True):
+        of_fan_in = jnp.maximum(jnp.floor(gamma * (n // part.outputs).astype(jnp.float32)), 1)
         enough = jnp.where(gamma < 1, of_fan_in, gamma).astype(jnp.int32)
-        reached = jnp.min(jnp.where(ahead, n, p.mask.size), p.of_layer, keepdims=True)
-        live.append((n >= jnp.minimum(enough, reached)) | p.whole)
+        reached = jnp.min(jnp.where(ahead, count, part.fan_in), part.of_layer, keepdims=True)
+        keeps_all = whole[list(part.members)].reshape(-1, *[1] * (count.ndim - 1))
+        live.append((count >= jnp.minimum(enough, reached)) | keeps_all)
     return live
-
-
-def _first_kept_then_grown(kept: jax.Array, weight: jax.Array, gradient: jax.Array) -> jax.Array:
-    """Scores of which the largest are the kept weights, by magnitude, and then the others, by that of their gradient.
-
-    For the others negative floats that grow with the magnitude of the gradient: their bits, as those of a magnitude,
-    are how many floats lie between it and infinity.
-    """
-    dtype = jnp.promote_types(weight.dtype, gradient.dtype)
-    integer = jnp.dtype(f"int{8 * dtype.itemsize}")
-    infinity = jax.lax.bitcast_convert_type(jnp.asarray(jnp.inf, dtype), integer)
-    size = jnp.abs(gradient).astype(dtype)
-    below = (infinity - jax.lax.bitcast_convert_type(size, integer)) | jnp.iinfo(integer).min
-    others = jnp.where(jnp.isnan(size), size, jax.lax.bitcast_convert_type(below, dtype))
-    return jnp.where(kept, jnp.abs(weight).astype(dtype), others)
-
-
-def _layout(layer: Layer) -> Layout:
-    return Layout(inputs=-2, outputs=-1) if layer.layout is None else layer.layout
 
 
 def _check_min_salient(value: Any) -> None:
