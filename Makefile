@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CONFIG := configs/digits_sparse_momentum.py
+PART := 1/1
 
 .PHONY: help train test test-all test-versions test-optax test-interop soak notebooks docs lint clean
 
 help:
 	@echo "make train      train sparse momentum at 90% sparsity on digits, and a dense baseline, and compare"
 	@echo "make test       run the test suite, but for its slow tests"
-	@echo "make test-all   run the slow tests"
+	@echo "make test-all   run the slow tests (PART=1/2: a half of them)"
 	@echo "make test-versions  make test with every Python from 3.11 to 3.13 that is here, and with each JAX"
 	@echo "make test-optax run Optax's own tests over our links (OPTAX=CHECKOUT: those of another Optax)"
 	@echo "make test-interop  round trips with transformers and torch, which go into an environment of their own, 6 GB"
@@ -28,7 +29,7 @@ test: $(VENV)/test.installed $(VENV)/tpu.compiler
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10
 
 test-all: $(VENV)/test.installed $(VENV)/tpu.compiler
-	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10 -m slow
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10 -m slow --part=$(PART)
 
 test-versions:
 	$(PYTHON) tests/versions.py

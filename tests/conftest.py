@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 # For the workers of pytest-xdist, and the programs that tests start.
@@ -43,12 +44,21 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--part", default="1/1", metavar="K/N", help="run the K-th of N parts of the tests, from 1 to N")
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """The examples of docstrings are slow tests, as those of the documentation are."""
+def pytest_collection_modifyitems(config, items):
+    """The examples of docstrings are slow tests, as those of the documentation are. Parts are spread by name."""
     for item in items:
         if isinstance(item, pytest.DoctestItem):
             item.add_marker(pytest.mark.slow)
+    part, parts = map(int, config.getoption("part").split("/"))
+    others = [item for item in items if zlib.crc32(item.nodeid.encode()) % parts != part - 1]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if zlib.crc32(item.nodeid.encode()) % parts == part - 1]
 
 
 def pytest_unconfigure(config):

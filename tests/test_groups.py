@@ -123,6 +123,7 @@ def test_remaining_counts_above_what_float32_can():
     assert "51,362,654" in str(found)
 
 
+@pytest.mark.slow
 def test_names_are_taken_as_they_are():
     params = {"head": {"value": jnp.ones((3, 4)), "raw_value": jnp.ones(4)}}
     group = Group("head", {"head/value": -1}, {"head/value": -1})

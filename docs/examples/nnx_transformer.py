@@ -46,7 +46,7 @@ apply = nnx.Sequential.__call__
 small = prune_channels(apply, model, batches[:4], {"units": 0.5, "heads": 0.5}).params
 model = nnx.merge(nnx.graphdef(transformer(2, 128, nnx.Rngs(0))), nnx.state(small))
 model, masks = prune_once(apply, model, batches[:4], "wanda", 0.5)
-fit(model, jaxsparse.chain(optax.adam(1e-3), jaxsparse.mask_updates(nnx.state(masks))), 2)
+fit(model, jaxsparse.chain(optax.adam(1e-3), jaxsparse.mask_updates(nnx.state(masks))), 4)
 jaxsparse.save_sparse("small.safetensors", nnx.state(model), nnx.state(masks), dtype="bfloat16")
 nnx.update(model, jaxsparse.load_sparse("small.safetensors", like=nnx.state(model))[0])
 size = Path("small.safetensors").stat().st_size

@@ -247,9 +247,7 @@ def _renewed(
         go.append(active - stay[-1])
 
     among = masks
-    live = [
-        jnp.ones((*part.mask.shape[: part.stack], *[1] * len(part.of_output), part.outputs), bool) for part in parts
-    ]
+    live = [jnp.any(part.mask, part.of_output, keepdims=True) | True for part in parts]  # sharded as the masks are
     if min_salient is not None:
         # S: the largest weights and the largest gradients.
         found = top_k_along(weights + signals, stay + go, 2 * of_layer, masks + nowhere, absolute=True, enough=True)

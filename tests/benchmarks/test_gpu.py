@@ -89,7 +89,7 @@ def test_a_table_that_nothing_was_reached_of(tmp_path):
     assert "; jax 0." in text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_kind_of_row_runs(tmp_path, monkeypatch):
     """But for four of the five methods with which ResNet-50 is trained: a minute of compiling each."""
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "True")

@@ -20,7 +20,7 @@ def test_a_transformer_of_flax_nnx(tmp_path):
     losses = [float(re.search(r"loss ([\d.]+)", line)[1]) for line in (dense, small, loaded)]
     weights = [int(re.search(r"([\d,]+) weights", line)[1].replace(",", "")) for line in (dense, small)]
     assert max(losses) < 3.0  # nats a byte; ln(256) is 5.5
-    assert losses[1] < losses[0] + 0.2
+    assert losses[1] < losses[0] + 0.6  # trained on for half as many epochs
     assert abs(losses[2] - losses[1]) < 0.02  # bfloat16
     assert weights[1] < 0.5 * weights[0]
     assert int(re.search(r"([\d,]+) bytes", loaded)[1].replace(",", "")) < 4 * weights[1]

@@ -54,6 +54,7 @@ def test_whole_files_are_held_out_whichever_others_there_are(folder, tmp_path):
     assert [as_bytes(getattr(same, name)) for name in splits] == list(splits.values())
 
 
+@pytest.mark.slow
 def test_the_default_is_the_source_of_the_standard_library():
     found = text.load(length=64, examples=1000)
     assert found.about["source"].startswith("standard library of Python 3.")

@@ -116,6 +116,7 @@ def test_same_seed_gives_the_same_bits_whatever_is_logged(sparse_run, tmp_path):
     chex.assert_trees_all_equal(jaxsparse.get_masks(state.opt_state), jaxsparse.get_masks(again.opt_state))
 
 
+@pytest.mark.slow
 def test_dense_run(tmp_path, capsys):
     state, [result] = train.train(smoke_config(dense=True), tmp_path)
     assert jnp.count_nonzero(state.params["fc1"]["kernel"]) > 19_000

@@ -52,7 +52,7 @@ def tpu(request):
     return SingleDeviceSharding(chips(request.param)[0])
 
 
-@pytest.mark.parametrize("name", slow_except(["blocks"], PRODUCTS))
+@pytest.mark.parametrize("name", slow_except([], PRODUCTS))
 def test_compiles_for_tpus(tpu, name):
     block, dtype = PRODUCTS[name]
     compiled = jax.jit(step(block, "mosaic_tpu")).lower(*arguments(block, dtype, tpu)).compile()

@@ -152,6 +152,7 @@ def test_accumulated_gradients_are_those_of_the_last_steps():
     assert seen == [1, 1, 4, 12, 28, 28]  # steps 2, 3 and 4; of the first mask update that never comes, 0
 
 
+@pytest.mark.slow
 def test_held_steps_leave_the_optimizer_as_it_was():
     params = make_params()
     tx = jaxsparse.chain(optax.adam(0.1), jaxsparse.rigl(0.75, 2, stop_at=100, hold=True))
@@ -260,6 +261,7 @@ def test_bad_options_are_named():
         jax.eval_shape(lambda g, s, p: tx.update(g, s, p, grad=g), params, jax.eval_shape(tx.init, params), params)
 
 
+@pytest.mark.slow
 def test_numbers_may_be_injected():
     params = make_params()
     link = optax.inject_hyperparams(jaxsparse.rigl)(0.75, 2, stop_at=10, drop_fraction=0.5)

@@ -103,6 +103,7 @@ def test_a_just_pruned_weight_may_return_and_keeps_its_value():
     np.testing.assert_array_equal(optax.apply_updates(weights, updates)["w"], weights["w"])
 
 
+@pytest.mark.slow
 def test_full_layers_share_what_does_not_fit():
     # All momentum is in the small layer, which has 6 of 10 places left after pruning; 99% of that is 5.
     weights, momentum, masks = random_problem(0, [(1, 10), (10, 30), (10, 30)], [0.8, 0.2, 0.2])
@@ -227,6 +228,7 @@ def test_random_growth_depends_on_the_key_alone():
 densities = st.lists(st.sampled_from([0.0, 0.02, 0.2, 0.5, 0.9, 1.0]), min_size=3, max_size=3)
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(st.integers(0, 1000), densities, st.floats(0, 1), st.sampled_from(["plain", "SET", "neuron"]))
 def test_the_budget_is_exact_whatever_happens(seed, densities, rate, name):

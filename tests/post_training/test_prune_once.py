@@ -88,7 +88,7 @@ def batches_like(args, number=2, seed=0):
     return [jax.tree.map(one, args) for _ in range(number)]
 
 
-@pytest.mark.parametrize("rule", slow_except(["wanda"], ["fitted", "wanda", "sparsegpt", "ria"]))
+@pytest.mark.parametrize("rule", slow_except(["ria"], ["fitted", "wanda", "sparsegpt", "ria"]))
 def test_equals_layers_by_hand(rule):
     apply, params, _ = mlp()
     batches = [(rand(n, 20, seed=n),) for n in (40, 30)]  # of different shapes

@@ -8,6 +8,7 @@ import pytest
 import jaxsparse
 from jaxsparse.post_training import RULES, Rule, resolve
 from tests.post_training.problems import GOLDEN, KERNEL, ROWS, correlated, moments_of, output_error
+from tests.problems import slow_except
 
 WEIGHT, TWO_OF_FOUR = jaxsparse.structures.weight(), jaxsparse.n_of_m(2, 4)
 
@@ -29,6 +30,7 @@ def test_wanda_of_six_weights_by_hand():
     assert mask.tolist() == [[True, True], [False, True], [True, False]]
 
 
+@pytest.mark.slow
 def test_numbers_are_exact_with_ties():
     inputs, outputs = 10, 3
     kernel, moments = jnp.ones((inputs, outputs)), moments_of(jnp.ones((4, inputs)))
@@ -49,8 +51,7 @@ def test_numbers_are_exact_with_ties():
         assert np.sum(~found["sparsegpt"]) == (int(round(30 * sparsity, 6)) + 1 if sparsity else 0)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("magnitude", "ria", "admm")))
-                                  for name in RULES])  # fmt: skip
+@pytest.mark.parametrize("name", slow_except(["wanda"], RULES))
 def test_stacks_and_traced_sparsity_change_nothing(name):
     """vmap over three matrices, jitted, equals a loop, for single weights and for 2:4."""
     rule = RULES[name]

@@ -135,7 +135,7 @@ STEP = st.tuples(st.integers(0, len(STEPS) - 1), st.integers(0, 3), st.integers(
 
 
 @pytest.mark.filterwarnings("ignore:apply does not use these params")
-@pytest.mark.parametrize("examples", [4, pytest.param(150, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [4, pytest.param(50, marks=pytest.mark.slow)])
 def test_what_is_called_exact_is_exact(examples):
     seen = {"groups": 0, "choices": 0}
 

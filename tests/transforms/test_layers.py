@@ -51,6 +51,7 @@ def test_on_a_mesh_the_paths_of_a_stack_differ_in_numbers_alone():
     assert found == [[[f"block{i}/{name}/kernel" for i in range(4)] for name in ("in", "out")]]
 
 
+@pytest.mark.slow
 def test_columns_are_lists_whatever_their_form():
     params = deep_params()
     masks = jaxsparse.random_masks(params, 0.5)

@@ -78,7 +78,7 @@ def test_the_command_line_serves_until_ctrl_c(tmp_path):
     command = [sys.executable, "-m", "experiments.report", "--serve", str(tmp_path), "--port=0"]
     with subprocess.Popen(
         command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True,
+        text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # in the background it is ignored
     ) as process:  # fmt: skip
         try:
             said = process.stdout.readline()
