@@ -17,16 +17,16 @@ from tests.experiments import jpeg_sets, processes, test_processes, test_resume,
 ROOT = Path(__file__).parents[2]
 LONGEST = 300  # seconds that a run may take before it counts as hanging
 STREAMED = test_processes.CONFIG.replace("epochs = 8", "epochs = 24")
+DIGITS, *_, LOGGED = test_resume.SMALL
+FLAGS = {
+    "resident": test_resume.SMALL,
+    "full disk": [
+        DIGITS,
+        *(f"--config.{x}" for x in ("epochs=4", "eval_every_epochs=2", "checkpoint_every_epochs=2")),
+        LOGGED,
+    ],
+}
 CONFIGS = {
-    "resident": """
-from configs import digits_sparse_momentum
-
-def get_config():
-    config = digits_sparse_momentum.get_config()
-    config.epochs, config.eval_every_epochs, config.checkpoint_every_epochs = 60, 2, 3
-    config.log_every_steps = 44
-    return config
-""",
     "gated": """
 from configs import mnist_l0
 
@@ -51,15 +51,6 @@ def get_config():
 """,
     "streamed": STREAMED,
     "two processes": STREAMED,
-    "full disk": """
-from configs import digits_sparse_momentum
-
-def get_config():
-    config = digits_sparse_momentum.get_config()
-    config.epochs, config.eval_every_epochs, config.checkpoint_every_epochs = 4, 2, 2
-    config.log_every_steps = 44
-    return config
-""",
 }
 
 
@@ -111,8 +102,10 @@ def kinds(folder: Path) -> dict[str, Kind]:
     (folder / "data").mkdir(parents=True, exist_ok=True)
     if not (folder / "data" / "imagenet2012").exists():
         jpeg_sets.prepare_imagenet(folder / "data")
-    text = str(tiny_text.write(folder / "text"))
-    found = {}
+    text = str(tiny_text.write(folder / "data" / "text"))  # not in the folder of a kind
+    found = {name: Kind(name, folder / name.replace(" ", "_"), tuple(flags)) for name, flags in FLAGS.items()}
+    for kind in found.values():
+        kind.folder.mkdir(exist_ok=True)
     for name, config in CONFIGS.items():
         path = folder / name.replace(" ", "_")
         path.mkdir(exist_ok=True)
