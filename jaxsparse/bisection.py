@@ -1,12 +1,13 @@
 """The search behind :mod:`jaxsparse.selection`: bisection of thresholds, with counts in place of a sort.
 
-Floats order like their bit patterns, so the k-th largest is found by bisection: each of at most 32 rounds counts how
-many entries reach a candidate threshold. Entries equal to the threshold are taken in the order of their flat index,
-found by a second bisection that runs only where there are such ties.
+Floats order like their bit patterns, so the k-th largest is found by bisection: each round counts how many entries
+reach each of a few candidate thresholds. Entries equal to the threshold are taken in the order of their flat index,
+found by further rounds of the same loop, which run only where there are such ties.
 """
 
 import functools
 import operator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ __all__ = ["count_true", "select"]
 
 # float32 holds every integer up to here, so sums of zeros and ones are exact.
 _EXACT_IN_FLOAT32 = 1 << 24
+
+_SEVERAL = 3  # candidates are counted in one pass over memory, which takes hardly longer than one
 
 _FEW, _VERY_FEW = 256, 8  # entries, and entries along an axis: up to here every two are compared
 
@@ -31,7 +34,7 @@ def select(
     starts: tuple[int | tuple[int, ...], ...] | None = None,
     rows: bool = False,
     enough: bool = False,
-):
+) -> list[list[jax.Array]]:
     """Masks of the ``ks[g]`` largest of each group of (scores, where); a group's arrays are ranked together.
 
     ``sizes``, for each array of a group, is how much an entry counts. Then there may be no threshold, or no cut among
@@ -62,77 +65,117 @@ def select(
 
     def part(g, i, vector):
         """The entries of a vector (with ``rows``) that belong to array i of the group."""
-        if not rows or vector is None:
+        if not rows:
             return vector
         first, (x, _) = sum(len(x) for x, _ in groups[g][:i]), groups[g][i]
         return vector[first : first + len(x)].reshape(-1, *(1,) * (x.ndim - 1))
 
-    def count(g, hit, at, going=None):
-        """How many entries satisfy ``hit(i, key, index, at)``; any number for members that are not ``going``.
+    def keys(g, i, x, where):
+        return _keys(x, where, absolute).astype(_integer(groups[g]))
 
-        Keys and indices are made anew in each pass, which costs less than to hold them in memory. The barrier binds
-        them to the candidate, or XLA would lift them out of the loop.
+    def count(g, at, search):
+        """How many entries reach each candidate of ``at``; any number for members that are done.
+
+        Keys are made anew in each pass, which costs less than to hold them in memory. The barrier binds them to the
+        candidates, or XLA would lift them out of the loop.
         """
 
         def of(i):
-            over = reduced[g][i]
-            (x, where), first, now = groups[g][i], begin(g, i), part(g, i, at)
-            x, where, first, now = jax.lax.optimization_barrier((x, where, first, now))
-            n = count_true(hit(i, _keys(x, where, absolute), _index(x.shape, over, first), now), over)
-            n = n * sizes[i] if sizes is not None and sizes[i] > 1 else n
-            return n.reshape(-1) if rows else n
+            over, first = reduced[g][i], begin(g, i)
+            now, threshold = [part(g, i, candidate) for candidate in at], part(g, i, search.threshold)
+            (x, where), first, now = jax.lax.optimization_barrier((groups[g][i], first, now))
+            key, ends = keys(g, i, x, where), jnp.iinfo(threshold.dtype)
+            order = ~_index(x.shape, over, first).astype(key.dtype)
+            ties = jnp.where(key == threshold, order, jnp.where(key > threshold, ends.max, ends.min))
+            value = jnp.where(threshold == ends.max, key, ties)
+            counts = _counts([value >= candidate for candidate in now], over)
+            counts = [n * sizes[i] for n in counts] if sizes is not None and sizes[i] > 1 else counts
+            return [n.reshape(-1) for n in counts] if rows else counts
 
-        def if_going(some, compute, like):
-            if going is None:
-                return compute()
-            return jax.lax.cond(jnp.any(some), compute, lambda: jnp.zeros_like(like, jnp.int32))
+        def if_any(going, compute, like):
+            return jax.lax.cond(jnp.any(going), compute, lambda: [jnp.zeros(like, jnp.int32)] * len(at))
 
         numbers = range(len(groups[g]))
-        if rows:
-            counted = [if_going(part(g, i, going), lambda i=i: of(i), part(g, i, at).reshape(-1)) for i in numbers]
-            return counted[0] if len(counted) == 1 else jnp.concatenate(counted)
-        return if_going(going, lambda: functools.reduce(operator.add, map(of, numbers)), at)
+        if not rows:  # the sums over arrays
+            going = search.going
+            return if_any(going, lambda: list(map(sum, zip(*map(of, numbers), strict=True))), going.shape)
+        counts = [if_any(part(g, i, search.going), lambda i=i: of(i), len(groups[g][i][0])) for i in numbers]
+        return [n[0] if len(n) == 1 else jnp.concatenate(n) for n in zip(*counts, strict=True)]
 
-    # The threshold: the highest that at least k entries reach; the search ends early where exactly k do.
-    low, high, wanted = [], [], []
+    def narrowed(g, search):
+        """The search after a round. Where no value gives the target, those equal to it compete for what is left."""
+        arrays = [(x.ndim, over) for (x, _), over in zip(groups[g], reduced[g], strict=True)]
+        several = jax.default_backend() != "cpu" or all(_one_pass(*array) for array in arrays)
+        at = _between(search.low, search.high, _SEVERAL if several else 1)
+        low, high = search.narrowed(at, count(g, at, search))
+        turns = (search.threshold == jnp.iinfo(low.dtype).max) & (low < high) & ~(low < high - 1)
+        every = np.repeat(extents[g], [len(x) for x, _ in groups[g]]) if rows else np.asarray(sum(extents[g]))
+        return _Search(
+            low=jnp.where(turns, -every.astype(low.dtype), low),
+            high=jnp.where(turns, 0, high),
+            threshold=jnp.where(turns, low, search.threshold),
+            target=search.target,
+        )
+
+    searches = []
     for g, k in enumerate(ks):
-        integer = _integer(groups[g][0][0])
-        lowest, highest = (jnp.asarray(end, integer) for end in (jnp.iinfo(integer).min, jnp.iinfo(integer).max))
+        integer, ends = _integer(groups[g]), jnp.iinfo(_bits(groups[g][0][0]))
+        eligible = None if enough else _eligible(groups[g], reduced[g], extents[g], sizes, rows)
+        k = k if enough else jnp.clip(k, 0, eligible)
         # Not even infinity reaches the highest; all that is eligible, NaN too, reaches the lowest but one.
-        if enough:
-            high.append(jnp.full_like(k, highest, integer))
-        else:
-            at_first = jnp.full_like(k, lowest, integer) if rows else lowest
-            eligible = count(g, lambda _, key, __, at: key > at, at_first)
-            k = jnp.clip(k, 0, eligible)
-            high.append(jnp.where(k == eligible, lowest + 1, highest))
-        low.append(jnp.where(k == 0, high[-1], lowest + 1))
-        wanted.append(k)
-    low, high, above = _search(
-        lambda g, at, going: count(g, lambda _, key, __, at: key >= at, at, going), jnp.greater, wanted, low, high
-    )
-
-    # Where more than k reach it, those equal to it compete for what is left: the lowest indices win.
-    tied = [lo < hi for lo, hi in zip(low, high, strict=True)]
-    room = [k - n for k, n in zip(wanted, above, strict=True)]
-    every = [np.repeat(extent, [len(x) for x, _ in group]).astype(np.int32) if rows else jnp.full_like(k, sum(extent))
-             for k, group, extent in zip(wanted, groups, extents, strict=True)]  # fmt: skip
-    cut, _, _ = _search(
-        lambda g, at, going: count(g, lambda i, key, index, at: (key == part(g, i, low[g])) & (index < at), at, going),
-        jnp.less,
-        room,
-        [jnp.where(t, 0, n) for t, n in zip(tied, every, strict=True)],
-        [jnp.where(t, n + 1, n) for t, n in zip(tied, every, strict=True)],
+        high = jnp.full_like(k, ends.max, integer)
+        high = high if enough else jnp.where(k == eligible, ends.min + 1, high)
+        low = jnp.where(k == 0, high, ends.min + 1)
+        searches.append(_Search(low, high, jnp.full_like(low, jnp.iinfo(integer).max), k))
+    searches = jax.lax.while_loop(
+        lambda searches: jnp.any(jnp.stack([jnp.any(search.going) for search in searches])),
+        lambda searches: [narrowed(g, search) for g, search in enumerate(searches)],
+        searches,
     )
 
     masks: list[list[jax.Array]] = []
-    for g, group in enumerate(groups):
+    for g, (group, search) in enumerate(zip(groups, searches, strict=True)):
         masks.append([])
+        ends = jnp.iinfo(search.high.dtype)
+        ties = search.threshold < ends.max
+        threshold, cut = jnp.where(ties, search.threshold, search.high), jnp.where(ties, search.high, ends.min)
         for i, (x, where) in enumerate(group):
-            key, threshold, end = _keys(x, where, absolute), part(g, i, low[g]), part(g, i, cut[g])
-            index = _index(x.shape, reduced[g][i], begin(g, i))
-            masks[-1].append((key > threshold) | ((key == threshold) & (index < end)))
+            key, order = keys(g, i, x, where), ~_index(x.shape, reduced[g][i], begin(g, i)).astype(cut.dtype)
+            equal = (key == part(g, i, threshold)) & (order >= part(g, i, cut))
+            masks[-1].append((key > part(g, i, threshold)) | equal)
     return masks
+
+
+class _Search(NamedTuple):
+    """Where the k-th largest of each group is sought: first its value, and then, among equal ones, its index.
+
+    Attributes:
+      low, high: between these integers. More than ``target`` entries reach low, and fewer reach high, which is low + 1
+        when nothing is left between them; low >= high where exactly as many reach both.
+      threshold: the highest integer while the value is sought. Then it is the value, and the integers are ~index, of
+        which the lowest index wins.
+      target: int32.
+    """
+
+    low: jax.Array
+    high: jax.Array
+    threshold: jax.Array
+    target: jax.Array
+
+    @property
+    def going(self) -> jax.Array:
+        """Whether there is something between low and high. (low + 1 could overflow.)"""
+        return self.low < self.high - 1
+
+    def narrowed(self, at: list[jax.Array], n: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Low and high after ``n[j]`` were found to reach ``at[j]``: candidates ascend, so these counts descend."""
+        low, high = self.low, self.high
+        found = list(zip(at, n, strict=True))
+        for candidate, count in found:
+            low = jnp.where(self.going & (count >= self.target), candidate, low)
+        for candidate, count in reversed(found):
+            high = jnp.where(self.going & (count <= self.target), candidate, high)
+        return low, high
 
 
 def _is_few(scores: jax.Array, axes: tuple[int, ...] | None) -> bool:
@@ -155,40 +198,33 @@ def _by_rank(
     return ((before < k) & (key > jnp.iinfo(key.dtype).min)).reshape(scores.shape)
 
 
-def _search(count, further, targets, low, high):
-    """Bisects integers between each ``low`` and ``high`` for where the count is the target.
-
-    Args:
-      count: (g, candidate, going) -> the counts of group g at a candidate, monotone in it; needed where it is going.
-      further: ``further(n, target)``: whether to look above a candidate with count n.
-      targets, low, high: one array for each group; nothing is sought where low >= high - 1.
-
-    Returns:
-      low, high, and the count at high. Where some candidate has the target's count, low == high, else low + 1 == high.
-    """
-
-    def sought(bounds):
-        return jnp.any(jnp.stack([jnp.any(lo < hi - 1) for lo, hi in zip(bounds[0], bounds[1], strict=True)]))
-
-    def narrow(bounds):
-        narrower = []
-        for g, (target, lo, hi, at_high) in enumerate(zip(targets, *bounds, strict=True)):
-            going = lo < hi - 1  # (lo + 1 could overflow)
-            middle = (lo & hi) + ((lo ^ hi) >> 1)  # the mean, without overflow
-            n = count(g, middle, going)  # of those alone that are going, while others are done
-            found, up = going & (n == target), going & further(n, target)
-            down = going & ~up
-            narrower.append(
-                (jnp.where(found | up, middle, lo), jnp.where(down, middle, hi), jnp.where(down, n, at_high))
-            )
-        return tuple(list(column) for column in zip(*narrower, strict=True))
-
-    return jax.lax.while_loop(sought, narrow, (low, high, [jnp.zeros_like(t) for t in targets]))
+def _between(low: jax.Array, high: jax.Array, n: int) -> list[jax.Array]:
+    """``n`` ascending integers that part what lies from ``low`` to ``high`` equally."""
+    unsigned = jnp.dtype(f"uint{8 * low.dtype.itemsize}")
+    width = jax.lax.bitcast_convert_type(high, unsigned) - jax.lax.bitcast_convert_type(low, unsigned)
+    whole, rest = width // (n + 1), width % (n + 1)  # (a product with the width itself could overflow)
+    steps = [whole * j + rest * j // (n + 1) for j in range(1, n + 1)]
+    return [low + jax.lax.bitcast_convert_type(step, low.dtype) for step in steps]
 
 
-def _integer(scores: jax.Array) -> np.dtype:
+def _eligible(group, reduced, extents, sizes, rows):
+    """How much of a group may be marked: of all arrays together, or with ``rows`` of each member of each stack."""
+    numbers = []
+    for i, ((x, where), over, extent) in enumerate(zip(group, reduced, extents, strict=True)):
+        n = jnp.int32(extent) if where is None else count_true(where, over)
+        n = n * sizes[i] if sizes is not None else n
+        numbers.append(jnp.broadcast_to(n.reshape(-1), len(x)) if rows else n)
+    return jnp.concatenate(numbers) if rows else functools.reduce(operator.add, numbers)
+
+
+def _bits(scores: jax.Array) -> np.dtype:
     """The integers of the same width as the scores."""
     return jnp.dtype(f"int{8 * scores.dtype.itemsize}")
+
+
+def _integer(group: list[tuple]) -> np.dtype:
+    """The integers of a search: those of the scores, or wider ones, which hold an index too."""
+    return max(jnp.dtype(jnp.int32), _bits(group[0][0]), key=lambda dtype: dtype.itemsize)
 
 
 def _extent(shape: tuple[int, ...], axes: tuple[int, ...] | None) -> int:
@@ -208,26 +244,46 @@ def _index(shape: tuple[int, ...], axes: tuple[int, ...] | None, start: int | ja
 
 
 def count_true(mask: jax.Array, axis: tuple[int, ...] | None = None) -> jax.Array:
-    """Counts True entries as int32, exactly; several times faster than an integer sum.
+    """Counts True entries as int32, exactly.
 
     Args:
       mask: bool, any shape.
       axis: axes to sum over, which are kept with length 1; ``None`` for all of
         them and a scalar result.
     """
+    if _one_pass(mask.ndim, axis):  # together with the others, and the barrier keeps XLA from dropping those
+        return jax.lax.optimization_barrier(_counts([mask, ~mask], axis))[0]
     keepdims = axis is not None
     reduced = mask.shape if axis is None else [mask.shape[d] for d in axis]
-    if np.prod(reduced, dtype=np.int64) <= _EXACT_IN_FLOAT32:
+    if np.prod(reduced, dtype=np.int64) <= _EXACT_IN_FLOAT32:  # faster than a sum of integers
         return jnp.sum(mask, axis=axis, keepdims=keepdims, dtype=jnp.float32).astype(jnp.int32)
-    if axis is None and mask.ndim > 1 and mask.size // mask.shape[-1] <= _EXACT_IN_FLOAT32:
-        columns = jnp.sum(mask, axis=tuple(range(mask.ndim - 1)), dtype=jnp.float32)
-        return jnp.sum(columns.astype(jnp.int32))
     return jnp.sum(mask, axis=axis, keepdims=keepdims, dtype=jnp.int32)
+
+
+def _counts(masks: list[jax.Array], axis: tuple[int, ...] | None) -> list[jax.Array]:
+    """:func:`count_true` of several arrays of one shape."""
+    if len(masks) == 1 or not _one_pass(masks[0].ndim, axis):
+        return [count_true(mask, axis) for mask in masks]
+    over = tuple(range(masks[0].ndim)) if axis is None else axis
+    numbers = tuple(mask.astype(jnp.int32) for mask in masks)
+    zeros = (np.int32(0),) * len(masks)
+    counts = jax.lax.reduce(numbers, zeros, lambda a, b: tuple(map(operator.add, a, b)), over)
+    return list(counts) if axis is None else [jnp.expand_dims(n, over) for n in counts]
+
+
+def _one_pass(ndim: int, axis: tuple[int, ...] | None) -> bool:
+    """Whether to count several arrays by one reduction: on a CPU, without the last axis, on one device.
+
+    XLA's CPU backend writes the operand of a sum to memory before it adds, but not those of a reduction of several
+    arrays. Other backends fuse sums, and of arrays that are sharded only sums become all-reduces.
+    """
+    inner = axis is None or ndim - 1 in axis
+    return inner and jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
 def _keys(scores: jax.Array, where: jax.Array | None, absolute: bool) -> jax.Array:
     """Integers ordered like the scores; NaN is the lowest but one, ineligible the lowest."""
-    integer = _integer(scores)
+    integer = _bits(scores)
     lowest = jnp.iinfo(integer).min
     bits = jax.lax.bitcast_convert_type(scores, integer)
     # Sign and magnitude to two's complement: -0.0 and 0.0 both become 0.

@@ -1,15 +1,13 @@
 """The k largest entries of an array or of a whole tree, exactly, without a sort.
 
-Floats order like their bit patterns, so the k-th largest is found by bisection:
-each of at most 32 rounds counts how many entries reach a candidate threshold.
-Entries equal to the threshold are taken in the order of their flat index, found
-by a second bisection that runs only where there are such ties. A count is a sum
-of integers, therefore
+Floats order like their bit patterns, so the k-th largest is found by bisection: each round counts how many entries
+reach each of a few candidate thresholds. Entries equal to the threshold are taken in the order of their flat index,
+found by further rounds that run only where there are such ties. A count is a sum of integers, therefore
 
 * ``k`` may be a traced number,
-* on a sharded array a round is one scalar all-reduce: no weight is gathered,
+* on a sharded array a round is an all-reduce of a few scalars: no weight is gathered,
 * the answer is the same, bit for bit, however the array is laid out,
-* one pass over the weights a round is all it costs: on a CPU an order of
+* a round is one pass over the weights, and nothing of their size is held in memory. On a CPU it all costs an order of
   magnitude less than ``jnp.sort`` or ``jax.lax.top_k``.
 
 NaN ranks below every number: it is selected only when nothing else is left.

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxsparse import bisection
 from jaxsparse.selection import (
     count_true,
     global_top_k_masks,
@@ -169,6 +170,50 @@ def test_random_scores_choose_uniformly():
     frequency = np.asarray(draws).sum(0)
     assert (draws.sum(1) == 5).all()
     assert abs(frequency - 50).max() < 37
+
+
+@pytest.fixture
+def on_one_device(monkeypatch):
+    """Counts as on a CPU that is one device; these tests run on eight."""
+    monkeypatch.setattr(bisection, "_one_pass", lambda ndim, axis: axis is None or ndim - 1 in axis)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_several_candidates_in_one_pass_find_the_same(on_one_device, dtype):
+    # With many ties, at which the values' search goes on to indices, and with few.
+    for digits in (0, 4):
+        scores = jnp.round(jax.random.normal(jax.random.key(0), (3, 7, 41)), digits).astype(dtype)
+        scores = scores.at[0, 0, :2].set(jnp.asarray([jnp.nan, jnp.inf], dtype))
+        where = jnp.abs(scores) < 1.5
+        choose = jax.jit(lambda scores, k: top_k_mask(scores, k, where=where))  # noqa: B023
+        for k in (0, 1, 100, 700, 861):
+            np.testing.assert_array_equal(choose(scores, k).ravel(), expected(scores, k, where))
+        rows = jax.jit(lambda scores: top_k_mask(scores, jnp.array([5, 287, 100]), axis=0))(scores)
+        for row, values, k in zip(rows, scores, (5, 287, 100), strict=True):
+            np.testing.assert_array_equal(row.ravel(), expected(values, k))
+
+
+def test_several_candidates_in_one_pass_for_stacks_and_units(on_one_device):
+    leaves, where = with_ties()
+    found = top_k_of_stacks([jnp.stack(leaves[:3]), jnp.stack(leaves[3:5])], jnp.array([3, 30, 11, 0, 17]), [None] * 2)
+    for mask, leaf, k in zip([*found[0], *found[1]], leaves, (3, 30, 11, 0, 17), strict=False):
+        np.testing.assert_array_equal(mask.ravel(), expected(leaf, k))
+    sizes = (3, 7, 4, 1, 2, 5)
+    for k in (0, 5, 101, 397):
+        masks = global_top_k_masks(leaves, k, where=where, sizes=list(sizes), absolute=True)
+        ours = np.concatenate([np.asarray(mask).ravel() for mask in masks])
+        given = [np.asarray(free) for free in where]
+        np.testing.assert_array_equal(ours, expected_of_units(leaves, sizes, k, given, absolute=True))
+
+
+@pytest.mark.parametrize("axis", [None, (1,), (0,), (1, 2)])
+def test_count_true_in_one_pass(on_one_device, axis):
+    mask = jax.random.bernoulli(jax.random.key(0), 0.3, (5, 6, 33))
+    np.testing.assert_array_equal(count_true(mask, axis), np.sum(mask, axis, keepdims=axis is not None))
+    np.testing.assert_array_equal(jax.vmap(lambda m: count_true(m))(mask), np.sum(mask, (1, 2)))
 
 
 def test_count_true_is_exact_where_float32_would_not_be():
