@@ -2,8 +2,9 @@
 
 import argparse
 import difflib
+import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,30 @@ def not_empty(text: str) -> str:
 def as_path(text: str) -> Path:
     """A path on the command line, which :func:`not_empty` has checked."""
     return Path(not_empty(text))
+
+
+def imported(name: str, told: str) -> Callable[..., Any]:
+    """The function MODULE:FUNCTION of a module in the current folder or on PYTHONPATH.
+
+    Args:
+      name: of the function, such as "my_data:load".
+      told: what it was given as, for messages.
+
+    Raises:
+      ValueError: if there is no such module or function. What the module itself raises is raised.
+    """
+    module, _, function = name.partition(":")
+    if not (module and function):
+        raise ValueError(f"{told}={name!r} is not MODULE:FUNCTION, such as 'my_data:load'")
+    try:
+        found: Any = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # of what the module imports
+        raise ValueError(f"{told}={name!r}: there is no module {module!r} in this folder or on PYTHONPATH") from None
+    if not callable(function := getattr(found, function, None)):
+        raise ValueError(f"{told}={name!r}: the module has no such function")
+    return function
 
 
 def progress_bar(total: int, label: str | None = None, unit: str = "step", **options: Any) -> tqdm:

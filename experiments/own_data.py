@@ -3,7 +3,6 @@
 import difflib
 import functools
 import hashlib
-import importlib
 import io
 import os
 import zipfile
@@ -18,7 +17,7 @@ from absl import logging
 from PIL import Image
 
 from experiments import data, folders, pictures
-from experiments.command_line import progress_bar
+from experiments.command_line import imported, progress_bar
 from experiments.data import Split
 from experiments.options import OWN, choose
 
@@ -208,20 +207,7 @@ def _from_npz(path: Path, size: int, time: int) -> _Images:
 @functools.lru_cache(maxsize=1)
 def _from_function(name: str) -> _Images:
     """What the function gives, which is called once in a process."""
-    module, _, function = name.partition(":")
-    if not (module and function):
-        raise ValueError(f"config.data.files={name!r} is not MODULE:FUNCTION, such as 'my_data:load'")
-    try:
-        found: Any = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise  # of what the module imports
-        raise ValueError(
-            f"config.data.files={name!r}: there is no module {module!r} in this folder or on PYTHONPATH"
-        ) from None
-    if not callable(function := getattr(found, function, None)):
-        raise ValueError(f"config.data.files={name!r}: the module has no such function")
-    given = function()
+    given = imported(name, "config.data.files")()
     if not isinstance(given, Mapping):
         raise ValueError(f"{name} gives a mapping with {', '.join(KEYS)}, got {type(given).__name__}")
     if set(given) & set(SPLITS):

@@ -4,6 +4,7 @@
   python -m experiments.prune_after ... --rules=magnitude,wanda,sparsegpt --sparsities=0.5,0.6,0.7,2:4
   python -m experiments.prune_after ... --allocations=uniform,owl         # OWL's sparsities of blocks beside equal ones
   python -m experiments.prune_after ... --finetune_epochs=1 --rate=0.1    # and train on, with the masks held
+  python -m experiments.prune_after ... --rules=experiments.wanda_rules:wanda_of_matrix   # one's own, MODULE:FUNCTION
 
 RUN is the folder of a run of experiments.train, on text or images. Each rule prunes its last weights by
 jaxsparse.prune_once: the leaves of config.method.prunable, or if that says nothing all matrices but tables of tokens
@@ -29,7 +30,7 @@ import numpy as np
 from absl import logging
 
 import jaxsparse
-from experiments.command_line import as_path, not_empty
+from experiments.command_line import as_path, imported, not_empty
 from experiments.finished import FinishedRun, errors_in_a_line, open_finished, write_start
 from experiments.results.table import markdown
 from experiments.train import train
@@ -53,7 +54,8 @@ class Case(NamedTuple):
     @property
     def method(self) -> str:
         """The rule, and the allocation if it is not uniform."""
-        return self.rule if self.allocation == "uniform" else f"{self.rule} + {self.allocation}"
+        rule = self.rule.rpartition(":")[2]
+        return rule if self.allocation == "uniform" else f"{rule} + {self.allocation}"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -70,7 +72,7 @@ def cases(rules: Sequence[str], sparsities: Sequence[str], allocations: Sequence
     Raises:
       ValueError: for a rule, a sparsity or an allocation that is not there.
     """
-    needs = {rule: post_training.resolve(rule).needs for rule in rules}
+    needs = {rule: resolve(rule).needs for rule in rules}
     known = ("uniform", "erdos_renyi", "erdos_renyi_kernel", "owl")
     if unknown := [name for name in allocations if name not in known]:
         raise ValueError(f"--allocations takes {', '.join(known)}, got {', '.join(unknown)}")
@@ -84,6 +86,11 @@ def cases(rules: Sequence[str], sparsities: Sequence[str], allocations: Sequence
     if not found:
         raise ValueError(f"nothing is left to prune: {', '.join(allocations)} shares out no n:m, and 'owl' needs data")
     return found
+
+
+def resolve(rule: str) -> post_training.Rule:
+    """A rule by its name, or one's own as MODULE:FUNCTION."""
+    return post_training.resolve(imported(rule, "--rules") if ":" in rule else rule)
 
 
 def as_sparsity(text: str) -> str:
@@ -161,7 +168,8 @@ def prune(run: FinishedRun, case: Case, batches: Sequence[Any]) -> tuple[Any, An
     """The weights that are left of a run, and the masks."""
     prunable = run.config.method.get("prunable")
     prunable = tuple(prunable) if isinstance(prunable, list | tuple) else prunable
-    return post_training.prune_once(run.apply, run.params, batches, case.rule, **case.options, prunable=prunable)
+    rule = resolve(case.rule)
+    return post_training.prune_once(run.apply, run.params, batches, rule, **case.options, prunable=prunable)
 
 
 def finetune(run: FinishedRun, params: Any, masks: Any, folder: Path, epochs: float, rate: float) -> dict[str, Any]:
@@ -242,7 +250,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return tuple(filter(None, not_empty(text).split(",")))
 
     parser.add_argument("--run", type=as_path, required=True, help="folder of a dense run that is finished")
-    parser.add_argument("--rules", default=RULES, help=f"of {', '.join(post_training.RULES)}", type=listed)
+    parser.add_argument(
+        "--rules", default=RULES, help=f"of {', '.join(post_training.RULES)}, MODULE:FUNCTION", type=listed
+    )
     parser.add_argument("--sparsities", default=SPARSITIES, help="fractions of zeros, or n:m", type=listed)
     parser.add_argument("--allocations", default=ALLOCATIONS, help="uniform, owl, erdos_renyi", type=listed)
     parser.add_argument("--windows", type=int, default=64, help="examples to calibrate with (%(default)s)")

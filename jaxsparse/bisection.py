@@ -85,7 +85,7 @@ def select(
             now, threshold = [part(g, i, candidate) for candidate in at], part(g, i, search.threshold)
             (x, where), first, now = jax.lax.optimization_barrier((groups[g][i], first, now))
             key, ends = keys(g, i, x, where), jnp.iinfo(threshold.dtype)
-            order = ~_index(x.shape, over, first).astype(key.dtype)
+            order = jnp.zeros_like(key) + ~_index(x.shape, over, first).astype(key.dtype)  # sharded as the keys are
             ties = jnp.where(key == threshold, order, jnp.where(key > threshold, ends.max, ends.min))
             value = jnp.where(threshold == ends.max, key, ties)
             counts = _counts([value >= candidate for candidate in now], over)

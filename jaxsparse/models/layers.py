@@ -1,11 +1,15 @@
 """Convolution and max-pooling in the form that is fastest on the current device.
 
-XLA's CPU backend runs a convolution inside a loop (``lax.scan``) five to thirty times slower than outside of one.
-Written as shifted slices of the image and one matrix product, it keeps its speed inside loops. A max-pool written as a
-reshape is faster too, and faster still is one matrix product for all positions of a pooling window. All forms are
-ordinary differentiable JAX, so the choice only affects speed.
+XLA's CPU backend has a fast convolution for images of the layout (batch, height, width, channels) and kernels (height,
+width, channels, features) alone. The derivatives that JAX makes have others, and in a loop (``lax.scan``) take up to a
+hundred times as long; written as convolutions of that layout too, they are as fast. For kernels of one pixel, and for
+images of a few, shifted slices of the image and one matrix product are faster.
+
+A max-pool written as a reshape is faster too, and faster still is one matrix product for all positions of a pooling
+window. All forms are ordinary differentiable JAX, so the choice only affects speed.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +21,9 @@ from jax import lax
 
 __all__ = ["IMPLEMENTATIONS", "Conv", "conv", "conv_max_pool", "fan_in_uniform", "max_pool", "output_size"]
 
-IMPLEMENTATIONS = ("xla", "slices")
+IMPLEMENTATIONS = ("xla", "nhwc", "slices")
+
+_LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
 def conv(
@@ -31,7 +37,8 @@ def conv(
     """Two-dimensional convolution (cross-correlation, as in all deep-learning libraries).
 
     The ``"slices"`` form puts kernel height x kernel width shifted copies of the image side by side and multiplies
-    once, so it briefly holds that many copies of its input.
+    once, so it briefly holds that many copies of its input. The ``"nhwc"`` form is ``lax.conv_general_dilated`` with
+    gradients that are convolutions of images (batch, height, width, channels) too.
 
     Args:
       x: images, (batch, height, width, channels).
@@ -39,11 +46,12 @@ def conv(
       strides: one int >= 1, or one for each of height and width.
       padding: "VALID" (none), "SAME" (output = input / stride, rounded up), an int >= 0 for all four sides, or a pair
         for height and width whose members are an int or a pair (before, after).
-      implementation: "xla" is ``lax.conv_general_dilated``; "slices" is shifted slices and one matrix product; None
-        chooses "slices" if ``jax.default_backend()`` is the CPU, and "xla" otherwise.
+      implementation: "xla" is ``lax.conv_general_dilated``; "nhwc" the same with derivatives for a CPU; "slices" is
+        shifted slices and one matrix product. None chooses "xla" unless ``jax.default_backend()`` is the CPU; there
+        "nhwc" for float32 and images from 8 x 8, if the kernel is more than one pixel, and "slices" for the others.
 
     Returns:
-      (batch, new height, new width, features), the dtype of ``x``. The two forms differ only by rounding.
+      (batch, new height, new width, features), the dtype of ``x``. The forms differ only by rounding.
 
     Raises:
       ValueError: for an unknown implementation or padding, for shapes or dtypes that do not match, and if the
@@ -56,15 +64,19 @@ def conv(
       Array([[4., 4.],
              [4., 4.]], dtype=float32)
     """
-    implementation = _pick(implementation)
+    chosen = _pick(implementation)
     _check_images(x, "conv")
     _check_kernel(kernel, x, "conv")
     kernel_size, strides = kernel.shape[:2], _pair(strides, "strides")
     padding = _explicit_padding(padding, x.shape[1:3], kernel_size, strides)
     out_size = _output_size(x.shape[1:3], kernel_size, strides, padding)
 
-    if implementation == "xla":
-        return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    if implementation is None and chosen == "slices" and _is_large(x, kernel_size):
+        chosen = "nhwc"
+    if chosen == "nhwc":
+        return _conv_nhwc(x, kernel, strides, tuple(padding))
+    if chosen == "xla":
+        return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=_LAYOUT)
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     # The last row a kernel offset of i reads is i + (outputs - 1) * stride; the slice ends behind it.
     ends = [(size - 1) * stride + 1 for size, stride in zip(out_size, strides, strict=True)]
@@ -77,6 +89,26 @@ def conv(
         axis=-1,
     )
     return patches @ kernel.reshape(-1, kernel.shape[3])
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _conv_nhwc(x, kernel, strides, padding):
+    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=_LAYOUT)
+
+
+@_conv_nhwc.defjvp
+def _conv_nhwc_jvp(strides, padding, primals, tangents):
+    """Two convolutions of which the transposes, the gradients, have the layout of :data:`_LAYOUT`."""
+    (x, kernel), (dx, dkernel) = primals, tangents
+    along_x = lax.conv_general_dilated(
+        dx, kernel.swapaxes(2, 3), strides, padding, dimension_numbers=("NHWC", "HWOI", "NHWC")
+    )
+    # Its transpose takes the channels of x for a batch, its batch for channels, and the outputs' gradient for a kernel.
+    along_kernel = lax.conv_general_dilated(
+        x.transpose(3, 1, 2, 0), dkernel.transpose(2, 0, 1, 3), strides, padding,
+        dimension_numbers=("CHWN", "IHWO", "HWNC"),
+    )  # fmt: skip
+    return _conv_nhwc(x, kernel, strides, padding), along_x + along_kernel.transpose(2, 0, 1, 3)
 
 
 def max_pool(
@@ -94,8 +126,8 @@ def max_pool(
       window: one int >= 1, or one for each of height and width.
       strides: as ``window``; None means the window itself, so that windows do not overlap.
       padding: as in :func:`conv`; padding is never the maximum.
-      implementation: "xla" is ``lax.reduce_window``; "slices" is a reshape and a maximum if windows tile the image
-        exactly, and ``lax.reduce_window`` for all other windows; None chooses as in :func:`conv`.
+      implementation: "xla" is ``lax.reduce_window``; "slices" and "nhwc" are a reshape and a maximum if windows tile
+        the image exactly, and ``lax.reduce_window`` for all other windows; None chooses "slices" on a CPU.
 
     Returns:
       (batch, new height, new width, channels), the dtype of ``x``, bit-equal in both forms.
@@ -112,8 +144,8 @@ def max_pool(
              [13., 15.]], dtype=float32)
 
     .. warning::
-      If several positions of a window share the maximum, "xla" sends the gradient to the first of them and "slices"
-      divides it equally among them. Both are subgradients.
+      If several positions of a window share the maximum, "xla" sends the gradient to the first of them and the others
+      divide it equally among them. Both are subgradients.
     """
     implementation = _pick(implementation)
     _check_images(x, "max_pool")
@@ -125,7 +157,7 @@ def max_pool(
     height, width = _output_size(x.shape[1:3], window, strides, padding)
 
     tiles = strides == window and (height * window[0], width * window[1]) == x.shape[1:3] and not any(map(any, padding))
-    if implementation == "slices" and tiles:
+    if implementation != "xla" and tiles:
         return x.reshape(x.shape[0], height, window[0], width, window[1], x.shape[3]).max(axis=(2, 4))
     return lax.reduce_window(x, -jnp.inf, lax.max, (1, *window, 1), (1, *strides, 1), ((0, 0), *padding, (0, 0)))
 
@@ -150,7 +182,8 @@ def conv_max_pool(
       kernel: weights, (kernel height, kernel width, channels, features), of the dtype of ``x``.
       window: the window of the max-pool, one int >= 1, or one for each of height and width. Windows do not overlap.
       padding: the padding of the convolution, as in :func:`conv`.
-      implementation: as in :func:`conv`; if windows do not tile the image, "slices" calls the two in turn.
+      implementation: "xla" and "nhwc" call the two in turn, and so does "slices" if windows do not tile the image;
+        None chooses "slices" on a CPU, and "xla" elsewhere.
 
     Returns:
       (batch, new height, new width, features), the dtype of ``x``.
@@ -173,7 +206,7 @@ def conv_max_pool(
     padding = _explicit_padding(padding, x.shape[1:3], kernel.shape[:2], (1, 1))
     padded = [size + sum(pads) for size, pads in zip(x.shape[1:3], padding, strict=True)]
     rests = [(size - k + 1) % w for size, k, w in zip(padded, kernel.shape[:2], window, strict=True)]
-    if implementation == "xla" or any(rests):
+    if implementation != "slices" or any(rests):
         y = conv(x, kernel, padding=padding, implementation=implementation)
         return max_pool(y, window, implementation=implementation)
 
@@ -312,6 +345,11 @@ def _pick(implementation: str | None) -> str:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation is None or one of {IMPLEMENTATIONS}, got {implementation!r}")
     return implementation
+
+
+def _is_large(x: jax.Array, kernel_size: tuple[int, ...]) -> bool:
+    """Whether XLA's own convolution is the faster one on a CPU; of images of 2 x 2 it is a hundred times slower."""
+    return x.dtype == jnp.float32 and min(x.shape[1:3]) >= 8 and max(kernel_size) > 1
 
 
 def _check_images(x: jax.Array, caller: str) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,6 +17,8 @@ from experiments.options import check_config
 from experiments.prune_after import Case, cases
 from experiments.results import sweep, text_gpt
 from experiments.workdir import read_json, write_json
+from jaxsparse import structures
+from jaxsparse.trace import Moments
 from jaxsparse.trees import by_path
 from tests.experiments import tiny_text
 from tests.experiments.test_program import smoke_config
@@ -51,6 +54,8 @@ def test_owl_is_for_rules_that_look_at_data_and_for_no_n_of_m():
         ((["wanda"], ["half"], ["uniform"]), "--sparsities takes .*, got 'half'"),
         ((["wanda"], ["0.5"], ["owls"]), "--allocations takes uniform, .*owl, got owls"),
         ((["magnitude"], ["0.5"], ["owl"]), "nothing is left to prune"),
+        ((["no_rules:mine"], ["0.5"], ["uniform"]), "--rules='no_rules:mine': there is no module 'no_rules'"),
+        ((["experiments.wanda_rules:mine"], ["0.5"], ["uniform"]), "--rules=.*: the module has no such function"),
     ],
 )
 def test_rows_that_are_none(given, message):
@@ -72,6 +77,22 @@ def test_runs_that_cannot_be_pruned(tmp_path, capsys):
         prune_after.main(["--run", str(tmp_path), "--results", str(tmp_path)])
     with pytest.raises(SystemExit, match="error: --run=.* is not finished"):
         cut.main(["--run", str(tmp_path), "--results", str(tmp_path)])
+
+
+def test_rules_of_ones_own():
+    own = [f"experiments.wanda_rules:{name}" for name in ("wanda_of_matrix", "magnitude_of_outputs")]
+    matrix, outputs = (prune_after.resolve(rule).prune for rule in own)
+    assert [str(case) for case in cases(own, ("0.5",), ("uniform",))] == [
+        "wanda_of_matrix, 0.5", "magnitude_of_outputs, 0.5"
+    ]  # fmt: skip
+    kernel = jnp.array([[3.0, 5.0, 0.1, 0.2], [4.0, 6.0, 0.3, 0.4]])
+    moments = Moments.of_rows(jnp.array([[100.0, 0.0], [0.0, 1.0]]), (2,), (), gram=False)
+    weight = structures.weight()
+    assert matrix(kernel, moments, 0.5, weight)[1].tolist() == [[True, True, True, True], [False] * 4]
+    assert outputs(kernel, moments, 0.5, weight)[1].tolist() == [[False] * 4, [True] * 4]
+    pruned, mask = matrix(kernel, moments, 0.5, jaxsparse.n_of_m(1, 2))
+    assert mask.tolist() == [[True] * 4, [False] * 4]
+    assert pruned.tolist() == jnp.where(mask, kernel, 0).tolist()
 
 
 # --- A part of an epoch, and weights to start from --------------------------------------------------------------------

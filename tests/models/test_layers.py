@@ -121,11 +121,48 @@ def test_conv_layer_computes_in_dtype_and_keeps_float32_params(form, dtype, expe
 
 
 @pytest.mark.parametrize(
-    ("form", "expected"), [("xla", True), ("slices", False), (None, jax.default_backend() != "cpu")]
+    ("form", "size", "kernel_size", "dtype", "expected"),
+    [
+        ("xla", 7, 3, "float32", True),
+        ("nhwc", 7, 1, "bfloat16", True),
+        ("slices", 32, 3, "float32", False),
+        (None, 8, 3, "float32", True),
+        (None, 7, 3, "float32", False),
+        (None, 32, 1, "float32", False),
+        (None, 32, 3, "bfloat16", False),
+    ],
 )
-def test_conv_form_is_chosen_by_device(form, expected):
-    jaxpr = jax.make_jaxpr(partial(layers.conv, implementation=form))(images(), jnp.ones((3, 3, 3, 4)))
+def test_conv_form_is_chosen_by_device_and_shape(form, size, kernel_size, dtype, expected):
+    x, kernel = jnp.ones((2, 9, size, 3), dtype), jnp.ones((kernel_size, kernel_size, 3, 4), dtype)
+    jaxpr = jax.make_jaxpr(partial(layers.conv, implementation=form))(x, kernel)
+    expected = expected or (form is None and jax.default_backend() != "cpu")
     assert ("conv_general_dilated" in str(jaxpr)) == expected
+
+
+@pytest.mark.parametrize(("strides", "padding"), [(1, "SAME"), ((2, 3), (1, (0, 2)))], ids=str)
+def test_conv_has_all_derivatives_in_every_form(strides, padding):
+    x, kernel = images(), jax.random.normal(jax.random.key(1), (3, 2, 3, 4))
+
+    def products(form):
+        conv = partial(layers.conv, strides=strides, padding=padding, implementation=form)
+        loss = jax.grad(lambda x, kernel: jnp.sum(jnp.sin(conv(x, kernel))), argnums=(0, 1))
+        return jax.jvp(loss, (x, kernel), (jnp.cos(x), jnp.cos(kernel)))
+
+    ours, theirs = products("nhwc"), products("xla")
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("mapped", [(0, None), (0, 0)])
+def test_conv_is_vmapped_in_every_form(mapped):
+    x, kernel = jnp.stack([images(), 2 * images()]), jax.random.normal(jax.random.key(1), (2, 3, 3, 3, 4))
+    kernel = kernel if mapped[1] == 0 else kernel[0]
+    results = [
+        jax.vmap(
+            jax.grad(lambda x, k, form=form: jnp.sum(jnp.sin(layers.conv(x, k, implementation=form))), (0, 1)), mapped
+        )(x, kernel)
+        for form in layers.IMPLEMENTATIONS
+    ]
+    chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
