@@ -3,10 +3,12 @@
 Every alternative runs in a process of its own, whose time includes compiling and whose memory is that of the whole
 process. Forward passes are those that compute the logits, jitted.
 
-Usage: ``python -m benchmarks.prune_once [--rules magnitude wanda sparsegpt] [--blocks 12] [--width 768]``
+Usage: ``python -m benchmarks.prune_once [--rules magnitude wanda sparsegpt] [--ways weight 2:4 scan] [--blocks 12]``;
+"scan" is single weights of a model whose blocks are scanned.
 """
 
 import argparse
+import itertools
 import multiprocessing
 import resource
 import time
@@ -14,9 +16,10 @@ import time
 from benchmarks import timing
 
 FORWARD = "forward passes"
+WAYS = ("weight", "2:4", "scan")
 
 
-def run(rule, args, queue):
+def run(rule, way, args, queue):
     """One alternative, in a process of its own."""
     import jax
     import numpy as np
@@ -26,7 +29,7 @@ def run(rule, args, queue):
 
     model = models.GPT(
         args.vocabulary, width=args.width, num_layers=args.blocks, num_heads=args.width // 64, max_length=args.length,
-        scan=args.scan,
+        scan=way == "scan",
     )  # fmt: skip
     shape = args.sequences // args.batches, args.length
     batches = [np.random.default_rng(i).integers(0, args.vocabulary, shape, np.int32) for i in range(args.batches)]
@@ -43,7 +46,7 @@ def run(rule, args, queue):
         for batch in batches:
             jax.block_until_ready(step(params, batch))
     else:
-        structure = n_of_m(2, 4) if args.two_of_four else "weight"
+        structure = n_of_m(2, 4) if way == "2:4" else "weight"
         jax.block_until_ready(prune_once(apply, params, batches, rule, args.sparsity, structure=structure))
     seconds = time.perf_counter() - start
     after = resource.getrusage(resource.RUSAGE_SELF)
@@ -60,18 +63,20 @@ def main():
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--batches", type=int, default=4, help="that the sequences come in")
     parser.add_argument("--sparsity", type=float, default=0.5)
-    parser.add_argument("--two-of-four", action="store_true", help="2:4 instead of single weights")
-    parser.add_argument("--scan", action="store_true", help="blocks are scanned")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     args = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     rows = []
-    for rule in (FORWARD, *args.rules):
+    for way, rule in itertools.product(args.ways, (FORWARD, *args.rules)):
+        if (way, rule) == ("2:4", FORWARD):
+            continue  # those of single weights
         queue = context.Queue()
-        process = context.Process(target=run, args=(rule, args, queue))
+        process = context.Process(target=run, args=(rule, way, args, queue))
         process.start()
         process.join()
         weights, seconds, of_cpu, before, peak = queue.get(timeout=1)
-        rows.append([rule, f"{seconds:.1f}", f"{of_cpu:.1f}", f"{before / 2**20:.2f}", f"{peak / 2**20:.2f}"])
+        name = rule if way == "weight" else f"{rule}, {way}"
+        rows.append([name, f"{seconds:.1f}", f"{of_cpu:.1f}", f"{before / 2**20:.2f}", f"{peak / 2**20:.2f}"])
         print(timing.line(rows[-1]), flush=True)
     timing.save(
         "prune_once",

@@ -43,7 +43,8 @@ def random_images(count):
 def trains(config, dataset, steps):
     """A function that trains so many steps, each call the next."""
     program = make_program(config, dataset)
-    state, on_device, turns = program.init(0), jax.device_put(dataset), itertools.count()
+    state, turns = program.init(0), itertools.count()
+    on_device = dataset._replace(train=jax.device_put(dataset.train))
 
     def run():
         nonlocal state

@@ -205,7 +205,7 @@ def score(row: Mapping[str, Any]) -> tuple[float, str, str]:
     return 100 * row["test_accuracy"], ".2f", "test accuracy, %"
 
 
-def as_markdown(found: Mapping[str, Any], command: str) -> str:
+def as_markdown(found: Mapping[str, Any], title: str, command: str) -> str:
     """The page of the results: a row for each rule and allocation, a column for each sparsity."""
     import pandas as pd
 
@@ -220,12 +220,12 @@ def as_markdown(found: Mapping[str, Any], command: str) -> str:
 
     rows = {Case(row["rule"], row["allocation"], row["sparsity"]): row for row in found["rows"]}
     value, form, name = score(found["dense"])
-    seconds = ", ".join(
-        f"{rule} {np.median([row['seconds'] for case, row in rows.items() if case.rule == rule]):.1f} s"
-        for rule in dict.fromkeys(case.rule for case in rows)
-    )
+    times: dict[str, list[float]] = {}
+    for case, row in rows.items():
+        times.setdefault(case.rule.rpartition(":")[2], []).append(row["seconds"])
+    seconds = ", ".join(f"{rule} {np.median(taken):.1f} s" for rule, taken in times.items())
     lines = [
-        "# Pruned after training", "",
+        f"# Pruned after training: {title}", "",
         f"Held-out data, {name}; dense {value:{form}}. The columns are the fraction of zeros, or n:m. Calibrated with "
         f"{found['windows']} examples of the train data, no fine-tuning. Median time to prune, with compilation: "
         f"{seconds}.", "", *table(rows),
@@ -272,7 +272,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = {name: getattr(args, name) for name in ("windows", "seed", "finetune_epochs", "rate", "workdir")}
         found = prune_after(run, todo, file, **options)
         given = sys.argv[1:] if argv is None else argv
-        file.with_suffix(".md").write_text(as_markdown(found, " ".join(["python -m experiments.prune_after", *given])))
+        command = " ".join(["python -m experiments.prune_after", *given])
+        file.with_suffix(".md").write_text(as_markdown(found, args.name, command))
         print(f"see {file.with_suffix('.md')}")
 
 

@@ -227,7 +227,7 @@ def test_images_are_pruned_too_and_not_cut(tmp_path):
     run = open_finished(tmp_path / "run")
     found = prune_after.prune_after(run, cases(["wanda"], ["0.5"], ["uniform"]), tmp_path / "after.json", windows=40)
     assert 0 < found["rows"][0]["test_accuracy"] <= 1
-    assert "test accuracy, %" in prune_after.as_markdown(found, "command")
+    assert "test accuracy, %" in prune_after.as_markdown(found, "after", "command")
     with pytest.raises(ValueError, match="trained LeNet300100, and this cuts a GPT"):
         cut.cut(run, 0.5, 0.25)
 
