@@ -2,12 +2,13 @@
 
 Times ``tx.update`` and ``optax.apply_updates``, jitted, with params and state donated, on 25.6 million parameters: SGD
 with momentum, and :func:`jaxsparse.rda` with each structure. Bytes are those of the arrays that an update cannot do
-without reading or writing, float32 all; whatever else it touches shows in the time.
+without reading or writing; whatever else it touches shows in the time.
 
 Usage: ``python -m benchmarks.rda [--rounds 15]``
 """
 
 import argparse
+import functools
 
 import jax
 import optax
@@ -22,6 +23,7 @@ DENSE = 4 * 5
 # and out, the average r in twice and out.
 GROUPS = DENSE + 4 * 3
 WEIGHTS = GROUPS + 4 * 5
+HALVES = GROUPS + 2 * 5
 
 
 def main():
@@ -32,9 +34,10 @@ def main():
     params, *grads = (networks.resnet50(seed) for seed in range(3))
     step_size, averaging = jaxsparse.rda_cosine(1.0, 10_000)
     alternatives = {"SGD momentum": (optax.sgd(0.1, momentum=0.9), DENSE)}
+    rda = functools.partial(jaxsparse.rda, step_size, l1=1e-6, averaging=averaging)
     for structure, size in (("weight", WEIGHTS), ("kernel", GROUPS), ("channel", GROUPS)):
-        tx = jaxsparse.rda(step_size, l1=1e-6, averaging=averaging, structure=structure)
-        alternatives[f"rda, {structure}"] = (tx, size)
+        alternatives[f"rda, {structure}"] = (rda(structure=structure), size)
+    alternatives["rda, weight, state in bfloat16"] = (rda(state_dtype="bfloat16"), HALVES)
     runs = {name: runner(tx, params, grads) for name, (tx, _) in alternatives.items()}
     median = timing.interleaved(runs, args.rounds)
     dense = median["SGD momentum"] / DENSE

@@ -166,6 +166,7 @@ def rda(schedule: str = "rda_cosine", **options: Any) -> ConfigDict:
         "weight_time": "config.optimizer.momentum_time",
         "max_factor": 500.0,
         "structure": "weight",  # or "kernel", "channel"
+        "state_dtype": config_dict.placeholder(str),  # "bfloat16": half of the state in half the bytes
     })  # fmt: skip
     return config
 

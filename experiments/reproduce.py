@@ -2,11 +2,11 @@
 
   python -m experiments.reproduce sparse_momentum_table_1 --data_dir=DIR
 
-writes results/sparse_momentum_table_1.md, .png and .json (the numbers of every run). The runs, a folder each with all
-that experiments.train leaves, are kept in runs/reproduce; the same command resumes a table that was stopped, and tables
-share the runs that they have in common. The same command in a second terminal takes part: each takes runs that no
-other has begun, so that a CPU's cores share the work. With --add only runs that the .json lacks are trained, for
-instance more seeds, or on another machine.
+writes results/sparse_momentum_table_1.md, two pictures, and .json (the numbers of every run). The runs, a folder each
+with all that experiments.train leaves, are kept in runs/reproduce; the same command resumes a table that was stopped,
+and tables share the runs that they have in common. The same command in a second terminal takes part: each takes runs
+that no other has begun, so that a CPU's cores share the work. With --add only runs that the .json lacks are trained,
+for instance more seeds, or on another machine.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from experiments import stages
 from experiments.command_line import as_path, not_empty
 from experiments.footprint import footprint
 from experiments.options import as_seeds, for_run
+from experiments.results import themes
 from experiments.results.paper import as_frame, as_json, as_markdown, outcomes, read_outcomes
 from experiments.results.plot import picture
 from experiments.results.published import TABLES, PaperTable, Row
@@ -102,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    about = "\n".join(f"  {name}: {table.title.partition('. ')[0]}" for name, table in TABLES.items())
+    about = "\n".join(f"  {name}: {table.name}" for name, table in TABLES.items())
     parser.epilog = f"tables:\n{about}"
     parser.add_argument("table", choices=TABLES, metavar="TABLE", help="one of those below")
     parser.add_argument(
@@ -130,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_json(kept, as_json(table, found))
         command = f"python -m experiments.reproduce {args.table}" + (f" --seeds={args.seeds}" if args.seeds else "")
         (args.results / f"{args.table}.md").write_text(as_markdown(args.table, table, found, command))
-        picture(table, found).savefig(args.results / f"{args.table}.png")
+        themes.save(lambda: picture(table, found), args.results, args.table)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     print(f"see {args.results / args.table}.md")

@@ -43,6 +43,7 @@ from experiments.measures import measure_of
 from experiments.networks import make_model
 from experiments.options import as_seeds, for_run, refuse_idle
 from experiments.results import sweep as results
+from experiments.results import themes
 from experiments.stages import REFUSED, changes_besides, replace_key
 from experiments.stopping import Stopped
 from experiments.train import FLAGS, train
@@ -309,9 +310,7 @@ def write(config: ConfigDict, runs: Sequence[Run], folder: Path, command: str) -
     found.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
     (folder / f"{name}.md").write_text(results.as_markdown(name, title, found, command))
     groups = dict(config.sweep.get("groups") or ())
-    for theme in results.THEMES:
-        with results.style(theme):
-            results.picture(found, title, groups).savefig(folder / f"{name}_{theme}.png", dpi=130)
+    themes.save(lambda: results.picture(found, title, groups), folder, name)
     return f"{results.text(found)}\n\n{results.paragraph(found)}"
 
 

@@ -47,7 +47,8 @@ from jaxsparse.methods.magnitude_pruning import magnitude_pruning
 from jaxsparse.methods.mask_updates import mask_updates
 from jaxsparse.methods.momentum_regrowth import momentum_regrowth
 from jaxsparse.methods.powerpropagation import powerpropagation
-from jaxsparse.methods.reweighted_l1 import rda, reweighted_l1
+from jaxsparse.methods.rda import rda
+from jaxsparse.methods.reweighted_l1 import reweighted_l1
 from jaxsparse.methods.rigl import rigl, rigl_update
 from jaxsparse.methods.s_ste import s_ste
 from jaxsparse.methods.soft_threshold import soft_threshold

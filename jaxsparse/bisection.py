@@ -272,7 +272,7 @@ def _counts(masks: list[jax.Array], axis: tuple[int, ...] | None) -> list[jax.Ar
 
 
 def _one_pass(ndim: int, axis: tuple[int, ...] | None) -> bool:
-    """Whether to count several arrays by one reduction: on a CPU, without the last axis, on one device.
+    """Whether to count several arrays by one reduction: on a CPU that is one device, if the last axis is summed over.
 
     XLA's CPU backend writes the operand of a sum to memory before it adds, but not those of a reduction of several
     arrays. Other backends fuse sums, and of arrays that are sharded only sums become all-reduces.

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from experiments import footprint
+from experiments.results import themes
 from experiments.results.published import PaperTable
 from experiments.results.table import markdown, with_error
 from experiments.workdir import read_json
@@ -98,8 +99,7 @@ def beside_paper(table: PaperTable, found: "pd.DataFrame") -> "pd.DataFrame":
 
 def as_markdown(name: str, table: PaperTable, found: "pd.DataFrame", command: str) -> str:
     """The page of a paper's table: published numbers beside ours, and every run."""
-    title, _, source = table.title.partition(". ")
-    lines = [f"# {title}", "", *([f"After {source}.", ""] if source else []), table.about, ""]
+    lines = [f"# {table.name}", "", *([f"After {table.source}.", ""] if table.source else []), table.about, ""]
     lines += ["Test error in %, mean ± standard error over the seeds."]
     if any(row.published for row in table.rows):
         lines[-1] += " In the last column twice the standard error of the difference."
@@ -108,7 +108,7 @@ def as_markdown(name: str, table: PaperTable, found: "pd.DataFrame", command: st
     lines += ["", *markdown(compared.loc[:, (compared != "").any()])]
     if table.relative_to is not None:
         lines += ["", f"Change against {table.relative_to}, in points:", "", *markdown(_changes(table, rows))]
-    lines += ["", f"![{title}]({name}.png)", "", "Every run, test error in %:", ""]
+    lines += ["", themes.in_markdown(name, table.name), "", "Every run, test error in %:", ""]
     lines += markdown(_every_run(table, rows, found))
     device = jax.devices()[0].device_kind
     lines += ["", f"`{command}`, JAX {jax.__version__} on {device}, {datetime.date.today()}."]

@@ -4,23 +4,21 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import matplotlib as mpl
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from experiments.results.paper import beside_paper
 from experiments.results.published import PaperTable
-from jaxsparse.inspect import plots
+from jaxsparse.inspect.plots import style as plots
 
 if TYPE_CHECKING:
     import pandas as pd
 
-COLOURS = (*plots.COLOURS, "#000000")  # these pictures have a white ground
-
 
 def picture(table: PaperTable, found: "pd.DataFrame") -> Figure:
-    """The test errors of a paper's table: ours, the paper's and those of other methods.
+    """The test errors of a paper's table: ours, the paper's and those of other methods, in matplotlib's style.
 
     ``found`` is as for :func:`experiments.results.paper.beside_paper`.
     """
@@ -42,7 +40,7 @@ def picture(table: PaperTable, found: "pd.DataFrame") -> Figure:
     xlabel = "weights kept (%)" if table.against_kept else table.x
     if table.footprint:
         xlabel = "kilobytes of the file, values in int8"
-    return errors_against(xlabel, {**ours, **paper, **others}, baselines, table.title.partition(". ")[0])
+    return errors_against(xlabel, {**ours, **paper, **others}, baselines, table.name)
 
 
 def errors_against(
@@ -56,9 +54,9 @@ def errors_against(
       baselines: label -> error in %, drawn as horizontal lines.
       title: of the picture.
     """
-    figure = Figure(figsize=(10, 5.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = plots.new_figure(10, 5.5)
     axes = figure.add_subplot()
+    colours = (*mpl.rcParams["axes.prop_cycle"].by_key()["color"], plots.ink())
     axes.set(xlabel=xlabel, ylabel="test error (%)")
     axes.grid(alpha=0.3)
     names = list(dict.fromkeys(x for points in series.values() for x in points))
@@ -67,11 +65,11 @@ def errors_against(
     for i, (label, points) in enumerate(series.items()):
         xs = list(points) if named else sorted(points)
         means, errors = zip(*(points[x] for x in xs), strict=True)
-        style = {"label": label, "marker": plots.MARKERS[i % 7], "color": COLOURS[i % len(COLOURS)], "capsize": 3}
+        style = {"label": label, "marker": plots.MARKERS[i % 7], "color": colours[i % len(colours)], "capsize": 3}
         places = [position[x] + (0.06 * i if named else 0) for x in xs]
         axes.errorbar(places, means, np.nan_to_num(errors), linestyle="" if named else "-", **style)
     for i, (label, error) in enumerate(baselines.items()):
-        axes.axhline(error, label=label, color=COLOURS[i % len(COLOURS)], linestyle="--", linewidth=1)
+        axes.axhline(error, label=label, color=colours[i % len(colours)], linestyle="--", linewidth=1)
     figure.suptitle(title)
     if not named and max(names, default=1) >= 10 * min(names, default=1):
         axes.set_xscale("log")

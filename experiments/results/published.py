@@ -56,6 +56,16 @@ class PaperTable(NamedTuple):
     with_kept: bool = False
     footprint: bool = False
 
+    @property
+    def name(self) -> str:
+        """The title without the publication."""
+        return self.title.partition(". ")[0]
+
+    @property
+    def source(self) -> str:
+        """The publication, or nothing."""
+        return self.title.partition(". ")[2]
+
 
 def _mnist(model, x, folder, changes, published, seeds, protocol="") -> Row:
     series = {"lenet_300_100": "LeNet-300-100", "lenet5_caffe": "LeNet-5"}[model] + protocol
@@ -169,6 +179,11 @@ def _rda(model, l1, seeds) -> Row:
     return Row(series, f"l1 = {l1:g}", f"{model}/rda_l1_{l1:g}", config, {"method.l1": l1}, None, seeds)
 
 
+def _in_bfloat16(row: Row) -> Row:
+    series, run = f"{row.series}, state in bfloat16", f"{row.run}_bfloat16"
+    return row._replace(series=series, run=run, changes={**row.changes, "method.state_dtype": "bfloat16"})
+
+
 def _beside(model, percent, seeds) -> Row:
     row = _kept(model, percent, None, seeds)
     return row._replace(series=f"{row.series}, sparse momentum", x=f"{percent:g}%")
@@ -194,6 +209,7 @@ _RDA = PaperTable(
     "setting",
     (
         *(_rda("lenet_300_100", l1, 5) for l1 in (8e-6, 3e-6, 1e-6)),
+        _in_bfloat16(_rda("lenet_300_100", 8e-6, 5)),
         *(_beside("lenet_300_100", percent, 5) for percent in (1.2, 3.2, 8)),
         _rda("lenet5_caffe", 3e-6, 1),
     ),

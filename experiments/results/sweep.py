@@ -3,15 +3,15 @@
 Runs are compared by test accuracy, or of a text by the loss: what the column of their numbers is named.
 """
 
-import contextlib
 import datetime
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from experiments.measures import ACCURACY, LOSS, Measure, measure_of
+from experiments.results import themes
 from experiments.results.table import as_table, markdown, with_error
 from jaxsparse.inspect.plots import style as plots
 
@@ -22,11 +22,6 @@ COLUMNS = ("arm", "value", "sparsity", "seed", "MEASURE", "kept", "seconds", "fa
 DENSE = "dense"  # the arm that the others are held against
 # How close to the dense network is close: points of accuracy, or a share of the loss.
 WITHIN = {ACCURACY: 0.3, LOSS: 0.01}
-# Text, ground and lines of the pictures, and colours that colour-blind people tell apart on this ground.
-THEMES = {
-    "light": ("#1f2328", "#ffffff", "#c4c9cf", plots.COLOURS),
-    "dark": ("#d8dce2", "#131416", "#4a4f57", ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00")),
-}
 TICKS = (10, 20, 50, 80, 85, 90, 92, 94, 95, 96, 97, 98, 98.5, 99, 99.3, 99.6, 99.8, 99.9)  # of the accuracy
 
 
@@ -191,8 +186,7 @@ def as_markdown(name: str, title: str, found: "pd.DataFrame", command: str) -> s
     for table in (by_sparsity(found), by_value(found)):
         if len(table):
             lines += ["", *markdown(table.loc[:, (table != "").any()])]
-    source = f'<source media="(prefers-color-scheme: dark)" srcset="{name}_dark.png">'
-    lines += ["", f'<picture>{source}<img src="{name}_light.png" alt="{title}"></picture>', ""]
+    lines += ["", themes.in_markdown(name, title), ""]
     failed = found[found.failed != ""]
     lines += [f"- {row.arm} {row.value}, seed {row.seed} failed: {row.failed}" for row in failed.itertuples()]
     lines += [""] if len(failed) else []
@@ -208,22 +202,6 @@ def text(found: "pd.DataFrame") -> str:
 
 
 # --- The picture ----------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def style(theme: str) -> Iterator[None]:
-    """Matplotlib's style for one of :data:`THEMES`."""
-    import matplotlib as mpl
-
-    ink, ground, line, colours = THEMES[theme]
-    options: dict[Any, Any] = {
-        "axes.prop_cycle": mpl.rcsetup.cycler(color=colours), "axes.edgecolor": line, "axes.labelcolor": ink,
-        "axes.facecolor": ground, "figure.facecolor": ground, "savefig.facecolor": ground, "grid.color": line,
-        "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.3,
-        **{f"{part}.color": ink for part in ("text", "xtick", "ytick")},
-    }  # fmt: skip
-    with mpl.rc_context(options):
-        yield
 
 
 def picture(found: "pd.DataFrame", title: str, groups: Mapping[str, Sequence[str]] | None = None) -> Any:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from experiments import prune_after
 from experiments.command_line import as_path
 from experiments.prune_after import Case
-from experiments.results import sweep
+from experiments.results import sweep, themes
 from experiments.results.table import as_table, markdown, with_error
 from experiments.workdir import read_json
 from jaxsparse.inspect.plots import style as plots
@@ -193,7 +193,6 @@ def paragraph(found: Found) -> str:
 def as_markdown(found: Found, command: str) -> str:
     """The page."""
     seeds = sorted(set(found.rows.seeds))
-    source = f'<source media="(prefers-color-scheme: dark)" srcset="{NAME}_dark.png">'
     lines = [
         f"# {TITLE}", "",
         "Held-out loss in bits a byte, on files of Python's standard library. From scratch: mean"
@@ -201,7 +200,7 @@ def as_markdown(found: Found, command: str) -> str:
         "dense network. After training: that network, pruned without training on. Weights kept are those of the "
         "matrices in the blocks; embeddings, biases and norms are dense.", "",
         paragraph(found), "",
-        f'<picture>{source}<img src="{NAME}_light.png" alt="{TITLE}"></picture>', "",
+        themes.in_markdown(NAME, TITLE), "",
         *markdown(cells(found)), "",
     ]  # fmt: skip
     if found.missing:
@@ -277,9 +276,7 @@ def write(folder: Path, command: str) -> Found:
     if not len(found.rows):
         raise FileNotFoundError(f"{folder} has none of {SWEEP}, {AFTER} and {CUT}")
     (folder / f"{NAME}.md").write_text(as_markdown(found, command))
-    for theme in sweep.THEMES:
-        with sweep.style(theme):
-            picture(found).savefig(folder / f"{NAME}_{theme}.png", dpi=130)
+    themes.save(lambda: picture(found), folder, NAME)
     return found
 
 

@@ -19,12 +19,12 @@ from jaxsparse.layouts import LayoutLike
 from jaxsparse.placement import copied, zeros
 from jaxsparse.prunable import prunable_leaves
 from jaxsparse.structures import Structure, StructureLike, check_structure, leaf_structures
-from jaxsparse.transforms.chain import chain
 from jaxsparse.transforms.checks import check_range, check_zeros, refuse_replicated, require_params
-from jaxsparse.transforms.velocity import at_step, check_schedule, check_time, velocity
+from jaxsparse.transforms.rounding import check_state_dtype, rounded
+from jaxsparse.transforms.velocity import at_step, check_schedule, check_time
 from jaxsparse.trees import by_path, is_masked_node
 
-__all__ = ["ReweightedL1State", "rda", "reweighted_l1"]
+__all__ = ["ReweightedL1State", "reweighted_l1"]
 
 
 class ReweightedL1State(NamedTuple):
@@ -33,8 +33,9 @@ class ReweightedL1State(NamedTuple):
     Attributes:
       count: (), int32: the updates so far.
       pre_prox: y, the weights before they are shrunk, in the shapes and dtypes of the params.
-      threshold: l1 * b, by how much they are shrunk; of the leaf's shape, with 1 for the axes of a group.
-      magnitude: r, the running average of the weights' absolute values, in the shapes of ``threshold``.
+      threshold: l1 * b, by how much they are shrunk; of the leaf's shape, with 1 for the axes of a group, and of its
+        dtype, or ``state_dtype``.
+      magnitude: r, the running average of the weights' absolute values, in the shapes and dtypes of ``threshold``.
     """
 
     count: jax.Array  # type: ignore[assignment]  # the name that Optax gives it
@@ -44,7 +45,7 @@ class ReweightedL1State(NamedTuple):
 
     def sparse_masks(self) -> Any:
         """The masks ``|y| > l1 * b``, computed from the state rather than stored in it."""
-        return jax.tree.map(lambda y, t: jnp.abs(y) > t, self.pre_prox, self.threshold)
+        return jax.tree.map(lambda y, t: jnp.abs(y) > t.astype(y.dtype), self.pre_prox, self.threshold)
 
     def wants_momentum(self) -> bool:
         """False: the magnitudes of the weights decide, not their momentum."""
@@ -70,6 +71,7 @@ def reweighted_l1(
     weight_time: ArrayLike = 9.5,
     max_factor: ArrayLike = 500.0,
     structure: StructureLike = "weight",
+    state_dtype: Any = None,
     prunable: Any = None,
     layout: LayoutLike = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -115,6 +117,9 @@ def reweighted_l1(
         dimensions (matrices are pruned by single weights); a structure made by :func:`jaxsparse.structures.kernel` or
         ``channel``; or a mapping from path to these, see :func:`jaxsparse.structures.leaf_structures`, such as
         :meth:`jaxsparse.trace.ChannelGroups.structures` gives.
+      state_dtype: of r and b, which are half of what the state takes: None for that of the params, or
+        ``jnp.bfloat16``, which rounds up or down at random, by the step alone, so that averages are right in the mean.
+        What is computed with them is float32 still. (The authors: None.)
       prunable: which leaves are shrunk, see :func:`jaxsparse.prunable.prunable_leaves`; default: matrices and
         convolutions, the first and last layer included.
       layout: which axes of leaves are inputs, outputs and stacked layers, where names and shapes do not tell
@@ -122,8 +127,9 @@ def reweighted_l1(
 
     Returns:
       A gradient transformation with the state :class:`ReweightedL1State`: three copies of the leaves that are shrunk,
-      or little more than one if they are shrunk in groups. Its ``update`` needs the params. Leaves that are not shrunk
-      take the proposed update. A layer whose average is all zero is not shrunk, so it may come back.
+      two with ``state_dtype=jnp.bfloat16``, or little more than one if they are shrunk in groups. Its ``update`` needs
+      the params. Leaves that are not shrunk take the proposed update. A layer whose average is all zero is not shrunk,
+      so it may come back.
 
     Raises:
       ValueError: for numbers out of range, schedules whose first value is, an unknown structure or one that does not
@@ -153,6 +159,7 @@ def reweighted_l1(
     check_schedule("averaging", averaging, 0, 1)
     check_time("weight_time", weight_time)
     check_range("max_factor", max_factor, 1)
+    check_state_dtype(state_dtype, "reweighted_l1")
     check_structure(structure, known=("weight", "kernel", "channel"))
 
     def init_fn(params):
@@ -174,8 +181,8 @@ def reweighted_l1(
             count=jnp.zeros([], jnp.int32),
             # Copies: the state and the params may both be donated.
             pre_prox=for_each(lambda p, _: copied(p)),
-            threshold=for_each(lambda p, unit: zeros(p, _group_shape(unit, p.shape))),
-            magnitude=for_each(lambda p, unit: zeros(p, _group_shape(unit, p.shape))),
+            threshold=for_each(lambda p, unit: zeros(p, _group_shape(unit, p.shape)).astype(state_dtype or p.dtype)),
+            magnitude=for_each(lambda p, unit: zeros(p, _group_shape(unit, p.shape)).astype(state_dtype or p.dtype)),
         )
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -185,10 +192,12 @@ def reweighted_l1(
         fading = s / weight_time
         scalars = jnp.exp(-fading), jnp.expm1(-fading), a, 1 - a, strength * s
 
-        def step(u, x, y, threshold, r):
+        def step(number, u, x, y, threshold, r):
             group = tuple(i for i, (size, full) in enumerate(zip(r.shape, x.shape, strict=True)) if size != full)
             size = _mean(jnp.abs(x), group) if group else jnp.abs(x)
             kept, lost, old, rest, pull = (scalar.astype(x.dtype) for scalar in scalars)
+            stored = threshold.dtype
+            threshold, r = threshold.astype(x.dtype), r.astype(x.dtype)
             r = kept * r - lost * size  # (1)
             largest = jnp.max(r)
             # (2), all multiplied by max r: one division, and 0 / 0 where the average is zero.
@@ -196,91 +205,25 @@ def reweighted_l1(
             w = jnp.where((largest == 0) & (max_factor == 1), 1, w)  # plain l1 has no weights to lack
             w *= math.sqrt(x.size / r.size)
             threshold = old * threshold + pull * w  # (3), times l1
+            threshold, r = rounded((threshold, r), stored, state.count, number)
             y = old * y + rest * x + u  # (4)
-            shrunk = jnp.where(jnp.abs(y) > threshold, y - jnp.copysign(threshold, y), 0)  # (5)
+            pulled = threshold.astype(x.dtype)
+            shrunk = jnp.where(jnp.abs(y) > pulled, y - jnp.copysign(pulled, y), 0)  # (5)
             # -x where it is 0: x + (-x) is 0, exactly.
-            return tuple(new.astype(x.dtype) for new in (shrunk - x, y, threshold, r))
+            return (shrunk - x).astype(x.dtype), y.astype(x.dtype), threshold, r
 
         leaves, treedef = jax.tree.flatten(params)
         flat = map(treedef.flatten_up_to, (updates, state.pre_prox, state.threshold, state.magnitude))
         stepped = [
             (u if u is None else jnp.asarray(u, jnp.result_type(x)), y, threshold, r)
             if is_masked_node(y) or not x.size
-            else step(0 if u is None else u, x, y, threshold, r)
-            for x, u, y, threshold, r in zip(leaves, *flat, strict=True)
+            else step(number, 0 if u is None else u, x, y, threshold, r)
+            for number, (x, u, y, threshold, r) in enumerate(zip(leaves, *flat, strict=True))
         ]
         updates, *trees = (treedef.unflatten([leaf[i] for leaf in stepped]) for i in range(4))
         return updates, ReweightedL1State(optax.safe_increment(state.count), *trees)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def rda(
-    step_size: ArrayLike | optax.Schedule,
-    *,
-    l1: ArrayLike | optax.Schedule,
-    averaging: ArrayLike | optax.Schedule = 0.0,
-    momentum_time: ArrayLike = 9.5,
-    weight_time: ArrayLike | None = None,
-    weight_decay: ArrayLike = 0.0,
-    max_factor: ArrayLike = 500.0,
-    structure: StructureLike = "weight",
-    prunable: Any = None,
-    layout: LayoutLike = None,
-) -> optax.GradientTransformationExtraArgs:
-    """Find how few weights are needed, by dual averaging with reweighted l1 (Siegel et al., 2020).
-
-    Weight decay on all params, :func:`jaxsparse.velocity` and :func:`reweighted_l1`, in one chain.
-
-    Args:
-      step_size: as for :func:`reweighted_l1`; the authors start at 1.
-      l1: as for :func:`reweighted_l1`; the authors take about 1e-6 for convolutional networks with a step size of 1.
-      averaging: as for :func:`reweighted_l1`; with the step size from :func:`jaxsparse.rda_cosine` or
-        :func:`jaxsparse.rda_halving`.
-      momentum_time: as for :func:`jaxsparse.velocity`.
-      weight_time: as for :func:`reweighted_l1`; None takes ``momentum_time``, as the authors do.
-      weight_decay: >= 0; this times the params is added to the gradients, including those of biases and scales.
-      max_factor, structure, prunable, layout: as for :func:`reweighted_l1`.
-
-    Returns:
-      A gradient transformation. Its ``update`` needs the params.
-
-    Raises:
-      ValueError: as :func:`reweighted_l1`.
-
-    Examples:
-      >>> import jax.numpy as jnp, optax, jaxsparse
-      >>> params = {"kernel": jnp.ones((20, 10)), "bias": jnp.zeros(10)}
-      >>> step_size, averaging = jaxsparse.rda_cosine(1.0, steps=54_000)
-      >>> tx = jaxsparse.rda(step_size, l1=3e-6, averaging=averaging, weight_decay=5e-4)
-      >>> opt_state = tx.init(params)
-      >>> print(jaxsparse.density(jaxsparse.get_masks(opt_state)))  # dense at first; zeros come while training
-      1.0
-
-    References:
-      Siegel, Chen, Zhang and Xu, `Training Sparse Neural Networks using Compressed Sensing
-      <https://arxiv.org/abs/2008.09661>`_, 2020.
-    """
-    if isinstance(step_size, tuple):
-        raise ValueError(
-            "step_size must be one schedule, got a pair: unpack it, step_size, averaging = jaxsparse.rda_cosine(...)"
-        )
-    check_range("weight_decay", weight_decay, 0)
-    no_decay = not isinstance(weight_decay, jax.core.Tracer) and weight_decay == 0
-    return chain(
-        optax.identity() if no_decay else optax.add_decayed_weights(weight_decay),
-        velocity(step_size, momentum_time),
-        reweighted_l1(
-            step_size,
-            l1=l1,
-            averaging=averaging,
-            weight_time=momentum_time if weight_time is None else weight_time,
-            max_factor=max_factor,
-            structure=structure,
-            layout=layout,
-            prunable=prunable,
-        ),
-    )
 
 
 def _group_shape(unit: Structure, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -145,7 +145,7 @@ def test_table_is_written_when_it_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "train", train)
     reproduce.main(arguments)
     assert "not run" not in (tmp_path / "results" / "small.md").read_text()
-    assert (tmp_path / "results" / "small.png").exists()
+    assert {path.name for path in (tmp_path / "results").glob("*.png")} == {"small_light.png", "small_dark.png"}
 
 
 def test_add_keeps_what_the_results_have(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 
 from experiments import sweep
 from experiments.results import sweep as results
+from experiments.results import themes
 from experiments.stopping import Stopped
 from experiments.workdir import Workdir, WorkdirError, write_json
 from tests.experiments.test_resume import outcome
@@ -280,8 +281,8 @@ def test_a_csv_file_is_read_back(tmp_path):
 
 @pytest.mark.slow
 def test_picture():
-    for theme in results.THEMES:
-        with results.style(theme):
+    for theme in themes.THEMES:
+        with themes.style(theme):
             figure = results.picture(some_results(), "Title")
         axes, (legend,) = figure.axes[0], figure.legends
         assert [text.get_text() for text in legend.get_texts()] == ["dense", "c", "l1", "b", "a"]

@@ -14,6 +14,7 @@ from sklearn.linear_model import Lasso
 
 import jaxsparse
 from jaxsparse import structures
+from jaxsparse.transforms.rounding import rounded
 from tests.problems import jit_once, make_params, make_step, signature
 
 GOLDEN = sorted((pathlib.Path(__file__).parent.parent / "golden").glob("xrda_*.npz"))
@@ -96,6 +97,64 @@ def test_golden_trajectories_on_eight_devices(file):
             assert_same(*(jax.tree.map(lambda x: x[i], tree) for tree in (  # noqa: B023
                 jax.tree.map(lambda x: x[device], history), expected, jax.tree.map(lambda x: x[device], distances)  # noqa: B023
             )))  # fmt: skip
+
+
+# --- State in bfloat16 ------------------------------------------------------------------------------------------------
+
+
+def trained(state_dtype, steps=300):
+    """Least squares with three weights that matter, of which the others are shrunk; the params and the state."""
+    inputs = jax.random.normal(jax.random.key(0), (200, 40))
+    target = inputs[:, :3] @ jnp.array([1.0, -2.0, 0.5])
+    tx = jaxsparse.rda(0.05, l1=3e-4, momentum_time=1.0, state_dtype=state_dtype)
+
+    def step(carry, _):
+        params, state = carry
+        grads = jax.grad(lambda p: jnp.mean((inputs @ p["kernel"][:, 0] - target) ** 2))(params)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state), jnp.mean(state[-1].magnitude["kernel"].astype(jnp.float32))
+
+    params = {"kernel": 0.3 * jax.random.normal(jax.random.key(1), (40, 1))}
+    (params, state), magnitudes = jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), length=steps))(params)
+    return params["kernel"], state[-1], magnitudes
+
+
+def test_bfloat16_state_finds_the_same_weights_in_half_the_bytes():
+    exact, _, of_exact = trained(None)
+    ours, state, magnitudes = trained("bfloat16")
+    assert state.threshold["kernel"].dtype == state.magnitude["kernel"].dtype == jnp.bfloat16
+    assert state.pre_prox["kernel"].dtype == jnp.float32
+    assert ((exact != 0) == (ours != 0)).all()
+    assert 3 <= (exact != 0).sum() < 40
+    np.testing.assert_allclose(ours, exact, atol=3e-3)
+    np.testing.assert_allclose(magnitudes, of_exact, rtol=0.02)  # to the nearest it would stand still, 10% off
+    # Masks are of the thresholds that are stored.
+    np.testing.assert_array_equal(state.sparse_masks()["kernel"], ours != 0)
+    np.testing.assert_array_equal(trained("bfloat16")[0], ours)
+
+
+def test_other_dtypes_of_the_state_are_refused():
+    with pytest.raises(ValueError, match="state_dtype is None, float32 or bfloat16, got float16"):
+        jaxsparse.rda(1.0, l1=0.0, state_dtype=jnp.float16)
+    assert jaxsparse.reweighted_l1(1.0, l1=0.0, state_dtype="float32").init({"w": jnp.ones((2, 2))})
+
+
+def test_rounding_at_random_is_right_in_the_mean():
+    x = jnp.linspace(-3.0, 3.0, 100_000)
+    one, other = rounded([x, jnp.abs(x)], jnp.bfloat16, jnp.int32(7), 3)
+    for wide, half in ((x, one), (jnp.abs(x), other)):
+        off = half.astype(jnp.float32) - wide
+        spacing = jnp.abs(wide) / 128
+        assert (jnp.abs(off) <= spacing + 1e-30).all()
+        assert abs(float(jnp.mean(off / jnp.maximum(spacing, 1e-6)))) < 0.005
+    # Another step and another leaf draw anew.
+    again = [rounded([x], jnp.bfloat16, jnp.int32(step), leaf)[0] for step, leaf in ((7, 3), (8, 3), (7, 4))]
+    assert (again[0] == one).all()
+    assert (again[1] != one).mean() > 0.2
+    assert (again[2] != one).mean() > 0.2
+    kept = rounded([jnp.array([jnp.inf, -jnp.inf, jnp.nan, 0.0, 1.0])], jnp.bfloat16, jnp.int32(0), 0)[0]
+    np.testing.assert_array_equal(kept.astype(jnp.float32), [jnp.inf, -jnp.inf, jnp.nan, 0.0, 1.0])
 
 
 # --- What the formulas say --------------------------------------------------------------------------------------------
