@@ -42,6 +42,9 @@ PURPOSES = {
 }
 
 
+SHARED_PAGES = {"rda": "reweighted_l1"}  # which is a link of it
+
+
 class Method(NamedTuple):
     """A row: the name of a method, its goal, its paper and the address of that, its page in docs/methods ("": none)."""
 
@@ -89,7 +92,8 @@ def method_of(name: str, function: Callable, module: ModuleType) -> Method:
     address = re.search(r"<(https://[^>]+)>", text.partition("References:")[2])
     if paper and address is None:
         raise ValueError(f"{name}: the docstring has no address of {paper} under 'References:'")
-    pages = [f"{name}.md", f"{module.__name__.rpartition('.')[2]}.md"]
+    shared = SHARED_PAGES.get(name, module.__name__.rpartition(".")[2])
+    pages = [f"{name}.md", f"{shared}.md"]
     page = next((page for page in pages if (PAGES / page).exists()), "")
     return Method(name, read["goal"], paper, address[1] if address else "", page)
 
