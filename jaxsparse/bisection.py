@@ -105,7 +105,7 @@ def select(
     def narrowed(g, search):
         """The search after a round. Where no value gives the target, those equal to it compete for what is left."""
         arrays = [(x.ndim, over) for (x, _), over in zip(groups[g], reduced[g], strict=True)]
-        several = jax.default_backend() != "cpu" or all(_one_pass(*array) for array in arrays)
+        several = all(_one_pass(*array) for array in arrays)
         at = _between(search.low, search.high, _SEVERAL if several else 1)
         low, high = search.narrowed(at, count(g, at, search))
         turns = (search.threshold == jnp.iinfo(low.dtype).max) & (low < high) & ~(low < high - 1)
@@ -251,34 +251,48 @@ def count_true(mask: jax.Array, axis: tuple[int, ...] | None = None) -> jax.Arra
       axis: axes to sum over, which are kept with length 1; ``None`` for all of
         them and a scalar result.
     """
-    if _one_pass(mask.ndim, axis):  # together with the others, and the barrier keeps XLA from dropping those
-        return jax.lax.optimization_barrier(_counts([mask, ~mask], axis))[0]
-    keepdims = axis is not None
-    reduced = mask.shape if axis is None else [mask.shape[d] for d in axis]
-    if np.prod(reduced, dtype=np.int64) <= _EXACT_IN_FLOAT32:  # faster than a sum of integers
-        return jnp.sum(mask, axis=axis, keepdims=keepdims, dtype=jnp.float32).astype(jnp.int32)
-    return jnp.sum(mask, axis=axis, keepdims=keepdims, dtype=jnp.int32)
+    if not _one_pass(mask.ndim, axis):
+        return _sum(mask, axis)
+    # Together with the others, which the barrier keeps XLA from dropping.
+    both = lambda mask: jax.lax.optimization_barrier(_reduced([mask, ~mask], axis))[0]  # noqa: E731
+    return jax.lax.platform_dependent(mask, cpu=both, default=lambda mask: _sum(mask, axis))
 
 
 def _counts(masks: list[jax.Array], axis: tuple[int, ...] | None) -> list[jax.Array]:
     """:func:`count_true` of several arrays of one shape."""
     if len(masks) == 1 or not _one_pass(masks[0].ndim, axis):
-        return [count_true(mask, axis) for mask in masks]
+        return [_sum(mask, axis) for mask in masks]
+    return jax.lax.platform_dependent(
+        masks, cpu=lambda masks: _reduced(masks, axis), default=lambda masks: [_sum(mask, axis) for mask in masks]
+    )
+
+
+def _reduced(masks: list[jax.Array], axis: tuple[int, ...] | None) -> list[jax.Array]:
+    """:func:`_counts` by one reduction.
+
+    XLA's CPU backend writes the operand of a sum to memory before it adds, but not those of a reduction of several
+    arrays. Other backends fuse sums.
+    """
     over = tuple(range(masks[0].ndim)) if axis is None else axis
-    numbers = tuple(mask.astype(jnp.int32) for mask in masks)
-    zeros = (np.int32(0),) * len(masks)
-    counts = jax.lax.reduce(numbers, zeros, lambda a, b: tuple(map(operator.add, a, b)), over)
+    numbers, zeros = [mask.astype(jnp.int32) for mask in masks], (np.int32(0),) * len(masks)
+    counts = jax.lax.reduce(tuple(numbers), zeros, lambda a, b: tuple(map(operator.add, a, b)), over)
     return list(counts) if axis is None else [jnp.expand_dims(n, over) for n in counts]
 
 
 def _one_pass(ndim: int, axis: tuple[int, ...] | None) -> bool:
-    """Whether to count several arrays by one reduction: on a CPU that is one device, if the last axis is summed over.
+    """Whether to count several arrays in one pass: where that is fast, which on a CPU needs the last axis to go.
 
-    XLA's CPU backend writes the operand of a sum to memory before it adds, but not those of a reduction of several
-    arrays. Other backends fuse sums, and of arrays that are sharded only sums become all-reduces.
+    Not on a CPU of several devices: of arrays that are sharded only sums become all-reduces.
     """
-    inner = axis is None or ndim - 1 in axis
-    return inner and jax.default_backend() == "cpu" and jax.device_count() == 1
+    alone = jax.default_backend() != "cpu" or jax.device_count() == 1
+    return alone and (axis is None or ndim - 1 in axis)
+
+
+def _sum(mask: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
+    reduced = mask.shape if axis is None else [mask.shape[d] for d in axis]
+    if np.prod(reduced, dtype=np.int64) <= _EXACT_IN_FLOAT32:  # several times faster than a sum of integers
+        return jnp.sum(mask, axis=axis, keepdims=axis is not None, dtype=jnp.float32).astype(jnp.int32)
+    return jnp.sum(mask, axis=axis, keepdims=axis is not None, dtype=jnp.int32)
 
 
 def _keys(scores: jax.Array, where: jax.Array | None, absolute: bool) -> jax.Array:

@@ -234,7 +234,7 @@ def test_a_pair_of_schedules_fills_two_arguments():
     _, velocity = calls.call(config.optimizer, "config.optimizer")
     _, link = calls.call(config.method, "config.method")
     assert velocity.keys() == {"step_size", "momentum_time"}
-    assert link.keys() == {"step_size", "averaging", "l1", "weight_time", "max_factor", "structure"}
+    assert link.keys() == {"step_size", "averaging", "l1", "weight_time", "max_factor", "structure", "state_dtype"}
     assert link["weight_time"] == 9.5
     assert link["averaging"](999) == 1
 
