@@ -119,7 +119,7 @@ def reweighted_l1(
         :meth:`jaxsparse.trace.ChannelGroups.structures` gives.
       state_dtype: of r and b, which are half of what the state takes: None for that of the params, or
         ``jnp.bfloat16``, which rounds up or down at random, by the step alone, so that averages are right in the mean.
-        What is computed with them is float32 still. (The authors: None.)
+        What is computed with them is float32 still. It saves memory; on a CPU it takes more time. (The authors: None.)
       prunable: which leaves are shrunk, see :func:`jaxsparse.prunable.prunable_leaves`; default: matrices and
         convolutions, the first and last layer included.
       layout: which axes of leaves are inputs, outputs and stacked layers, where names and shapes do not tell

@@ -44,9 +44,8 @@ def rounded(arrays: Sequence[jax.Array], dtype: Any, step: jax.Array, leaf: int)
 
 def _round_up_by(x: jax.Array, half: jax.Array) -> jax.Array:
     """bfloat16 is the upper half of float32: adding to the lower half carries as often as that is large."""
-    pattern = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    upper = (pattern + half) & jnp.uint32(0xFFFF0000)
-    return jnp.where(jnp.isfinite(x), jax.lax.bitcast_convert_type(upper, jnp.float32), x).astype(jnp.bfloat16)
+    pattern = jax.lax.bitcast_convert_type(x, jnp.uint32) + jnp.where(jnp.isfinite(x), half, 0)
+    return jax.lax.bitcast_convert_type((pattern >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
 def _random_bits(shape: tuple[int, ...], step: jax.Array, leaf: int) -> jax.Array:
