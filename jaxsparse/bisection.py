@@ -93,13 +93,15 @@ def select(
             return [n.reshape(-1) for n in counts] if rows else counts
 
         def if_any(going, compute, like):
-            return jax.lax.cond(jnp.any(going), compute, lambda: [jnp.zeros(like, jnp.int32)] * len(at))
+            return jax.lax.cond(jnp.any(going), compute, lambda: [jnp.zeros_like(like, jnp.int32)] * len(at))
 
         numbers = range(len(groups[g]))
         if not rows:  # the sums over arrays
-            going = search.going
-            return if_any(going, lambda: list(map(sum, zip(*map(of, numbers), strict=True))), going.shape)
-        counts = [if_any(part(g, i, search.going), lambda i=i: of(i), len(groups[g][i][0])) for i in numbers]
+            sums = lambda: list(map(sum, zip(*map(of, numbers), strict=True)))  # noqa: E731
+            return if_any(search.going, sums, search.low)
+        counts = [
+            if_any(part(g, i, search.going), lambda i=i: of(i), part(g, i, search.low).reshape(-1)) for i in numbers
+        ]
         return [n[0] if len(n) == 1 else jnp.concatenate(n) for n in zip(*counts, strict=True)]
 
     def narrowed(g, search):
@@ -122,6 +124,7 @@ def select(
         integer, ends = _integer(groups[g]), jnp.iinfo(_bits(groups[g][0][0]))
         eligible = None if enough else _eligible(groups[g], reduced[g], extents[g], sizes, rows)
         k = k if enough else jnp.clip(k, 0, eligible)
+        k = k + _nothing(groups[g], reduced[g], rows)
         # Not even infinity reaches the highest; all that is eligible, NaN too, reaches the lowest but one.
         high = jnp.full_like(k, ends.max, integer)
         high = high if enough else jnp.where(k == eligible, ends.min + 1, high)
@@ -180,7 +183,7 @@ class _Search(NamedTuple):
 
 def _is_few(scores: jax.Array, axes: tuple[int, ...] | None) -> bool:
     """Whether to compare every two entries, which compiles faster than the searches and, of a very few, runs faster."""
-    if any(jax.typeof(scores).sharding.spec):
+    if not _lies_anywhere(scores):
         return False
     return scores.size <= _FEW if axes is None else len(axes) == 1 and scores.shape[axes[0]] <= _VERY_FEW
 
@@ -215,6 +218,26 @@ def _eligible(group, reduced, extents, sizes, rows):
         n = n * sizes[i] if sizes is not None else n
         numbers.append(jnp.broadcast_to(n.reshape(-1), len(x)) if rows else n)
     return jnp.concatenate(numbers) if rows else functools.reduce(operator.add, numbers)
+
+
+def _nothing(group, reduced, rows):
+    """Zeros of the type that the counts of a group have, where types say on which devices arrays are."""
+    zeros = []
+    for (x, where), over in zip(group, reduced, strict=True):
+        told = not all(_lies_anywhere(array) for array in (x, where) if array is not None)
+        none = jnp.isnan(x) & False & (True if where is None else where)
+        zeros.append(count_true(none, over) if told else jnp.int32(0))
+    if not rows:
+        return functools.reduce(operator.add, zeros)
+    of_members = [jnp.broadcast_to(n.reshape(-1), len(x)) for n, (x, _) in zip(zeros, group, strict=True)]
+    return jnp.concatenate(of_members)
+
+
+def _lies_anywhere(x: jax.Array) -> bool:
+    """Whether the type of an array says nothing of devices: of a mesh with explicit axes, or a ``shard_map``."""
+    kind = jax.typeof(x)
+    varying = getattr(getattr(kind, "manual_axis_type", None), "varying", None)
+    return not (any(kind.sharding.spec) or varying)
 
 
 def _bits(scores: jax.Array) -> np.dtype:
