@@ -1,7 +1,8 @@
 """How long XLA takes to compile an update with each link or wrapper, beside AdamW: 72 kernels of 12 transformer layers.
 
 Compiles ``tx.update`` and ``optax.apply_updates`` for shapes, from tracing on, every case in turn, ``--rounds`` times,
-and prints the shortest time, which other work on the machine disturbs least, as a multiple of AdamW's.
+and keeps the shortest time, which other work on the machine disturbs least, as a multiple of AdamW's. A table of some
+links alone is printed, not kept.
 
 Usage: ``python -m benchmarks.compile_time [--rounds 5] [NAME ...]``
 """
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 import jaxsparse
+from benchmarks import timing
 
 WIDTH, LAYERS = 256, 12
 LINKS = {
@@ -83,7 +85,7 @@ def seconds(name: str) -> float:
 
 
 def main() -> None:
-    """Prints a table."""
+    """Prints a table, and keeps it where it has all the links."""
     known = [*LINKS, *WRAPPERS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of these alone: {', '.join(known)}")
@@ -97,10 +99,19 @@ def main() -> None:
         for name in cases:
             taken[name].append(seconds(name))
     base = min(taken["AdamW"])
-    print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}, {arguments.rounds} rounds\n")
-    print("| chain | seconds | of AdamW's |\n|---|---|---|")
-    for name, times in taken.items():
-        print(f"| {name} | {min(times):.2f} | {min(times) / base:.2f} |")
+    table = (
+        "compile_time",
+        "Compile time of one update",
+        ["chain", "seconds", "of AdamW's"],
+        [[name, f"{min(times):.2f}", f"{min(times) / base:.2f}"] for name, times in taken.items()],
+        f"Tracing, lowering and compiling `tx.update` and `optax.apply_updates` for the {6 * LAYERS} kernels (and the "
+        f"biases and norms) of a {LAYERS}-layer transformer, behind AdamW or, with wrappers, around it. The shortest "
+        f"of {arguments.rounds} rounds.",
+    )
+    if arguments.names:
+        print(timing.as_markdown(*table))
+    else:
+        timing.save(*table)
 
 
 if __name__ == "__main__":

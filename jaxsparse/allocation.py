@@ -15,7 +15,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxsparse.layouts import Layout, LayoutLike, leaf_layouts
-from jaxsparse.selection import count_true, top_k_mask
+from jaxsparse.reductions import count_true, sums
+from jaxsparse.selection import top_k_mask
 from jaxsparse.trees import by_pattern
 
 __all__ = [
@@ -167,14 +168,14 @@ def layer_counts(
             densities = xp.stack(_densities(list(params.values()), density, allocation == "erdos_renyi_kernel", at))
     of_units = np.ones_like(sizes) if unit_sizes is None else np.asarray(unit_sizes, np.int64)
     units = sizes // of_units
-    counts = jnp.zeros(len(sizes), jnp.int32)
+    counts: Any = np.zeros(len(sizes), np.int32)
     for size in np.unique(of_units):
         layers = np.flatnonzero(of_units == size)
         quotas, capacity = (densities * units)[layers], units[layers].astype(np.int32)
         shared = apportion(quotas, xp.round(quotas.sum()).astype(np.int32), capacity)
         if isinstance(at_least, jax.core.Tracer) or at_least:
             shared = with_floor(shared, jnp.minimum(at_least, capacity))
-        counts = counts.at[layers].set(shared)
+        counts = jnp.asarray(counts).at[layers].set(shared)
     return counts
 
 
@@ -228,8 +229,30 @@ def apportion(quotas: ArrayLike, total: ArrayLike, capacity: ArrayLike, *, round
       >>> [apportion([6.7, 2.0, 0.3], 9, [9, 9, 9], round_up=up).tolist() for up in (False, True)]
       [[7, 2, 0], [6, 2, 1]]
     """
+    if not any(isinstance(given, jax.Array) for given in (quotas, total, capacity)):
+        known = np.asarray(quotas, np.float32), int(total), np.asarray(capacity)  # type: ignore[arg-type]
+        return jnp.asarray(_apportion_known(*known, round_up))
     quotas, total, capacity = jnp.asarray(quotas, jnp.float32), jnp.asarray(total, jnp.int32), jnp.asarray(capacity)
     return _apportion(quotas, total, capacity.astype(jnp.int32), round_up=round_up)
+
+
+def _apportion_known(quotas: np.ndarray, total: int, capacity: np.ndarray, round_up: bool) -> np.ndarray:
+    """:func:`_apportion` of numbers that are known, which compiles nothing."""
+    total = min(total, int(capacity.sum()))
+    rounded = np.minimum(np.ceil(quotas) if round_up else np.floor(quotas), 2.0**29).astype(np.int64)
+
+    def filled(level):
+        return np.clip(rounded + level, 0, capacity)
+
+    low, high = -int(rounded.max(initial=0)) - 1, int(capacity.max(initial=0)) + 1
+    while low + 1 < high:
+        middle = (low + high) // 2
+        low, high = (middle, high) if filled(middle).sum() <= total else (low, middle)
+    counts = filled(low)
+    larger = np.flatnonzero(filled(low + 1) > counts)
+    first = larger[np.argsort((quotas if round_up else -quotas)[larger], kind="stable")]
+    counts[first[: total - counts.sum()]] += 1
+    return counts.astype(np.int32)
 
 
 @functools.partial(jax.jit, static_argnames="round_up")
@@ -283,9 +306,10 @@ def exact_sum(values: jax.Array, where: jax.Array | None = None, axis: tuple[int
     # Digits so short that as many of them as there are terms add up within an int32.
     terms = values.size if axis is None else int(np.prod([values.shape[d] for d in axis]))
     digit = max(1, min(_FIXED_POINT_BITS, 31 - max(terms, 1).bit_length()))
-    total = jnp.float32(0)
-    for shift in range(0, _FIXED_POINT_BITS, digit):
-        part = jnp.sum((fixed >> shift) & ((1 << digit) - 1), axis=axis, keepdims=axis is not None, dtype=jnp.int32)
+    total, shifts = jnp.float32(0), range(0, _FIXED_POINT_BITS, digit)
+    for shift, part in zip(
+        shifts, sums([(fixed >> shift) & ((1 << digit) - 1) for shift in shifts], axis), strict=True
+    ):
         total = total + part.astype(jnp.float32) * 2.0**shift
     return total * (unit * 2.0 ** (1 - _FIXED_POINT_BITS))
 

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["count_true", "select"]
+from jaxsparse.placement import lies_anywhere
+from jaxsparse.positions import row_major
+from jaxsparse.reductions import any_true, count_true, in_one_pass, sums
 
-# float32 holds every integer up to here, so sums of zeros and ones are exact.
-_EXACT_IN_FLOAT32 = 1 << 24
+__all__ = ["select"]
 
 _SEVERAL = 3  # candidates are counted in one pass over memory, which takes hardly longer than one
 
@@ -44,7 +45,8 @@ def select(
     the reduced shape (axes kept): one selection for each remaining index.
 
     With ``rows`` all arrays are stacks, every member is ranked by itself, and ``ks[g]`` is a vector: a number for each
-    member of each stack of the group.
+    member of each stack of the group. With ``axes`` as well, which are then those of the arrays of the only group, a
+    number for each index of the others.
 
     ``starts``, for each array of a single group, is the index of its first entry; of a stack, of each array's in it.
 
@@ -56,7 +58,12 @@ def select(
     if sizes is None and not rows and len(groups) == len(groups[0]) == 1 and _is_few(groups[0][0][0], each[0]):
         scores, where = groups[0][0]
         return [[_by_rank(scores, where, ks[0], absolute, each[0])]]
-    reduced = [[tuple(range(1, x.ndim)) if rows else each[g] for x, _ in group] for g, group in enumerate(groups)]
+    reduced = [[each[g] if not rows else tuple(range(1, x.ndim)) if axes is None else axes[i]
+                for i, (x, _) in enumerate(group)] for g, group in enumerate(groups)]  # fmt: skip
+    shapes = [[tuple(1 if d in (over or ()) else n for d, n in enumerate(x.shape))
+               for (x, _), over in zip(group, overs, strict=True)]
+              for group, overs in zip(groups, reduced, strict=True)]  # fmt: skip
+    lengths = [[int(np.prod(shape)) for shape in of_group] for of_group in shapes]
     extents = [[_extent(x.shape, over) for (x, _), over in zip(group, overs, strict=True)]
                for group, overs in zip(groups, reduced, strict=True)]  # fmt: skip
 
@@ -67,8 +74,8 @@ def select(
         """The entries of a vector (with ``rows``) that belong to array i of the group."""
         if not rows:
             return vector
-        first, (x, _) = sum(len(x) for x, _ in groups[g][:i]), groups[g][i]
-        return vector[first : first + len(x)].reshape(-1, *(1,) * (x.ndim - 1))
+        first = sum(lengths[g][:i])
+        return vector[first : first + lengths[g][i]].reshape(shapes[g][i])
 
     def keys(g, i, x, where):
         return _keys(x, where, absolute).astype(_integer(groups[g]))
@@ -85,33 +92,32 @@ def select(
             now, threshold = [part(g, i, candidate) for candidate in at], part(g, i, search.threshold)
             (x, where), first, now = jax.lax.optimization_barrier((groups[g][i], first, now))
             key, ends = keys(g, i, x, where), jnp.iinfo(threshold.dtype)
-            order = jnp.zeros_like(key) + ~_index(x.shape, over, first).astype(key.dtype)  # sharded as the keys are
+            order = jnp.zeros_like(key) + ~row_major(x.shape, over, first).astype(key.dtype)  # sharded as the keys are
             ties = jnp.where(key == threshold, order, jnp.where(key > threshold, ends.max, ends.min))
             value = jnp.where(threshold == ends.max, key, ties)
-            counts = _counts([value >= candidate for candidate in now], over)
+            counts = sums([value >= candidate for candidate in now], over)
             counts = [n * sizes[i] for n in counts] if sizes is not None and sizes[i] > 1 else counts
             return [n.reshape(-1) for n in counts] if rows else counts
 
-        def if_any(going, compute, like):
-            return jax.lax.cond(jnp.any(going), compute, lambda: [jnp.zeros_like(like, jnp.int32)] * len(at))
+        def if_any(going, compute):
+            """The counts; where nothing is sought any more, which waits for the rest, zeros."""
+            return jax.lax.cond(any_true(going), compute, lambda: [jnp.zeros_like(going, jnp.int32)] * len(at))
 
-        numbers = range(len(groups[g]))
-        if not rows:  # the sums over arrays
-            sums = lambda: list(map(sum, zip(*map(of, numbers), strict=True)))  # noqa: E731
-            return if_any(search.going, sums, search.low)
-        counts = [
-            if_any(part(g, i, search.going), lambda i=i: of(i), part(g, i, search.low).reshape(-1)) for i in numbers
-        ]
-        return [n[0] if len(n) == 1 else jnp.concatenate(n) for n in zip(*counts, strict=True)]
+        arrays = range(len(groups[g]))
+        if rows:
+            counts = [if_any(part(g, i, search.going).reshape(-1), functools.partial(of, i)) for i in arrays]
+            return [n[0] if len(n) == 1 else jnp.concatenate(n) for n in zip(*counts, strict=True)]
+        of_all = lambda: list(map(sum, zip(*map(of, arrays), strict=True)))  # noqa: E731
+        return of_all() if len(groups) == 1 else if_any(search.going, of_all)
 
     def narrowed(g, search):
         """The search after a round. Where no value gives the target, those equal to it compete for what is left."""
         arrays = [(x.ndim, over) for (x, _), over in zip(groups[g], reduced[g], strict=True)]
-        several = all(_one_pass(*array) for array in arrays)
+        several = all(in_one_pass(*array) for array in arrays)
         at = _between(search.low, search.high, _SEVERAL if several else 1)
         low, high = search.narrowed(at, count(g, at, search))
         turns = (search.threshold == jnp.iinfo(low.dtype).max) & (low < high) & ~(low < high - 1)
-        every = np.repeat(extents[g], [len(x) for x, _ in groups[g]]) if rows else np.asarray(sum(extents[g]))
+        every = np.repeat(extents[g], lengths[g]) if rows else np.asarray(sum(extents[g]))
         return _Search(
             low=jnp.where(turns, -every.astype(low.dtype), low),
             high=jnp.where(turns, 0, high),
@@ -122,16 +128,16 @@ def select(
     searches = []
     for g, k in enumerate(ks):
         integer, ends = _integer(groups[g]), jnp.iinfo(_bits(groups[g][0][0]))
-        eligible = None if enough else _eligible(groups[g], reduced[g], extents[g], sizes, rows)
+        eligible = None if enough else _eligible(groups[g], reduced[g], extents[g], sizes, lengths[g] if rows else None)
         k = k if enough else jnp.clip(k, 0, eligible)
-        k = k + _nothing(groups[g], reduced[g], rows)
+        k = k + _nothing(groups[g], reduced[g], lengths[g] if rows else None)
         # Not even infinity reaches the highest; all that is eligible, NaN too, reaches the lowest but one.
         high = jnp.full_like(k, ends.max, integer)
         high = high if enough else jnp.where(k == eligible, ends.min + 1, high)
         low = jnp.where(k == 0, high, ends.min + 1)
         searches.append(_Search(low, high, jnp.full_like(low, jnp.iinfo(integer).max), k))
     searches = jax.lax.while_loop(
-        lambda searches: jnp.any(jnp.stack([jnp.any(search.going) for search in searches])),
+        lambda searches: functools.reduce(operator.or_, [any_true(search.going) for search in searches]),
         lambda searches: [narrowed(g, search) for g, search in enumerate(searches)],
         searches,
     )
@@ -143,7 +149,7 @@ def select(
         ties = search.threshold < ends.max
         threshold, cut = jnp.where(ties, search.threshold, search.high), jnp.where(ties, search.high, ends.min)
         for i, (x, where) in enumerate(group):
-            key, order = keys(g, i, x, where), ~_index(x.shape, reduced[g][i], begin(g, i)).astype(cut.dtype)
+            key, order = keys(g, i, x, where), ~row_major(x.shape, reduced[g][i], begin(g, i)).astype(cut.dtype)
             equal = (key == part(g, i, threshold)) & (order >= part(g, i, cut))
             masks[-1].append((key > part(g, i, threshold)) | equal)
     return masks
@@ -183,7 +189,7 @@ class _Search(NamedTuple):
 
 def _is_few(scores: jax.Array, axes: tuple[int, ...] | None) -> bool:
     """Whether to compare every two entries, which compiles faster than the searches and, of a very few, runs faster."""
-    if not _lies_anywhere(scores):
+    if not lies_anywhere(scores):
         return False
     return scores.size <= _FEW if axes is None else len(axes) == 1 and scores.shape[axes[0]] <= _VERY_FEW
 
@@ -210,34 +216,31 @@ def _between(low: jax.Array, high: jax.Array, n: int) -> list[jax.Array]:
     return [low + jax.lax.bitcast_convert_type(step, low.dtype) for step in steps]
 
 
-def _eligible(group, reduced, extents, sizes, rows):
-    """How much of a group may be marked: of all arrays together, or with ``rows`` of each member of each stack."""
+def _eligible(group, reduced, extents, sizes, lengths):
+    """How much of a group may be marked: of all arrays together, or with ``lengths`` in each search of each array."""
     numbers = []
-    for i, ((x, where), over, extent) in enumerate(zip(group, reduced, extents, strict=True)):
+    for i, ((_, where), over, extent) in enumerate(zip(group, reduced, extents, strict=True)):
         n = jnp.int32(extent) if where is None else count_true(where, over)
         n = n * sizes[i] if sizes is not None else n
-        numbers.append(jnp.broadcast_to(n.reshape(-1), len(x)) if rows else n)
-    return jnp.concatenate(numbers) if rows else functools.reduce(operator.add, numbers)
+        numbers.append(n)
+    return _of_searches(numbers, lengths)
 
 
-def _nothing(group, reduced, rows):
+def _nothing(group, reduced, lengths):
     """Zeros of the type that the counts of a group have, where types say on which devices arrays are."""
     zeros = []
     for (x, where), over in zip(group, reduced, strict=True):
-        told = not all(_lies_anywhere(array) for array in (x, where) if array is not None)
+        told = not all(lies_anywhere(array) for array in (x, where) if array is not None)
         none = jnp.isnan(x) & False & (True if where is None else where)
         zeros.append(count_true(none, over) if told else jnp.int32(0))
-    if not rows:
-        return functools.reduce(operator.add, zeros)
-    of_members = [jnp.broadcast_to(n.reshape(-1), len(x)) for n, (x, _) in zip(zeros, group, strict=True)]
-    return jnp.concatenate(of_members)
+    return _of_searches(zeros, lengths)
 
 
-def _lies_anywhere(x: jax.Array) -> bool:
-    """Whether the type of an array says nothing of devices: of a mesh with explicit axes, or a ``shard_map``."""
-    kind = jax.typeof(x)
-    varying = getattr(getattr(kind, "manual_axis_type", None), "varying", None)
-    return not (any(kind.sharding.spec) or varying)
+def _of_searches(numbers, lengths):
+    """Numbers of arrays, together; or one after the other, broadcast to the searches in each."""
+    if lengths is None:
+        return functools.reduce(operator.add, numbers)
+    return jnp.concatenate([jnp.broadcast_to(n.reshape(-1), k) for n, k in zip(numbers, lengths, strict=True)])
 
 
 def _bits(scores: jax.Array) -> np.dtype:
@@ -252,70 +255,6 @@ def _integer(group: list[tuple]) -> np.dtype:
 
 def _extent(shape: tuple[int, ...], axes: tuple[int, ...] | None) -> int:
     return int(np.prod(shape if axes is None else [shape[d] for d in axes], dtype=np.int64))
-
-
-def _index(shape: tuple[int, ...], axes: tuple[int, ...] | None, start: int | jax.Array) -> jax.Array:
-    """Row-major index within the group, built from iotas: nothing moves between devices."""
-    axes = tuple(range(len(shape))) if axes is None else axes
-    if jnp.ndim(start):  # one for each array of a stack
-        start, axes = jnp.expand_dims(start, range(1, len(shape))), axes[1:]
-    index, stride = jnp.full(shape, start, jnp.int32), 1
-    for d in reversed(axes):
-        index = index + stride * jax.lax.broadcasted_iota(jnp.int32, shape, d)
-        stride *= shape[d]
-    return index
-
-
-def count_true(mask: jax.Array, axis: tuple[int, ...] | None = None) -> jax.Array:
-    """Counts True entries as int32, exactly.
-
-    Args:
-      mask: bool, any shape.
-      axis: axes to sum over, which are kept with length 1; ``None`` for all of
-        them and a scalar result.
-    """
-    if not _one_pass(mask.ndim, axis):
-        return _sum(mask, axis)
-    # Together with the others, which the barrier keeps XLA from dropping.
-    both = lambda mask: jax.lax.optimization_barrier(_reduced([mask, ~mask], axis))[0]  # noqa: E731
-    return jax.lax.platform_dependent(mask, cpu=both, default=lambda mask: _sum(mask, axis))
-
-
-def _counts(masks: list[jax.Array], axis: tuple[int, ...] | None) -> list[jax.Array]:
-    """:func:`count_true` of several arrays of one shape."""
-    if len(masks) == 1 or not _one_pass(masks[0].ndim, axis):
-        return [_sum(mask, axis) for mask in masks]
-    return jax.lax.platform_dependent(
-        masks, cpu=lambda masks: _reduced(masks, axis), default=lambda masks: [_sum(mask, axis) for mask in masks]
-    )
-
-
-def _reduced(masks: list[jax.Array], axis: tuple[int, ...] | None) -> list[jax.Array]:
-    """:func:`_counts` by one reduction.
-
-    XLA's CPU backend writes the operand of a sum to memory before it adds, but not those of a reduction of several
-    arrays. Other backends fuse sums.
-    """
-    over = tuple(range(masks[0].ndim)) if axis is None else axis
-    numbers, zeros = [mask.astype(jnp.int32) for mask in masks], (np.int32(0),) * len(masks)
-    counts = jax.lax.reduce(tuple(numbers), zeros, lambda a, b: tuple(map(operator.add, a, b)), over)
-    return list(counts) if axis is None else [jnp.expand_dims(n, over) for n in counts]
-
-
-def _one_pass(ndim: int, axis: tuple[int, ...] | None) -> bool:
-    """Whether to count several arrays in one pass: where that is fast, which on a CPU needs the last axis to go.
-
-    Not on a CPU of several devices: of arrays that are sharded only sums become all-reduces.
-    """
-    alone = jax.default_backend() != "cpu" or jax.device_count() == 1
-    return alone and (axis is None or ndim - 1 in axis)
-
-
-def _sum(mask: jax.Array, axis: tuple[int, ...] | None) -> jax.Array:
-    reduced = mask.shape if axis is None else [mask.shape[d] for d in axis]
-    if np.prod(reduced, dtype=np.int64) <= _EXACT_IN_FLOAT32:  # several times faster than a sum of integers
-        return jnp.sum(mask, axis=axis, keepdims=axis is not None, dtype=jnp.float32).astype(jnp.int32)
-    return jnp.sum(mask, axis=axis, keepdims=axis is not None, dtype=jnp.int32)
 
 
 def _keys(scores: jax.Array, where: jax.Array | None, absolute: bool) -> jax.Array:

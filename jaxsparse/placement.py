@@ -26,6 +26,13 @@ def sharding_of(leaf: Any) -> jax.sharding.Sharding | None:
     return getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
 
 
+def lies_anywhere(x: jax.Array) -> bool:
+    """Whether the type of an array says nothing of devices: of a mesh with explicit axes, or a ``shard_map``."""
+    kind = jax.typeof(x)
+    varying = getattr(getattr(kind, "manual_axis_type", None), "varying", None)
+    return not (any(kind.sharding.spec) or varying)
+
+
 def zeros(leaf: Any, shape: Sequence[int] | None = None) -> jax.Array:
     """Zeros with a leaf's dtype and placement.
 

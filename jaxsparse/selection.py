@@ -22,7 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxsparse.bisection import count_true, select
+from jaxsparse.bisection import select
+from jaxsparse.placement import lies_anywhere
+from jaxsparse.reductions import count_true
 
 __all__ = ["count_true", "global_top_k_masks", "random_scores", "top_k_mask", "top_k_masks"]
 
@@ -124,8 +126,14 @@ def top_k_along(
       where: for each array None or bool of its shape: only these may be marked.
       absolute, enough: as for :func:`top_k_masks`.
     """
-    groups = [[_checked(x, w)] for x, w in zip(scores, where, strict=True)]
-    return [masks[0] for masks in select(groups, list(ks), absolute, tuple(axes), enough=enough)]
+    pairs, axes = [_checked(x, w) for x, w in zip(scores, where, strict=True)], tuple(axes)
+    # As one vector, the searches compile once. On several devices it is short: a search for each member of a stack.
+    members = all(set(over) == set(range(1, x.ndim)) for (x, _), over in zip(pairs, axes, strict=True))
+    anywhere = all(lies_anywhere(x) for pair in pairs for x in pair if x is not None)
+    if len({x.dtype for x, _ in pairs}) == 1 and anywhere and (members or jax.device_count() == 1):
+        joined = jnp.concatenate([k.reshape(-1) for k in ks])
+        return select([pairs], [joined], absolute, axes, rows=True, enough=enough)[0]
+    return [masks[0] for masks in select([[pair] for pair in pairs], list(ks), absolute, axes, enough=enough)]
 
 
 def global_top_k_masks(

@@ -67,6 +67,8 @@ def test_apportion_adds_up_and_overfills_nothing(layers, share, round_up):
     quotas, capacity = np.array([q for q, _ in layers], np.float32), np.array([c for _, c in layers], np.int32)
     total = int(share * capacity.sum())
     counts = np.asarray(apportion(quotas, total, capacity, round_up=round_up))
+    computed = apportion(jnp.asarray(quotas), jnp.int32(total), jnp.asarray(capacity), round_up=round_up)
+    np.testing.assert_array_equal(counts, computed)  # of numbers that are known NumPy computes the same
     assert counts.sum() == min(total, capacity.sum())
     assert (counts >= 0).all()
     assert (counts <= capacity).all()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxsparse import bisection
+from jaxsparse import bisection, reductions
 from jaxsparse.selection import (
     count_true,
     global_top_k_masks,
@@ -175,7 +175,8 @@ def test_random_scores_choose_uniformly():
 @pytest.fixture
 def on_one_device(monkeypatch):
     """Counts as on a CPU that is one device; these tests run on eight."""
-    monkeypatch.setattr(bisection, "_one_pass", lambda ndim, axis: axis is None or ndim - 1 in axis)
+    for module in (bisection, reductions):
+        monkeypatch.setattr(module, "in_one_pass", lambda ndim, axis: axis is None or ndim - 1 in axis)
     jax.clear_caches()
     yield
     jax.clear_caches()

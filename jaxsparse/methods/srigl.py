@@ -18,11 +18,12 @@ from jaxsparse.allocation import Allocation, Sparsity, check_allocation, check_s
 from jaxsparse.layouts import LayoutLike, leaf_layouts
 from jaxsparse.masks import validate_masks
 from jaxsparse.prunable import prunable_leaves
-from jaxsparse.selection import count_true, top_k_along
+from jaxsparse.reductions import count_true, sums
+from jaxsparse.selection import top_k_along
 from jaxsparse.transforms import fan_in
 from jaxsparse.transforms.checks import check_range
 from jaxsparse.transforms.exchange import check_fraction, gradient_of, sums_of_gradients
-from jaxsparse.transforms.layers import as_layers, counts, each
+from jaxsparse.transforms.layers import as_layers, each
 from jaxsparse.transforms.mask_link import MaskState, every, given_masks, mask_link
 from jaxsparse.transforms.matrices import Matrices, kept_then_largest, layout_of, matrices_of, to_column
 from jaxsparse.transforms.renewal import Renewing
@@ -209,7 +210,7 @@ def srigl(
         new = each(layers, lambda layers, new, rests: [
             jnp.where(rest, layer.mask, mask) for layer, mask, rest in zip(layers, new, rests, strict=True)
         ], new, resting)  # fmt: skip
-        return new, jnp.sum(counts(layers, new)), None
+        return new, None, None
 
     return mask_link(
         SRigLState,
@@ -240,9 +241,9 @@ def _renewed(
     weights, masks, signals = ([getattr(part, x) for part in parts] for x in ("weight", "mask", "signal"))
     stay, go = [], []
     for part in parts:
-        active = count_true(part.mask, part.of_layer)
+        active, moving = sums([part.mask, part.mask & (part.weight != 0)], part.of_layer)
         goes = jnp.floor(jnp.asarray(fraction, jnp.float32) * active.astype(jnp.float32)).astype(jnp.int32)
-        kept = jnp.minimum(active - goes, count_true(part.mask & (part.weight != 0), part.of_layer))
+        kept = jnp.minimum(active - goes, moving)
         stay.append(jnp.clip(kept, 0, active))
         go.append(active - stay[-1])
 
@@ -259,7 +260,7 @@ def _renewed(
     left = top_k_along(weights, stay, of_layer, among, absolute=True)
     sizes = []
     for part, budget, alive in zip(parts, budgets, live, strict=True):
-        size = jnp.minimum(budget // count_true(alive, part.of_layer), part.fan_in)
+        size = jnp.minimum(jax.lax.div(budget, count_true(alive, part.of_layer)), part.fan_in)
         sizes.append(jnp.where(alive, size, 0))
     # Of each output the k' largest that are left, and if they are fewer, what grows by gradient.
     scores = [kept_then_largest(*three) for three in zip(left, weights, signals, strict=True)]
@@ -270,15 +271,14 @@ def _live(
     parts: Sequence[Matrices], budgets: Sequence[jax.Array], whole: np.ndarray, salient: Sequence[jax.Array], gamma: Any
 ) -> list[jax.Array]:
     """The outputs that are not ablated, by their numbers of salient weights: (stack..., 1..., outputs)."""
-    # As many outputs stay as it takes for their fan-in to fit.
-    fewest = [jnp.minimum(n // part.fan_in + 1, part.outputs) for part, n in zip(parts, budgets, strict=True)]
-    counted = [count.astype(jnp.float32) for count in salient]
-    first = top_k_along(counted, fewest, [part.of_layer for part in parts], [None] * len(parts), enough=True)
     live = []
-    for part, n, count, ahead in zip(parts, budgets, salient, first, strict=True):
+    for part, n, count in zip(parts, budgets, salient, strict=True):
         of_fan_in = jnp.maximum(jnp.floor(gamma * (n // part.outputs).astype(jnp.float32)), 1)
         enough = jnp.where(gamma < 1, of_fan_in, gamma).astype(jnp.int32)
-        reached = jnp.min(jnp.where(ahead, count, part.fan_in), part.of_layer, keepdims=True)
+        # As many outputs stay as it takes for their fan-in to fit: those that reach the largest number that so many do.
+        fewest = jnp.minimum(n // part.fan_in + 1, part.outputs)
+        numbers = jnp.arange(1, part.fan_in + 1, dtype=jnp.int32).reshape(*[1] * (count.ndim - 2), -1, 1)
+        reached = count_true(count_true(count >= numbers, part.of_layer[-1:]) >= fewest, part.of_layer)
         keeps_all = whole[list(part.members)].reshape(-1, *[1] * (count.ndim - 1))
         live.append((count >= jnp.minimum(enough, reached)) | keeps_all)
     return live

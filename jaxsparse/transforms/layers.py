@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse.layouts import Layout, LayoutLike, leaf_layouts
-from jaxsparse.selection import count_true
+from jaxsparse.reductions import count_true
 from jaxsparse.structures import Structure, StructureLike, mask_structures, unit_scores
 from jaxsparse.transforms.chain import Signal, signals_of
 from jaxsparse.trees import is_masked_node, leaf_paths
@@ -384,13 +384,12 @@ def _joined(parts: Sequence[Any], members: list[Sequence[int]], order: np.ndarra
 def _unstacked(stack: jax.Array) -> list[jax.Array]:
     """The arrays of a stack, taken out at indices that XLA does not know: then it compiles one slice for all."""
 
-    def body(numbers):
-        return [number * number + 1 for number in numbers]
-
     if not isinstance(stack, jax.core.Tracer):
         return list(stack)
     start = [jnp.uint32(i) for i in range(len(stack))]
-    numbers = jax.lax.while_loop(lambda numbers: numbers[0] > len(stack), body, start)  # which it never is
+    numbers = jax.lax.while_loop(  # which never runs
+        lambda numbers: numbers[0] > len(stack), lambda numbers: [*numbers[1:], numbers[0]], start
+    )
     return [jax.lax.dynamic_index_in_dim(stack, number, keepdims=False) for number in numbers]
 
 

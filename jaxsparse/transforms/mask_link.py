@@ -4,7 +4,6 @@ A method says where its masks start and how they change, the rest is :func:`mask
 change on the steps on which they are due and cost nothing on the others, and what went wrong is counted in the state.
 """
 
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
@@ -19,7 +18,7 @@ from jaxsparse.layouts import LayoutLike
 from jaxsparse.masks import as_key, copied_masks, random_masks, validate_masks
 from jaxsparse.placement import is_abstract, varying_like
 from jaxsparse.prunable import prunable_leaves
-from jaxsparse.selection import count_true
+from jaxsparse.reductions import count_true, sums
 from jaxsparse.structures import StructureLike, check_units, leaf_structures, mask_structures
 from jaxsparse.transforms.chain import is_stored
 from jaxsparse.transforms.checks import (
@@ -36,8 +35,6 @@ from jaxsparse.transforms.renewal import Renewing, Restarting
 from jaxsparse.trees import is_masked_node, leaf_paths
 
 __all__ = ["MaskState", "Watched", "dense_start", "every", "given_masks", "mask_link", "random_start"]
-
-_LARGE = 4096  # weights of a layer, from which on its fingerprint is of sums of floats
 
 Start = Callable[[Any, jax.Array | None], Any]
 Change = Callable[[list[Layer], "MaskState"], tuple[Any, ...]]
@@ -216,8 +213,9 @@ def mask_link(
     Args:
       state: a subclass of :class:`MaskState` with the name of the ``method``.
       start: (params, key) -> the first masks, in the form of :func:`jaxsparse.random_masks` or of a state.
-      change: (layers, state) -> (their new masks, in their order; how many weights these keep; which layers rest, or
-        None; and, if it makes scores itself, how many NaN are in them besides those of weights and signals). It sees
+      change: (layers, state) -> (their new masks, in their order; how many weights these keep, or None to count them,
+        by a link that watches; which layers rest, or None for those that are frozen; and, if it makes scores itself,
+        how many NaN are in them besides those of weights and signals). It sees
         the state as it is at that step, with ``watched.resting`` saying which layers are frozen. None: the masks stay.
         What it computes of each layer by itself it computes by :func:`each`.
       when: step -> whether masks change on it, such as :func:`every`.
@@ -288,7 +286,9 @@ def mask_link(
                 nan_scores += sum(of_scores)
                 if watch:
                     resting = watched.resting if resting is None else resting
-                    watched = Watched(each(layers, _prints, new), resting)
+                    prints, of_layers = each(layers, _looked_at_anew, new)
+                    watched = Watched(prints, resting)
+                    kept = jnp.sum(of_layers, dtype=jnp.int32) if kept is None else kept
                 renewed = jax.tree.structure(masks).unflatten(new)
                 if renewing is not None:
                     renewal = renewing.renewed(renewal, masks, renewed, state.count)
@@ -326,45 +326,48 @@ def _moved(params: Any, updates: Any, masks: Any) -> Any:
 @jax.jit
 def fingerprints(weights: list[jax.Array], masks: list[jax.Array]) -> jax.Array:
     """One number for the weights that each leaf keeps, (leaves,), uint32: equal as long as no bit of them changes."""
-    prints = [_fingerprint(*leaf) for leaf in zip(weights, masks, strict=True)]
-    return jnp.stack(prints) if prints else jnp.zeros(0, jnp.uint32)
+    return _prints_and_counts(weights, masks)[0]
 
 
-def _prints(layers: list[Layer], masks: list[jax.Array]) -> jax.Array:
-    return fingerprints([layer.weight for layer in layers], masks)
+def _prints_and_counts(weights: list[jax.Array], masks: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """:func:`fingerprints`, and how many weights each mask keeps, int32, (leaves,), in one pass."""
+    found = [sums([_terms(w, mask), mask]) for w, mask in zip(weights, masks, strict=True)]
+    prints, kept = zip(*found, strict=True) if found else ([], [])
+    return (jnp.stack(prints), jnp.stack(kept)) if found else (jnp.zeros(0, jnp.uint32), jnp.zeros(0, jnp.int32))
 
 
 def _looked_at(layers: list[Layer]) -> tuple[jax.Array, jax.Array]:
-    return *_nans(layers), _prints(layers, [layer.mask for layer in layers])
+    """:func:`_nans` and :func:`fingerprints`, in one pass."""
+    found = [sums([_is_nan(layer), _terms(layer.weight, layer.mask)]) for layer in layers]
+    nans, prints = zip(*found, strict=True) if found else ([], [])
+    return (jnp.stack(nans), jnp.stack(prints)) if found else (jnp.zeros(0, jnp.int32), jnp.zeros(0, jnp.uint32))
+
+
+def _looked_at_anew(layers: list[Layer], masks: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    return _prints_and_counts([layer.weight for layer in layers], masks)
 
 
 def _nans(layers: list[Layer]) -> tuple[jax.Array]:
     """How many NaN there are in each layer: a weight and its signal count as one. Pruned weights are 0."""
-    found = [
-        jnp.isnan(layer.weight) if layer.given is None else jnp.isnan(layer.weight) | jnp.isnan(layer.signal)
-        for layer in layers
-    ]
-    return (jnp.stack(list(map(count_true, found))) if found else jnp.zeros(0, jnp.int32),)
+    found = [count_true(_is_nan(layer)) for layer in layers]
+    return (jnp.stack(found) if found else jnp.zeros(0, jnp.int32),)
 
 
-def _fingerprint(w: jax.Array, mask: jax.Array) -> jax.Array:
-    if w.dtype == jnp.float32 and w.size >= _LARGE:
-        # Eight bits of each weight, of which sums of floats are exact, and twice as fast on a CPU.
-        kept = (mask.astype(jnp.uint8) != 0) & (w != 0)  # which leaves out the sign of a zero
-        bits = jax.lax.bitcast_convert_type(jnp.where(kept, w, 0), jnp.int32)
-        few = (bits ^ (bits >> 9) ^ (bits >> 20)) & 255
-        if w.ndim == 1:
-            few = few.reshape(-1, math.gcd(w.size, 1024))
-        if few.size // max(few.shape[-1], 1) > 1 << 16:
-            return jnp.sum(few.astype(jnp.uint32), dtype=jnp.uint32)
-        columns = jnp.sum(few.astype(jnp.float32), axis=range(few.ndim - 1))
-        return jnp.sum(columns.astype(jnp.uint32), dtype=jnp.uint32)
+def _is_nan(layer: Layer) -> jax.Array:
+    nan = jnp.isnan(layer.weight)
+    return nan if layer.given is None else nan | jnp.isnan(layer.signal)
+
+
+def _terms(w: jax.Array, mask: jax.Array) -> jax.Array:
+    """Integers, of which the sum modulo 2**32 is a fingerprint; 0 for what is pruned, and for a zero of either sign."""
     bits = jax.lax.bitcast_convert_type(w, {1: jnp.uint8, 2: jnp.uint16}.get(w.dtype.itemsize, jnp.uint32))
-    kept = mask & (w != 0)
+    # Compared as a byte: on a CPU, XLA's select on a stored bool is not vectorised.
+    kept = (mask.astype(jnp.uint8) != 0) & (w != 0)
     kept = kept.reshape(kept.shape + (1,) * (bits.ndim - kept.ndim))  # a float64 has two of 32 bits
-    bits = bits.astype(jnp.uint32)
+    bits = jnp.where(kept, bits.astype(jnp.uint32), 0)
     # Nearly the squares: of the bits themselves, one weight a step up and another a step down would cancel.
-    return jnp.sum(bits * (bits | 1), where=kept, dtype=jnp.uint32)
+    terms = bits * (bits | 1)
+    return terms if terms.ndim == w.ndim else jnp.sum(terms, axis=-1, dtype=jnp.uint32)
 
 
 def _masked_leaves(params: Any, masks: Any) -> list[jax.Array]:

@@ -21,7 +21,7 @@ from jaxsparse.structures import StructureLike, check_structure, leaf_structures
 from jaxsparse.transforms.checks import check_budget, check_steps, check_zeros
 from jaxsparse.transforms.landing import on_update_steps
 from jaxsparse.transforms.latent import as_optimizer, filled, identity_pull, latent, not_finite
-from jaxsparse.transforms.layers import Layers, layers_of
+from jaxsparse.transforms.layers import Layer, Layers, each, layers_of
 
 __all__ = ["MaskedLatentState", "masked_latent"]
 
@@ -137,10 +137,10 @@ def masked_latent(
             return layers_of(filled(state.weights, params), None, state.masks, structure=structure, layout=layout)
 
         def renewed(state):
-            new, state = choose(layers(state), state, params)
+            old = layers(state)
+            new, state = choose(old, state, params)
             masks = jax.tree.structure(state.masks).unflatten(new)
-            pairs = zip(*map(jax.tree.leaves, (masks, state.masks)), strict=True)
-            flips = sum((count_true(new ^ old) for new, old in pairs), jnp.zeros([], jnp.int32))
+            flips = jnp.sum(each(old, _flips, new), dtype=jnp.int32)
             return state._replace(masks=masks, flips=flips)
 
         def first(state):
@@ -176,6 +176,12 @@ def masked_latent(
         return made(params).update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _flips(layers: Sequence[Layer], masks: Sequence[jax.Array]) -> jax.Array:
+    """How many entries of each layer's mask another has changed, int32, (layers,)."""
+    found = [count_true(new ^ layer.mask) for layer, new in zip(layers, masks, strict=True)]
+    return jnp.stack(found) if found else jnp.zeros(0, jnp.int32)
 
 
 def _on_masks(layers: Layers, state: Any) -> list[jax.Array]:

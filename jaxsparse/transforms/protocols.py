@@ -15,11 +15,12 @@ protocol              the state
 ====================  ===================================================================================
 """
 
+import functools
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 
-__all__ = ["HasGates", "HasLatents", "HasNotes", "SparseState", "Wraps", "link_states"]
+__all__ = ["HasGates", "HasLatents", "HasNotes", "SparseState", "Wraps", "is_link_state", "link_states"]
 
 
 @runtime_checkable
@@ -80,7 +81,17 @@ class Wraps(Protocol):
 def link_states(opt_state: Any) -> list[Any]:
     """The states of all sparse methods in an optimizer state, however deep, also those inside of a wrapper's."""
     found = []
-    for leaf in jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, SparseState)):
-        if isinstance(leaf, SparseState):
+    for leaf in jax.tree.leaves(opt_state, is_leaf=is_link_state):
+        if is_link_state(leaf):
             found += [leaf, *(link_states(leaf.inner_state) if isinstance(leaf, Wraps) else ())]
     return found
+
+
+def is_link_state(node: Any) -> bool:
+    """Whether a part of an optimizer state is a :class:`SparseState`. Each class is looked at once."""
+    return _is_link_state(type(node))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _is_link_state(kind: type) -> bool:
+    return issubclass(kind, SparseState)

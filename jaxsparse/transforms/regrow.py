@@ -12,7 +12,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxsparse.allocation import exact_mean, exact_sum
-from jaxsparse.selection import count_true, random_scores, top_k_mask
+from jaxsparse.positions import random_bits
+from jaxsparse.selection import count_true, top_k_mask
 from jaxsparse.transforms.layers import Layer, as_layers, counts, each
 from jaxsparse.transforms.ranking import rank_globally, rank_layers
 
@@ -95,14 +96,12 @@ def grow_largest(layers: Sequence[Layer], survivors: Sequence[jax.Array], gains:
 def grow_random(layers: Sequence[Layer], survivors: Sequence[jax.Array], gains: jax.Array) -> Sequence[jax.Array]:
     """Grows ``gains`` missing weights of each layer at random."""
 
-    def draw(layer):
-        key = jax.random.fold_in(layer.key, layer.index)
-        if jax.typeof(layer.mask).sharding.mesh.empty:  # the same numbers, drawn flat, compile twice as fast
-            return random_scores(key, (layer.size,)).reshape(layer.mask.shape)
-        return random_scores(key, layer.mask.shape)
-
     def draws(layers):
-        return [draw(layer) for layer in layers]
+        # 30 bits, read as floats that are not negative: only their order means anything.
+        return [
+            jax.lax.bitcast_convert_type(random_bits(layer.key, layer.index, layer.mask) >> 2, jnp.float32)
+            for layer in layers
+        ]
 
     return _grow(layers, survivors, gains, each(layers, draws))
 

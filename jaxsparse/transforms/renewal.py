@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from jaxsparse.placement import varying_like
 from jaxsparse.transforms.checks import check_range
 from jaxsparse.transforms.landing import on_update_steps
-from jaxsparse.transforms.protocols import SparseState, link_states
+from jaxsparse.transforms.protocols import is_link_state, link_states
 from jaxsparse.trees import by_path, is_masked_node, path_name
 
 __all__ = ["Renewal", "Renewing", "Restarting"]
@@ -179,7 +179,7 @@ def restarted(states: Any, params: Any) -> Any:
     if type(states) is not tuple:  # optimizer states of other types are no chains, but may have some inside
         if not _has_chains(states):
             return states
-        if isinstance(states, dict) and any(isinstance(state, SparseState) for state in states.values()):
+        if isinstance(states, dict) and any(is_link_state(state) for state in states.values()):
             # which has lost the order of its members
             warnings.warn(
                 "a link that regrows weights stands in optax.named_chain, so their optimizer state cannot be set to "
@@ -235,7 +235,7 @@ def stilled(updates: Any, states: Any) -> Any:
 
 def _has_chains(state: Any) -> bool:
     """Whether an optimizer state that is no chain, such as that of ``optax.masked``, may have one with links inside."""
-    links = [] if isinstance(state, SparseState) else link_states(state)
+    links = [] if is_link_state(state) else link_states(state)
     return any(isinstance(getattr(link, "renewal", ()), Renewal) for link in links)
 
 
@@ -298,9 +298,9 @@ def _owner(path: tuple, leaf: Any, params: dict[str, jax.Array]) -> str | None:
 
 def _map_outside_links(function: Callable[[Any, Any], Any], states: list[Any]) -> list[Any]:
     def outside(path, node):
-        return node if isinstance(node, SparseState) else function(path, node)
+        return node if is_link_state(node) else function(path, node)
 
-    return jax.tree_util.tree_map_with_path(outside, states, is_leaf=lambda node: isinstance(node, SparseState))
+    return jax.tree_util.tree_map_with_path(outside, states, is_leaf=is_link_state)
 
 
 def _map_averages(function: Callable[[Any], Any], states: Any) -> Any:

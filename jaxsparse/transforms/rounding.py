@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxsparse.positions import mixed, row_major
+
 __all__ = ["check_state_dtype", "rounded"]
 
 
@@ -49,16 +51,6 @@ def _round_up_by(x: jax.Array, half: jax.Array) -> jax.Array:
 
 
 def _random_bits(shape: tuple[int, ...], step: jax.Array, leaf: int) -> jax.Array:
-    """uint32: MurmurHash3's last step, twice."""
-    index, stride = jnp.zeros(shape, jnp.uint32), 1
-    for axis in reversed(range(len(shape))):
-        index += jnp.uint32(stride % (1 << 32)) * jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-        stride *= shape[axis]
-    seed = _mixed(step.astype(jnp.uint32) * jnp.uint32(0x9E3779B9) + jnp.uint32(leaf * 0x632BE5AB % (1 << 32)))
-    return _mixed(index + seed)
-
-
-def _mixed(x: jax.Array) -> jax.Array:
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
+    """uint32, by a hash of the step, the leaf and the place."""
+    seed = mixed(step.astype(jnp.uint32) * jnp.uint32(0x9E3779B9) + jnp.uint32(leaf * 0x632BE5AB % (1 << 32)))
+    return mixed(row_major(shape, dtype=jnp.uint32) + seed)
