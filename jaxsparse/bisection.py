@@ -81,7 +81,7 @@ def select(
         return _keys(x, where, absolute).astype(_integer(groups[g]))
 
     def count(g, at, search):
-        """How many entries reach each candidate of ``at``; any number for members that are done.
+        """How many entries reach each candidate of ``at``, of its shape; any number for members that are done.
 
         Keys are made anew in each pass, which costs less than to hold them in memory. The barrier binds them to the
         candidates, or XLA would lift them out of the loop.
@@ -106,9 +106,11 @@ def select(
         arrays = range(len(groups[g]))
         if rows:
             counts = [if_any(part(g, i, search.going).reshape(-1), functools.partial(of, i)) for i in arrays]
-            return [n[0] if len(n) == 1 else jnp.concatenate(n) for n in zip(*counts, strict=True)]
+            return jnp.concatenate([n for of_candidate in zip(*counts, strict=True) for n in of_candidate]).reshape(
+                at.shape
+            )
         of_all = lambda: list(map(sum, zip(*map(of, arrays), strict=True)))  # noqa: E731
-        return of_all() if len(groups) == 1 else if_any(search.going, of_all)
+        return jnp.stack(of_all() if len(groups) == 1 else if_any(search.going, of_all))
 
     def narrowed(g, search):
         """The search after a round. Where no value gives the target, those equal to it compete for what is left."""
@@ -176,15 +178,11 @@ class _Search(NamedTuple):
         """Whether there is something between low and high. (low + 1 could overflow.)"""
         return self.low < self.high - 1
 
-    def narrowed(self, at: list[jax.Array], n: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """Low and high after ``n[j]`` were found to reach ``at[j]``: candidates ascend, so these counts descend."""
-        low, high = self.low, self.high
-        found = list(zip(at, n, strict=True))
-        for candidate, count in found:
-            low = jnp.where(self.going & (count >= self.target), candidate, low)
-        for candidate, count in reversed(found):
-            high = jnp.where(self.going & (count <= self.target), candidate, high)
-        return low, high
+    def narrowed(self, at: jax.Array, n: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Low and high after ``n[j]`` entries were found to reach ``at[j]``."""
+        low = jnp.max(jnp.where(n >= self.target[None], at, self.low[None]), axis=0)
+        high = jnp.min(jnp.where(n <= self.target[None], at, self.high[None]), axis=0)
+        return jnp.where(self.going, low, self.low), jnp.where(self.going, high, self.high)
 
 
 def _is_few(scores: jax.Array, axes: tuple[int, ...] | None) -> bool:
@@ -207,13 +205,13 @@ def _by_rank(
     return ((before < k) & (key > jnp.iinfo(key.dtype).min)).reshape(scores.shape)
 
 
-def _between(low: jax.Array, high: jax.Array, n: int) -> list[jax.Array]:
-    """``n`` ascending integers that part what lies from ``low`` to ``high`` equally."""
+def _between(low: jax.Array, high: jax.Array, n: int) -> jax.Array:
+    """``n`` ascending integers that part what lies from ``low`` to ``high`` equally, along a new first axis."""
     unsigned = jnp.dtype(f"uint{8 * low.dtype.itemsize}")
     width = jax.lax.bitcast_convert_type(high, unsigned) - jax.lax.bitcast_convert_type(low, unsigned)
-    whole, rest = width // (n + 1), width % (n + 1)  # (a product with the width itself could overflow)
-    steps = [whole * j + rest * j // (n + 1) for j in range(1, n + 1)]
-    return [low + jax.lax.bitcast_convert_type(step, low.dtype) for step in steps]
+    whole, rest = (width // (n + 1))[None], (width % (n + 1))[None]  # (a product with the width itself could overflow)
+    j = np.arange(1, n + 1, dtype=unsigned).reshape(n, *[1] * low.ndim)
+    return low[None] + jax.lax.bitcast_convert_type(whole * j + rest * j // (n + 1), low.dtype)
 
 
 def _eligible(group, reduced, extents, sizes, lengths):

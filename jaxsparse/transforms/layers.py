@@ -103,10 +103,13 @@ class Column(Sequence):
 
     def __iter__(self):
         arrays: list[Any] = [None] * len(self)
+        longest = max(map(len, self.members), default=0)
+        traced = longest > 1 and any(isinstance(part, jax.core.Tracer) for part in self.parts)
+        rows = _unknown(longest) if traced else range(longest)
         for members, part, shapes in zip(self.members, self.parts, self.shapes, strict=True):
-            pieces = [part] if len(members) == 1 else _unstacked(part)
-            for row, (i, array) in enumerate(zip(members, pieces, strict=True)):
-                arrays[i] = array.reshape(shapes[row]) if shapes else array
+            for i, row, shape in zip(members, rows, shapes or [None] * len(members), strict=False):
+                array = part if len(members) == 1 else jax.lax.dynamic_index_in_dim(part, row, keepdims=False)
+                arrays[i] = array if shape is None else array.reshape(shape)
         return iter(arrays)
 
     def some(self, chosen: Sequence[int]) -> "Column":
@@ -381,16 +384,12 @@ def _joined(parts: Sequence[Any], members: list[Sequence[int]], order: np.ndarra
     return vector if (order == np.arange(len(order))).all() else vector[order]
 
 
-def _unstacked(stack: jax.Array) -> list[jax.Array]:
-    """The arrays of a stack, taken out at indices that XLA does not know: then it compiles one slice for all."""
-
-    if not isinstance(stack, jax.core.Tracer):
-        return list(stack)
-    start = [jnp.uint32(i) for i in range(len(stack))]
-    numbers = jax.lax.while_loop(  # which never runs
-        lambda numbers: numbers[0] > len(stack), lambda numbers: [*numbers[1:], numbers[0]], start
+def _unknown(count: int) -> list[jax.Array]:
+    """The numbers up to ``count``, which XLA does not know: of slices at these it compiles one for all."""
+    start = [jnp.uint32(i) for i in range(count)]
+    return jax.lax.while_loop(  # which never runs
+        lambda numbers: numbers[0] > count, lambda numbers: [*numbers[1:], numbers[0]], start
     )
-    return [jax.lax.dynamic_index_in_dim(stack, number, keepdims=False) for number in numbers]
 
 
 def _in_units(layers: Layers) -> Layers:
