@@ -201,7 +201,7 @@ def _by_rank(
     one, other = jnp.expand_dims(key, axis + 1), jnp.expand_dims(key, axis)
     place = jnp.arange(key.shape[axis])
     earlier = jnp.expand_dims(place[None] < place[:, None], [*range(axis), *range(axis + 2, key.ndim + 1)])
-    before = jnp.sum((other > one) | ((other == one) & earlier), axis=axis + 1, dtype=jnp.int32)
+    before = jnp.squeeze(count_true((other > one) | ((other == one) & earlier), (axis + 1,)), axis + 1)
     return ((before < k) & (key > jnp.iinfo(key.dtype).min)).reshape(scores.shape)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from jaxsparse import reductions
 from jaxsparse.placement import lies_anywhere
-from jaxsparse.positions import random_bits, row_major
+from jaxsparse.positions import fold_in, random_bits, row_major
 from jaxsparse.reductions import any_true, count_true, sums
 
 
@@ -74,6 +74,17 @@ def test_random_bits_do_not_depend_on_the_shape(impl):
     np.testing.assert_array_equal(random_bits(key, 1, jnp.zeros((3, 4, 5), bool)).reshape(-1), flat)
     stacked = jax.vmap(lambda i, like: random_bits(key, i, like))(jnp.arange(3), jnp.zeros((3, 60)))
     np.testing.assert_array_equal(stacked[1], flat)
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_fold_in_makes_other_keys(impl):
+    key = jax.random.key(7, impl=impl)
+    keys = [key, *(fold_in(key, number) for number in range(50)), fold_in(jax.random.key(8, impl=impl), 0)]
+    assert {str(jax.random.key_impl(each)) for each in keys} == {str(jax.random.key_impl(key))}
+    assert len({tuple(np.asarray(jax.random.key_data(each))) for each in keys}) == 52
+    np.testing.assert_array_equal(
+        *(jax.random.key_data(made(key, jnp.int32(3))) for made in (fold_in, jax.jit(fold_in)))
+    )
 
 
 def test_lies_anywhere():

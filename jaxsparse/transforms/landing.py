@@ -33,9 +33,9 @@ def land_on_masks(updates: Any, params: Any, masks: Any, *, resting: jax.Array |
             return u
         # Compared as a number: on a CPU, XLA's select on a stored bool is not vectorised and takes a third longer.
         if resting is None:
-            return jnp.where(mask.astype(jnp.uint8) != 0, u, -p)
+            return jax.lax.select(mask.astype(jnp.uint8) != 0, u, -p)
         moves = mask.astype(p.dtype) * (jnp.abs(p) + jnp.where(resting, 0, 1).astype(p.dtype)) > 0
-        return jnp.where(moves, u, -p)
+        return jax.lax.select(moves, u, -p)
 
     leaves, treedef = jax.tree.flatten(params)
     proposed, masks = treedef.flatten_up_to(updates), treedef.flatten_up_to(masks)

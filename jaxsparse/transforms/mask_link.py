@@ -17,6 +17,7 @@ from jaxsparse.allocation import Allocation, Sparsity, check_total
 from jaxsparse.layouts import LayoutLike
 from jaxsparse.masks import as_key, copied_masks, random_masks, validate_masks
 from jaxsparse.placement import is_abstract, varying_like
+from jaxsparse.positions import fold_in
 from jaxsparse.prunable import prunable_leaves
 from jaxsparse.reductions import count_true, sums
 from jaxsparse.structures import StructureLike, check_units, leaf_structures, mask_structures
@@ -73,7 +74,7 @@ class MaskState(_Fields):
       masks: like the params: bool arrays, ``optax.MaskedNode()`` for dense leaves.
       kept: (), int32: how many weights the masks keep.
       nan_scores: (), int32: NaNs met among the weights and signals that masks were chosen by.
-      key: (), typed PRNG key: for the random choices of the next mask update; () if a method makes none.
+      key: (), typed PRNG key: for the random choices of mask updates, with the step; () if a method makes none.
       own: what the method keeps beside, such as its own average of the gradients; () if nothing.
       watched: :class:`Watched`; () for a link that does not watch.
       renewal: :class:`Renewal`; () for a link that leaves regrown weights the optimizer state that they have.
@@ -240,7 +241,7 @@ def mask_link(
 
     def init_fn(params):
         refuse_replicated(params, who)
-        start_key, next_key = (None, None) if key is None else jax.random.split(as_key(key))
+        start_key, draw_key = (None, None) if key is None else jax.random.split(as_key(key))
         masks = validate_masks(start(params, start_key), params)
         flat, weights = jax.tree.leaves(masks), _masked_leaves(params, masks)
         check_total(mask.size for mask in flat)
@@ -257,7 +258,7 @@ def mask_link(
             masks=masks,
             kept=sum(map(count_true, flat), jnp.zeros([], jnp.int32)),
             nan_scores=varying_like(jnp.zeros([], jnp.int32), params),
-            key=next_key if draws and key is not None else (),
+            key=draw_key if draws and key is not None else (),
             own=() if own is None else own(params, masks),
             watched=watched,
             renewal=() if renewing is None else renewing.init(params, masks),
@@ -270,11 +271,11 @@ def mask_link(
             state = state._replace(own=own_update(state, updates, params, extra_args))
         if change is not None and when is not None:
             seen = None if signal is None else signal(updates, state.own, extra_args)
-            old = state.masks, state.kept, state.nan_scores, state.key, state.watched, state.renewal
+            old = state.masks, state.kept, state.nan_scores, state.watched, state.renewal
 
             def changed(old):
-                masks, kept, nan_scores, next_key, watched, renewal = old
-                next_key, draw = jax.random.split(next_key) if draws and key is not None else ((), None)
+                masks, kept, nan_scores, watched, renewal = old
+                draw = fold_in(state.key, state.count) if draws and key is not None else None
                 weights = _moved(params, updates, masks) if proposed else params
                 layers = layers_of(weights, seen, masks, structure=structure, layout=layout, key=draw, what=what)
                 layers = Layers(layers, flat=False) if shaped else layers
@@ -292,11 +293,11 @@ def mask_link(
                 renewed = jax.tree.structure(masks).unflatten(new)
                 if renewing is not None:
                     renewal = renewing.renewed(renewal, masks, renewed, state.count)
-                return renewed, kept, nan_scores, next_key, watched, renewal
+                return renewed, kept, nan_scores, watched, renewal
 
             due = when(state.count)
             new = on_update_steps(due, changed, old)
-            fields = "masks", "kept", "nan_scores", "key", "watched", "renewal"
+            fields = "masks", "kept", "nan_scores", "watched", "renewal"
             state = state._replace(**dict(zip(fields, new, strict=True)))
             if renewing is not None:
                 if not is_stored(extra_args.get("momentum")):

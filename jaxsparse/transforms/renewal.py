@@ -262,7 +262,7 @@ def _chosen(first: jax.Array, old: Any, new: list[Any]) -> list[Any]:
 
 
 def _zero_if(now: jax.Array, x: jax.Array) -> jax.Array:
-    return jnp.where(now, jnp.zeros_like(x), x)
+    return jax.lax.select(now, jnp.zeros_like(x), x)
 
 
 def _zeroed_where_regrown(states: list[Any], link: Any, params: Any) -> list[Any]:
@@ -282,9 +282,11 @@ def _zeroed_where_regrown(states: list[Any], link: Any, params: Any) -> list[Any
 
     @jax.custom_jvp  # a loop cannot be differentiated in reverse, and where can
     def zeroed(now, slots, weights):
-        return on_update_steps(
-            now, lambda slots: [_zero_if(weights[name] == 0, x) for name, x in zip(owners, slots, strict=True)], slots
-        )
+        def without_regrown(slots):
+            pruned = {name: weights[name] == 0 for name in dict.fromkeys(owners)}
+            return [_zero_if(pruned[name], x) for name, x in zip(owners, slots, strict=True)]
+
+        return on_update_steps(now, without_regrown, slots)
 
     @zeroed.defjvp
     def _(primals, tangents):
