@@ -215,10 +215,10 @@ def mask_link(
       state: a subclass of :class:`MaskState` with the name of the ``method``.
       start: (params, key) -> the first masks, in the form of :func:`jaxsparse.random_masks` or of a state.
       change: (layers, state) -> (their new masks, in their order; how many weights these keep, or None to count them,
-        by a link that watches; which layers rest, or None for those that are frozen; and, if it makes scores itself,
-        how many NaN are in them besides those of weights and signals). It sees
-        the state as it is at that step, with ``watched.resting`` saying which layers are frozen. None: the masks stay.
-        What it computes of each layer by itself it computes by :func:`each`.
+        if the link watches; which layers rest, or None for those that are frozen; and, if it makes scores itself, how
+        many NaN are in them besides those of weights and signals). It sees the state as it is at that step, with
+        ``watched.resting`` saying which layers are frozen. None: the masks stay. What it computes of each layer by
+        itself it computes by :func:`each`.
       when: step -> whether masks change on it, such as :func:`every`.
       signal: (updates, own, extra args) -> what ``change`` sees as ``Layer.signal``: a tree like the params, or a
         function that makes one. It is made on the steps on which masks change, only.
