@@ -45,8 +45,8 @@ def select(
     the reduced shape (axes kept): one selection for each remaining index.
 
     With ``rows`` all arrays are stacks, every member is ranked by itself, and ``ks[g]`` is a vector: a number for each
-    member of each stack of the group. With ``axes`` as well there is one group, array i is reduced over ``axes[i]``, and
-    there is a number for each index of its other axes.
+    member of each stack of the group. With ``axes`` as well there is one group, array i is reduced over ``axes[i]``,
+    and there is a number for each index of its other axes.
 
     ``starts``, for each array of a single group, is the index of its first entry; of a stack, of each array's in it.
 
