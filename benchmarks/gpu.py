@@ -2,9 +2,9 @@
 
 Kernels are compared with the reference first, forward and both gradients, and a wrong one is not timed. Then: products
 at every density beside the vendor's (on a CPU: XLA's), updates of the masks, VGG16 without half of its channels, train
-steps of ResNet-50 dense and with every method, other products. Every row comes from a process that can be ended: one
-that hangs, crashes or needs more memory than there is becomes that row's text. The table is written anew after every
-row, and says which rows were not reached.
+steps of a GPT and of ResNet-50, dense and with methods, a GPT without half of its units, other products. Every row
+comes from a process that can be ended: one that hangs, crashes or needs more memory than there is becomes that row's
+text. The table is written anew after every row, and says which rows were not reached.
 
 Usage: ``python -m benchmarks.gpu --minutes 9``; without a GPU, or with --smallest, all of it in its smallest form.
 """
@@ -28,6 +28,7 @@ PEAK_TFLOPS = {"H100": 989, "H200": 989}  # bfloat16, dense, by what is in the d
 DENSITIES = (1.0, 0.1, 0.5, 0.25, 0.05)
 CHECKED = (0.0, "one block", 0.1, 1.0)  # densities
 EXPERIMENTS = ("sparse_momentum_10", "asni_80", "rda", "l0_hc", "dep_l0_forward")
+GPT_LINKS = ("sparse_momentum", "rigl", "magnitude_pruning")
 # How long a row may take, lest one that hangs takes all: of a kind that is not here, all that is left.
 SECONDS = {"check": 90, "product": 120}
 
@@ -68,17 +69,22 @@ def rows_for(platform: str, smallest: bool) -> list[Row]:
         updates, update = [("SGD momentum", "sparse_momentum"), ("Adam", "asni")], {"leaves": 9, "rounds": 3}
         slim = {"batch": 4, "rounds": 3}
         step = {"size": 32, "batch": 4, "dtype": "float32", "width": 0.125, "steps": 1, "rounds": 3}
+        gpt = {"size": "smallest", "batch": 2, "dtype": "float32", "steps": 1, "rounds": 3}
     else:
         rows += products("4096 cubed", 128, DENSITIES)
         rows += products("transformer MLP, in", 128, (1.0, 0.1, 0.25))
-        updates = [(optimizer, link) for optimizer in ("SGD momentum", "Adam") for link in ("sparse_momentum", "asni")]
+        links = ("sparse_momentum", "asni", "rigl")
+        updates = [(optimizer, link) for optimizer in ("SGD momentum", "Adam") for link in links]
         update, slim = {"leaves": None, "rounds": 15}, {"batch": 128, "rounds": 15}
         step = {"size": 224, "batch": 256, "dtype": "bfloat16", "width": 1.0, "steps": 10, "rounds": 7}
+        gpt = {"size": "124m", "batch": 16, "dtype": "bfloat16", "steps": 5, "rounds": 7}
     rows += [
         Row("update", f"update of a ResNet-50, {optimizer} + {link}", {"optimizer": optimizer, "link": link, **update})
         for optimizer, link in updates
     ]
     rows.append(Row("slim", "VGG16 without half of its channels, evaluation", slim))
+    rows += [Row("gpt", f"train step of a GPT of {gpt['size']}, {link}", {"link": link, **gpt}) for link in GPT_LINKS]
+    rows.append(Row("small gpt", f"a GPT of {gpt['size']} without half of its units, train step", gpt))
     rows += [Row("step", f"train step of ResNet-50, {name}", {"experiment": name, **step}) for name in EXPERIMENTS]
     if not smallest:
         rows += products("4096 cubed", 64, DENSITIES)
@@ -243,6 +249,25 @@ def step(experiment, steps, rounds, **options):
     return {"cells": [*_pair(median["dense"], median["sparse"]), beside]}
 
 
+def gpt_step(link, batch, size, **options):
+    """A train step of a GPT with a link beside the dense one."""
+    from benchmarks.gpt import SIZES, with_link
+
+    seconds = with_link(size, batch, link=link, **options)
+    speeds = [f"{batch * SIZES[size][-1] / seconds[name]:,.0f}" for name in ("dense", "no change")]
+    beside = f"tokens/s {speeds[0]} and {speeds[1]}; a step that changes masks {1e3 * seconds['change']:.1f} ms"
+    return {"cells": [*_pair(seconds["dense"], seconds["no change"]), beside]}
+
+
+def small_gpt(**options):
+    """A train step of a GPT without half of its units and a quarter of its heads, beside the whole one's."""
+    from benchmarks.gpt import without_channels
+
+    train, texts, counts = without_channels(**options)
+    beside = f"generating {texts['whole'] / texts['smaller']:.2f} times as fast, {counts['whole']:,} params and "
+    return {"cells": [*_pair(train["whole"], train["smaller"]), f"{beside}{counts['smaller']:,}"]}
+
+
 def _pair(baseline: float, ours: float) -> list[str]:
     return [f"{1e3 * baseline:.3f}", f"{1e3 * ours:.3f}", f"{baseline / ours:.3f}"]
 
@@ -253,6 +278,8 @@ KINDS: Mapping[str, Callable[..., dict]] = {
     "update": update,
     "slim": slim,
     "step": step,
+    "gpt": gpt_step,
+    "small gpt": small_gpt,
 }
 
 
