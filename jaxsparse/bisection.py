@@ -105,10 +105,9 @@ def select(
 
         arrays = range(len(groups[g]))
         if rows:
-            counts = [if_any(part(g, i, search.going).reshape(-1), functools.partial(of, i)) for i in arrays]
-            return jnp.concatenate([n for of_candidate in zip(*counts, strict=True) for n in of_candidate]).reshape(
-                at.shape
-            )
+            of_arrays = [if_any(part(g, i, search.going).reshape(-1), functools.partial(of, i)) for i in arrays]
+            flat = [n for of_candidate in zip(*of_arrays, strict=True) for n in of_candidate]
+            return jnp.concatenate(flat).reshape(at.shape)
         of_all = lambda: list(map(sum, zip(*map(of, arrays), strict=True)))  # noqa: E731
         return jnp.stack(of_all() if len(groups) == 1 else if_any(search.going, of_all))
 
