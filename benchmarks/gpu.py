@@ -83,8 +83,8 @@ def rows_for(platform: str, smallest: bool) -> list[Row]:
         for optimizer, link in updates
     ]
     rows.append(Row("slim", "VGG16 without half of its channels, evaluation", slim))
-    rows += [Row("gpt", f"train step of a GPT of {gpt['size']}, {link}", {"link": link, **gpt}) for link in GPT_LINKS]
-    rows.append(Row("small gpt", f"a GPT of {gpt['size']} without half of its units, train step", gpt))
+    rows += [Row("gpt", f"train step of a GPT ({gpt['size']}), {link}", {"link": link, **gpt}) for link in GPT_LINKS]
+    rows.append(Row("small gpt", f"a GPT ({gpt['size']}) without half of its units, train step", gpt))
     rows += [Row("step", f"train step of ResNet-50, {name}", {"experiment": name, **step}) for name in EXPERIMENTS]
     if not smallest:
         rows += products("4096 cubed", 64, DENSITIES)

@@ -229,8 +229,8 @@ def apportion(quotas: ArrayLike, total: ArrayLike, capacity: ArrayLike, *, round
       >>> [apportion([6.7, 2.0, 0.3], 9, [9, 9, 9], round_up=up).tolist() for up in (False, True)]
       [[7, 2, 0], [6, 2, 1]]
     """
-    if not any(isinstance(given, jax.Array) for given in (quotas, total, capacity)):
-        known = np.asarray(quotas, np.float32), int(total), np.asarray(capacity)  # type: ignore[arg-type]
+    if not any(isinstance(given, jax.Array) for given in jax.tree.leaves((quotas, total, capacity))):
+        known = np.asarray(quotas, np.float32), int(total), np.asarray(capacity, np.int64)  # type: ignore[arg-type]
         return jnp.asarray(_apportion_known(*known, round_up))
     quotas, total, capacity = jnp.asarray(quotas, jnp.float32), jnp.asarray(total, jnp.int32), jnp.asarray(capacity)
     return _apportion(quotas, total, capacity.astype(jnp.int32), round_up=round_up)

@@ -81,7 +81,7 @@ def select(
         return _keys(x, where, absolute).astype(_integer(groups[g]))
 
     def count(g, at, search):
-        """How many entries reach each candidate of ``at``, of its shape; any number for members that are done.
+        """How many entries reach each candidate of ``at``, of its shape; zeros or any for searches that are done.
 
         Keys are made anew in each pass, which costs less than to hold them in memory. The barrier binds them to the
         candidates, or XLA would lift them out of the loop.

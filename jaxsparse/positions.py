@@ -20,7 +20,7 @@ def row_major(
       shape: of the array.
       axes: the axes of the groups within which to count; None: all.
       start: the index of the first entry; an array of them for a stack, which is along the first axis.
-      dtype: integers. Those of 32 bits wrap around, of larger arrays.
+      dtype: int32, for fewer than 2**31 entries, or uint32, which wraps around.
 
     Examples:
       >>> row_major((2, 3)).tolist()
@@ -37,7 +37,7 @@ def row_major(
 
 
 def fold_in(key: jax.Array, number: jax.Array | int) -> jax.Array:
-    """``jax.random.fold_in`` by the hash of :func:`random_bits`: on a CPU that takes ten kernels to compile.
+    """``jax.random.fold_in`` by the hash of :func:`random_bits`, since JAX's takes ten kernels to compile on a CPU.
 
     Args:
       key: a typed PRNG key.
@@ -52,8 +52,9 @@ def fold_in(key: jax.Array, number: jax.Array | int) -> jax.Array:
 def random_bits(key: jax.Array, number: jax.Array | int, like: jax.Array) -> jax.Array:
     """32 random bits for every entry of an array, by one pass over it.
 
-    ``jax.random.bits`` takes forty on a CPU and sixteen kernels to compile. These bits are a hash of the key and the
-    place: MurmurHash3's last step, twice, with 64 bits of the key. Good for a random choice, not for cryptography.
+    ``jax.random.bits`` takes forty passes on a CPU, and sixteen kernels to compile. These bits are a hash of the key
+    and the place: MurmurHash3's last step, twice, with 64 bits of the key. One to one, so no two of 2**32 entries have
+    the same. Good for a random choice, not for cryptography.
 
     Args:
       key: a typed PRNG key.

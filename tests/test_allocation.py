@@ -78,6 +78,12 @@ def test_apportion_adds_up_and_overfills_nothing(layers, share, round_up):
     assert extra.size == 0 or extra.max() - extra.min() <= 1
 
 
+def test_apportion_takes_lists_and_nothing():
+    assert apportion([], 0, []).tolist() == []
+    assert apportion([1.5, 1.5], 3, [3.0, 9.0]).tolist() == [2, 1]
+    assert jax.jit(lambda quota: apportion([quota, 2 * quota], 3, [5, 5]))(1.0).tolist() == [1, 2]
+
+
 @settings(max_examples=60)
 @given(quotas=st.lists(st.integers(0, 10**5).map(lambda n: np.float32(n / 1000)), min_size=2, max_size=6))
 def test_rounded_up_no_layer_goes_short_but_the_largest(quotas):

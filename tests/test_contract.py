@@ -814,6 +814,20 @@ def test_nan_gradients_inside_apply_if_finite_change_nothing(name):
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_in_64_bits_a_state_keeps_its_dtypes(name):
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda p: p.astype(jnp.float64), make_params())
+        tx = ALL[name].around(sgd(), params)
+        opt_state = tx.init(params)
+
+        def train(params, opt_state):
+            return tx.update(params, opt_state, params)
+
+        _, after = jax.eval_shape(train, params, opt_state)
+        assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, opt_state)
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_strict_dtype_promotion(name):
     params = make_params(jnp.bfloat16 if ALL[name].low_precision else jnp.float32)
 

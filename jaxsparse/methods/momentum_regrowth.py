@@ -137,7 +137,7 @@ def exchange(
 
         # 2. A dense layer that is still growing prunes at min(p, sparsity).
         sparsity = (sizes - kept).astype(jnp.float32) / np.maximum(sizes, 1).astype(np.float32)
-        mean_share = jnp.asarray(1 / np.arange(1, len(layers) + 1), jnp.float32)[jnp.sum(~resting) - 1]
+        mean_share = jnp.asarray(1 / np.arange(1, len(layers) + 1), jnp.float32)[jnp.sum(~resting, dtype=jnp.int32) - 1]
         growing = (sparsity < 0.2) & (shares > mean_share)
         rates = jnp.where(growing, jnp.minimum(sparsity, rate), rate)
 
@@ -152,10 +152,10 @@ def exchange(
 
         # 4. How many return to each layer: the shares, with what overflows spread over the rest. Rounded up, as in the
         # authors' code: step 3 takes at least one weight of every layer, so a small one would dwindle away.
-        regrown = jnp.sum(lost)
+        regrown = jnp.sum(lost, dtype=jnp.int32)
         free = jnp.where(resting, 0, sizes - surviving)
         capped = free - (free + 99) // 100  # floor(0.99 * free)
-        capacity = jnp.where(jnp.sum(capped) >= regrown, capped, free)
+        capacity = jnp.where(jnp.sum(capped, dtype=jnp.int32) >= regrown, capped, free)
         quotas = jnp.where(total > 0, shares * regrown.astype(jnp.float32), lost.astype(jnp.float32))
         gains = apportion(quotas, regrown, capacity, round_up=True)
         if isinstance(at_least, jax.core.Tracer) or at_least:

@@ -158,7 +158,7 @@ def srigl(
     renewing = Renewing(hold, bias_correction, update_every, track)
     renewing.check()
     none = (lambda *_: (), lambda *_: ())
-    sums, add = none if accumulate is None else sums_of_gradients(accumulate, update_every, "srigl")
+    first_sums, add = none if accumulate is None else sums_of_gradients(accumulate, update_every, "srigl")
     if masks is None:
         check_sparsities(sparsity)
 
@@ -192,7 +192,8 @@ def srigl(
             budgets = {path: fan_in.counted(mask, layouts[path]) for path, mask in given.items()}
         outputs = [fan_in.outputs_of(leaf, layouts[path]) for path, leaf in sparse.items()]
         treedef = jax.tree.structure(first)
-        return LayerBudgets(treedef.unflatten(list(budgets.values())), treedef.unflatten(outputs), sums(params, first))
+        budgets, outputs = (treedef.unflatten(list(leaves)) for leaves in (budgets.values(), outputs))
+        return LayerBudgets(budgets, outputs, first_sums(params, first))
 
     def added(state, updates, params, extra_args):
         new = add(state._replace(own=state.own.gradients), updates, params, extra_args)

@@ -107,7 +107,7 @@ class Column(Sequence):
         traced = longest > 1 and any(isinstance(part, jax.core.Tracer) for part in self.parts)
         rows = _unknown(longest) if traced else range(longest)
         for members, part, shapes in zip(self.members, self.parts, self.shapes, strict=True):
-            for i, row, shape in zip(members, rows, shapes or [None] * len(members), strict=False):
+            for i, row, shape in zip(members, rows[: len(members)], shapes or [None] * len(members), strict=True):
                 array = part if len(members) == 1 else jax.lax.dynamic_index_in_dim(part, row, keepdims=False)
                 arrays[i] = array if shape is None else array.reshape(shape)
         return iter(arrays)
@@ -385,7 +385,7 @@ def _joined(parts: Sequence[Any], members: list[Sequence[int]], order: np.ndarra
 
 
 def _unknown(count: int) -> list[jax.Array]:
-    """The numbers up to ``count``, which XLA does not know: of slices at these it compiles one for all."""
+    """The numbers below ``count``, which XLA does not know, so that it compiles one slice for all of them."""
     start = [jnp.uint32(i) for i in range(count)]
     return jax.lax.while_loop(  # which never runs
         lambda numbers: numbers[0] > count, lambda numbers: [*numbers[1:], numbers[0]], start

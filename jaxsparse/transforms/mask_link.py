@@ -280,7 +280,7 @@ def mask_link(
                 layers = layers_of(weights, seen, masks, structure=structure, layout=layout, key=draw, what=what)
                 layers = Layers(layers, flat=False) if shaped else layers
                 nans, *prints = each(layers, _looked_at if watch else _nans)
-                nan_scores += jnp.sum(nans)
+                nan_scores += jnp.sum(nans, dtype=jnp.int32)
                 if watch:
                     watched = Watched(prints[0], prints[0] == watched.fingerprints)
                 new, kept, resting, *of_scores = change(layers, state._replace(kept=kept, watched=watched))

@@ -90,12 +90,12 @@ def prune_globally(
         return jnp.stack(list(map(count_true, masks))), new
 
     reserved, ranked, where = each(layers, looked_at, *([] if scores is None else [scores]))
-    room = jnp.maximum(jnp.asarray(left, jnp.int32) - jnp.sum(reserved), 0)
+    room = jnp.maximum(jnp.asarray(left, jnp.int32) - jnp.sum(reserved, dtype=jnp.int32), 0)
     chosen = rank_globally(
         layers, ranked, room, where=None if all_rank else where, sizes=tiles, absolute=by_magnitude, at_least=at_least
     )
     kept, new = each(layers, renewed, chosen, where)
-    return new, jnp.sum(reserved) + jnp.sum(kept * np.asarray(tiles, np.int32))
+    return new, jnp.sum(reserved + kept * np.asarray(tiles, np.int32), dtype=jnp.int32)
 
 
 def prune_layers(
@@ -144,7 +144,7 @@ def prune_layers(
         some = layers.some(fixed)
         found.append((fixed, some.column(each(some, reserved, *(values.some(fixed) for values in given)))))
     new = joined(found)
-    return new, jnp.sum(counts(layers, new))
+    return new, jnp.sum(counts(layers, new), dtype=jnp.int32)
 
 
 def prune_to(
@@ -217,7 +217,7 @@ def prune_outputs(
         return [of_layer(leaf, value, left[i]) for i, (leaf, value) in enumerate(_leaves(layers, *scores))]
 
     new = each(layers, pruned, jnp.asarray(left, jnp.int32), *([] if scores is None else [scores]))
-    return new, jnp.sum(counts(layers, new))
+    return new, jnp.sum(counts(layers, new), dtype=jnp.int32)
 
 
 def _leaves(layers: Sequence[Layer], scores: Sequence[jax.Array] | None = None) -> list[tuple[Layer, jax.Array]]:

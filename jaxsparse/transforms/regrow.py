@@ -74,7 +74,7 @@ def drop_by_sign(layers: Sequence[Layer], fraction: ArrayLike, resting: jax.Arra
 
 def drop_globally(layers: Sequence[Layer], kept: jax.Array, rate: ArrayLike, resting: jax.Array) -> Sequence[jax.Array]:
     """Drops the ceil(rate * kept) smallest weights of all layers that do not rest, ranked together."""
-    everything = jnp.sum(kept, where=~resting)
+    everything = jnp.sum(kept, where=~resting, dtype=jnp.int32)
 
     def taking_part(layers, rests):
         return [layer.mask & ~rest for layer, rest in zip(layers, rests, strict=True)]

@@ -81,7 +81,7 @@ def _computed(score: Callable[[Any, Any], Any], layers: Sequence[Layer]) -> tupl
                    for layer, score in zip(layers, scores, strict=True)]  # fmt: skip
         return jnp.stack(list(map(count_true, strange))) if strange else jnp.zeros(0, jnp.int32)
 
-    return scores, jnp.sum(each(layers, nans, scores))
+    return scores, jnp.sum(each(layers, nans, scores), dtype=jnp.int32)
 
 
 def _fixed(score: Any, params: Any, masks: Any) -> Any:

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpt, gpu
 from jaxsparse import kernels
 
 
@@ -72,6 +72,7 @@ def test_rows_of_a_gpu_and_of_a_cpu_have_names_of_their_own_and_checks_that_are_
         assert len(set(names)) == len(names)
         assert {row.needs for row in rows if row.needs} <= set(names)
         assert {row.kind for row in rows} == set(gpu.KINDS)
+        assert set(gpu.GPT_LINKS) == set(gpt.LINKS)
 
 
 @pytest.mark.parametrize("name", ["64, 10% alive, forward", "64, 10% alive, and gradients"])
