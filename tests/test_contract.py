@@ -818,7 +818,7 @@ def test_in_64_bits_a_state_keeps_its_dtypes(name):
     with jax.enable_x64(True):
         params = jax.tree.map(lambda p: p.astype(jnp.float64), make_params())
         tx = ALL[name].around(sgd(), params)
-        opt_state = tx.init(params)
+        opt_state = jax.eval_shape(tx.init, params)
 
         def train(params, opt_state):
             return tx.update(params, opt_state, params)
