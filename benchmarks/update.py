@@ -40,8 +40,10 @@ METHODS = {
     "mask_updates": lambda inner, params, every: optax.chain(
         inner, jaxsparse.mask_updates({name: jnp.ones(p.shape, bool) for name, p in params.items()})
     ),
-    "sparse_momentum": lambda inner, params, every: jaxsparse.chain(inner, LINKS["sparse_momentum"](every)),
-    "asni": lambda inner, params, every: jaxsparse.chain(inner, LINKS["asni"](every)),
+    **{
+        name: lambda inner, params, every, link=link: jaxsparse.chain(inner, link(every))
+        for name, link in LINKS.items()
+    },
     "reweighted_l1": lambda inner, params, every: optax.chain(inner, jaxsparse.reweighted_l1(1e-3, l1=1e-3)),
     "l0": lambda inner, params, every: jaxsparse.l0(
         inner, [jaxsparse.Group("features", {"head/kernel": 0})], penalty=jaxsparse.Penalty(1e-6, "all")
