@@ -5,7 +5,7 @@ change on the steps on which they are due and cost nothing on the others, and wh
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -333,15 +333,14 @@ def fingerprints(weights: list[jax.Array], masks: list[jax.Array]) -> jax.Array:
 def _prints_and_counts(weights: list[jax.Array], masks: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
     """:func:`fingerprints`, and how many weights each mask keeps, int32, (leaves,), in one pass."""
     found = [sums([_terms(w, mask), mask]) for w, mask in zip(weights, masks, strict=True)]
-    prints, kept = zip(*found, strict=True) if found else ([], [])
-    return (jnp.stack(prints), jnp.stack(kept)) if found else (jnp.zeros(0, jnp.uint32), jnp.zeros(0, jnp.int32))
+    return _of_layers(found, jnp.uint32, jnp.int32)
 
 
 def _looked_at(layers: list[Layer]) -> tuple[jax.Array, jax.Array]:
     """:func:`_nans` and :func:`fingerprints`, in one pass."""
-    found = [sums([_is_nan(layer), _terms(layer.weight, layer.mask)]) for layer in layers]
-    nans, prints = zip(*found, strict=True) if found else ([], [])
-    return (jnp.stack(nans), jnp.stack(prints)) if found else (jnp.zeros(0, jnp.int32), jnp.zeros(0, jnp.uint32))
+    return _of_layers(
+        [sums([_is_nan(layer), _terms(layer.weight, layer.mask)]) for layer in layers], jnp.int32, jnp.uint32
+    )
 
 
 def _looked_at_anew(layers: list[Layer], masks: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -350,8 +349,12 @@ def _looked_at_anew(layers: list[Layer], masks: list[jax.Array]) -> tuple[jax.Ar
 
 def _nans(layers: list[Layer]) -> tuple[jax.Array]:
     """How many NaN there are in each layer: a weight and its signal count as one. Pruned weights are 0."""
-    found = [count_true(_is_nan(layer)) for layer in layers]
-    return (jnp.stack(found) if found else jnp.zeros(0, jnp.int32),)
+    return _of_layers([[count_true(_is_nan(layer))] for layer in layers], jnp.int32)
+
+
+def _of_layers(found: Sequence[Sequence[jax.Array]], *dtypes: Any) -> Any:
+    """The numbers of each layer as arrays, one of each dtype, (layers,)."""
+    return tuple(jnp.stack([row[i] for row in found]) if found else jnp.zeros(0, of) for i, of in enumerate(dtypes))
 
 
 def _is_nan(layer: Layer) -> jax.Array:

@@ -16,12 +16,11 @@ from jaxsparse.allocation import check_total
 from jaxsparse.layouts import LayoutLike
 from jaxsparse.placement import is_abstract, varying_like
 from jaxsparse.prunable import prunable_leaves
-from jaxsparse.selection import count_true
 from jaxsparse.structures import StructureLike, check_structure, leaf_structures
 from jaxsparse.transforms.checks import check_budget, check_steps, check_zeros
 from jaxsparse.transforms.landing import on_update_steps
 from jaxsparse.transforms.latent import as_optimizer, filled, identity_pull, latent, not_finite
-from jaxsparse.transforms.layers import Layer, Layers, each, layers_of
+from jaxsparse.transforms.layers import Layer, Layers, counts, each, layers_of
 
 __all__ = ["MaskedLatentState", "masked_latent"]
 
@@ -140,7 +139,7 @@ def masked_latent(
             old = layers(state)
             new, state = choose(old, state, params)
             masks = jax.tree.structure(state.masks).unflatten(new)
-            flips = jnp.sum(each(old, _flips, new), dtype=jnp.int32)
+            flips = jnp.sum(counts(old, each(old, _changed, new)), dtype=jnp.int32)
             return state._replace(masks=masks, flips=flips)
 
         def first(state):
@@ -178,10 +177,9 @@ def masked_latent(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _flips(layers: Sequence[Layer], masks: Sequence[jax.Array]) -> jax.Array:
-    """How many entries of each layer's mask another has changed, int32, (layers,)."""
-    found = [count_true(new ^ layer.mask) for layer, new in zip(layers, masks, strict=True)]
-    return jnp.stack(found) if found else jnp.zeros(0, jnp.int32)
+def _changed(layers: Sequence[Layer], masks: Sequence[jax.Array]) -> list[jax.Array]:
+    """Where another mask differs from that of each layer."""
+    return [new ^ layer.mask for layer, new in zip(layers, masks, strict=True)]
 
 
 def _on_masks(layers: Layers, state: Any) -> list[jax.Array]:
