@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONFIG := configs/digits_sparse_momentum.py
 PART := 1/1
 
-.PHONY: help train test test-all test-versions test-optax test-interop soak notebooks docs lint clean
+.PHONY: help train test test-all test-versions test-optax test-interop soak notebooks docs lint release clean
 
 help:
 	@echo "make train      train sparse momentum at 90% sparsity on digits, and a dense baseline, and compare"
@@ -18,6 +18,7 @@ help:
 	@echo "make notebooks  execute the notebooks and write their outputs back"
 	@echo "make docs       build the documentation, into build/docs/index.html"
 	@echo "make lint       ruff, mypy, and a wheel that installs and imports"
+	@echo "make release    build dist/, check it, and run the README's code with the wheel in an empty environment"
 	@echo "make clean      remove the virtual environment and build leftovers (not runs/)"
 
 train: $(VENV)/train.installed
@@ -59,6 +60,9 @@ lint: $(VENV)/dev.installed
 	$(PYTHON) -m venv --clear build/wheel
 	build/wheel/bin/python -m pip install --quiet dist/*.whl
 	cd build/wheel && bin/python -c "import jaxsparse; print('jaxsparse', jaxsparse.__version__, 'imports from its wheel')"
+
+release: $(VENV)/release.installed
+	$(BIN)/python tests/release.py
 
 # Made anew when what it installs has changed.
 $(VENV)/%.installed: pyproject.toml setup.py
