@@ -238,22 +238,16 @@ def apply_masks(tree: Any, masks: Any) -> Any:
         ``MaskedNode`` for dense leaves, which pass unchanged.
 
     Raises:
-      ValueError: if a mask is not of the shape of its array.
+      ValueError: if a leaf has no mask, or one that is not bool and of its shape; it names the leaf.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> apply_masks({"w": jnp.array([1.0, jnp.nan])}, {"w": jnp.array([True, False])})["w"].tolist()
       [1.0, 0.0]
     """
-
-    def apply(path, mask, x):
-        if is_masked_node(mask) or jnp.ndim(mask) < jnp.ndim(x):
-            return x
-        if jnp.shape(mask) != jnp.shape(x):
-            raise ValueError(f"mask of {path_name(path)}: expected shape {jnp.shape(x)}, got {jnp.shape(mask)}")
-        return jnp.where(mask, x, jnp.zeros_like(x))
-
-    return jax.tree_util.tree_map_with_path(apply, masks, tree, is_leaf=is_masked_node)
+    leaves, treedef = jax.tree.flatten(tree)
+    rows = zip(leaves, treedef.flatten_up_to(validate_masks(masks, tree)), strict=True)
+    return treedef.unflatten([x if is_masked_node(mask) else jnp.where(mask, x, jnp.zeros_like(x)) for x, mask in rows])
 
 
 def count(masks: Any) -> jax.Array:

@@ -1,5 +1,6 @@
 import functools
 import pathlib
+import re
 import warnings
 
 import jax
@@ -261,9 +262,19 @@ def test_unknown_allocation():
         jaxsparse.random_masks(make_params(), 0.5, allocation="best")
 
 
-def test_masks_of_another_shape_are_named():
-    with pytest.raises(ValueError, match=r"mask of fc/w: expected shape \(2, 3\), got \(3, 2\)"):
-        jaxsparse.apply_masks({"fc": {"w": jnp.ones((2, 3))}}, {"fc": {"w": jnp.ones((3, 2), bool)}})
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ({"w": np.ones((2, 3), bool)}, "masks must have the tree of the params, but has nothing for b"),
+        ({"w": np.ones((2, 3), bool), "b": True, "c": True}, "but has c beyond them"),
+        ({"w": np.ones((2, 3), np.float32), "b": True}, "masks of w: expected bool of shape"),
+        ({"w": np.ones(3, bool), "b": True}, "masks of w: expected bool of shape"),
+        ({"w": False, "b": True}, "masks of w: the scalar False would remove the whole leaf"),
+    ],
+)
+def test_apply_masks_names_the_leaf_that_it_cannot_mask(masks, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        jaxsparse.apply_masks({"w": jnp.ones((2, 3)), "b": jnp.ones(3)}, masks)
 
 
 @pytest.mark.parametrize("sparsity", ["0.9", {"fc": {"w": 0.5}}, None])
