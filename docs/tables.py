@@ -34,7 +34,7 @@ FIRST_LINE = re.compile(
 PURPOSES = {
     "a fixed number of weights from the first step": ("Train a fixed number",),
     "n of every m weights (2:4)": ("Train n:m",),
-    "sparse at the end, all weights in play until then": ("Train",),
+    "the largest weights, chosen anew while the others learn too": ("Train",),
     "prune as training goes on, or once it is over": ("Prune",),
     "as few weights as are needed": ("Find", "Learn"),
     "whole channels, for a smaller dense network": ("Remove",),

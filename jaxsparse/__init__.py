@@ -94,7 +94,7 @@ def __getattr__(name: str):
         try:
             return importlib.import_module(f"jaxsparse.{name}")
         except ImportError as error:
-            raise AttributeError(f'jaxsparse.{name} needs Flax: pip install "jaxsparse[train]", or flax') from error
+            raise AttributeError(f"jaxsparse.{name} needs Flax: pip install flax") from error
     if name in ("post_training", "trace"):  # which not every program needs
         return importlib.import_module(f"jaxsparse.{name}")
     raise AttributeError(f"module 'jaxsparse' has no attribute {name!r}")

@@ -19,7 +19,7 @@ __all__ = [
 
 
 def cosine_prune_rate(init_value: float, steps: int, end_value: float = 0.005) -> optax.Schedule:
-    r"""Cosine decay of the prune rate, the default of sparse momentum.
+    r"""Cosine decay of the prune rate, as sparse momentum's authors use it.
 
     .. math:: p_t = p_T + (p_0 - p_T) \frac{1 + \cos(\pi t / T)}{2}
 

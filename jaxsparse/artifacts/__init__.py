@@ -2,7 +2,7 @@ r"""Sparse models on disk: small, checksummed files that can be read without thi
 
 :func:`save_sparse` writes params and masks to one file, and :func:`load_sparse` reads them back, bit for bit unless a
 smaller dtype was requested. :func:`describe` lists the contents of a file, and so does
-``python -m jaxsparse.artifacts FILE``. All need the package safetensors: ``pip install jaxsparse[artifacts]``.
+``python -m jaxsparse.artifacts FILE``. All need the package safetensors.
 
 **The format, version 2.** A `safetensors <https://huggingface.co/docs/safetensors>`_ file whose metadata has
 

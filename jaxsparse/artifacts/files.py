@@ -206,7 +206,7 @@ def safetensors_package() -> Any:
     try:
         import safetensors.numpy
     except ImportError as error:
-        raise ImportError("safetensors is not installed: pip install jaxsparse[artifacts]") from error
+        raise ImportError("safetensors is not installed: pip install safetensors") from error
     return safetensors.numpy
 
 

@@ -135,13 +135,14 @@ def load_sparse(path: str | os.PathLike, *, like: Any = None, max_bytes: int | N
     Args:
       path: the file.
       like: a pytree of the model's params, or of their shapes (``jax.eval_shape``). Params and masks are returned in
-        its nodes, matched by path, with the dtypes of the file. With None they are in dicts, lists and tuples.
+        its nodes, matched by path, with the dtypes that were saved. With None they are in dicts, lists and tuples.
       max_bytes: the most memory that params and masks may take together. The default is 16 MiB, or 4096 times the size
         of the file if that is more: a file of a few bytes can describe arrays of any size.
 
     Returns:
       The params and the masks, as NumPy arrays, which all functions of JAX take and which are on no device yet. Params
-      have the dtypes that were saved, including float64, and bfloat16 as ml_dtypes defines it. Masks are bool arrays,
+      have the dtypes that they had, also where ``dtype=`` stored less, including float64, and bfloat16 as ml_dtypes
+      defines it. Masks are bool arrays,
       and the scalar True for dense leaves. Pruned weights are +0.
 
     Raises:

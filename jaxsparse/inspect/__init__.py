@@ -1,7 +1,7 @@
 """Inspection of sparse networks: accessors of optimizer states, tables, and pictures.
 
 All functions take plain pytrees. Tables print as text, in colour with ``rich.print``, and as HTML in a notebook.
-Pictures need matplotlib; ``pip install "jaxsparse[inspect]"`` installs it, rich and treescope.
+Pictures need matplotlib; the extra "inspect" installs it, rich and treescope.
 """
 
 from jaxsparse.inspect.attention import HeadSummary, LayerHeads, heads

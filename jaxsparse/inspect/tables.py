@@ -306,7 +306,7 @@ def show(opt_state_or_masks: Any, params: Any = None) -> Any:
     try:
         import treescope  # noqa: F401
     except ImportError as error:
-        raise ImportError('show needs treescope: pip install "jaxsparse[inspect]", or treescope') from error
+        raise ImportError("show needs treescope: pip install treescope") from error
     if params is None:
         return _Shown(opt_state_or_masks, {})
     masks = align(masks_for(opt_state_or_masks, params), params, "masks")

@@ -117,7 +117,7 @@ def reweighted_l1(
         dimensions (matrices are pruned by single weights); a structure made by :func:`jaxsparse.structures.kernel` or
         ``channel``; or a mapping from path to these, see :func:`jaxsparse.structures.leaf_structures`, such as
         :meth:`jaxsparse.trace.ChannelGroups.structures` gives.
-      state_dtype: of r and b, which are half of what the state takes: None for that of the params, or
+      state_dtype: of r and b, two of the three copies of the weights in the state: None for that of the params, or
         ``jnp.bfloat16``, which rounds up or down at random, by the step alone, so that averages are right in the mean.
         What is computed with them is float32 still. It saves memory; on a CPU it takes more time. (The authors: None.)
       prunable: which leaves are shrunk, see :func:`jaxsparse.prunable.prunable_leaves`; default: matrices and

@@ -61,7 +61,7 @@ def from_hf(
 
         from jaxsparse.models.gpt import GPT
     except ImportError as error:
-        raise ImportError('from_hf needs Flax: pip install "jaxsparse[train]", or flax') from error
+        raise ImportError("from_hf needs Flax: pip install flax") from error
     known = [DTYPES[code] for code in _FLOATS]
     if dtype is not None:
         try:

@@ -21,7 +21,7 @@ def new_figure(width: float, height: float) -> Any:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('pictures need matplotlib: pip install "jaxsparse[inspect]", or matplotlib') from error
+        raise ImportError("pictures need matplotlib: pip install matplotlib") from error
 
     class Picture(Figure):
         def _repr_png_(self) -> bytes:
