@@ -103,6 +103,8 @@ def asni(
     if not callable(sparsity):
         check_range("sparsity", sparsity, 0, 1)
     check_steps("at_least", at_least, 0)
+    check_steps("update_every", update_every, 1)
+    update_every = int(update_every) if isinstance(update_every, float) else update_every
     check_structure(structure)
     scores = scoring(score)
 

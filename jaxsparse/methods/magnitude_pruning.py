@@ -16,10 +16,11 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxsparse.layouts import LayoutLike
+from jaxsparse.reductions import count_true
 from jaxsparse.saliency import lamp_scores
 from jaxsparse.structures import StructureLike, check_structure, unit_scores, weight
 from jaxsparse.transforms.checks import check_range, check_steps
-from jaxsparse.transforms.layers import Layer, counts, each
+from jaxsparse.transforms.layers import Layer, as_layers, counts, each
 from jaxsparse.transforms.mask_link import MaskState, dense_start, mask_link
 from jaxsparse.transforms.prune import counts_at, prune_globally, prune_layers, prune_outputs
 from jaxsparse.transforms.ranking import rank_globally
@@ -152,11 +153,11 @@ def magnitude_pruning(
             if callable(sparsity):
                 zeros = jnp.asarray(sparsity(state.count), jnp.float64)
             else:
-                first, last, now = (jnp.asarray(step, jnp.float64) for step in (begin, end, state.count))
-                time = jnp.where(now >= last, 1.0, (now - first) / jnp.maximum(last - first, 1.0))
-                exponent = jnp.asarray(_POWERS[schedule] if power is None else power, jnp.float64)
                 start, zeros = (jnp.asarray(value, jnp.float64) for value in (initial, sparsity))
                 if schedule != "constant":
+                    first, last, now = (jnp.asarray(step, jnp.float64) for step in (begin, end, state.count))
+                    time = jnp.where(now >= last, 1.0, (now - first) / jnp.maximum(last - first, 1.0))
+                    exponent = jnp.asarray(_POWERS[schedule] if power is None else power, jnp.float64)
                     zeros = zeros + (start - zeros) * (1 - time) ** exponent  # (1)
             of_layers, of_all = counts_at(layers, jnp.clip(zeros, 0, 1))
         return *_SCOPES[scope](layers, of_layers, of_all, values, at_least), None, nans
@@ -207,19 +208,36 @@ def _together(layers, of_layers, of_all, scores, at_least):
 def _lamp(
     layers: Sequence[Layer], of_layers: Any, of_all: jax.Array, scores: Sequence[jax.Array] | None, at_least: ArrayLike
 ) -> tuple[Sequence[jax.Array], jax.Array]:
-    """The scores say how many units each layer keeps, magnitude (or the method's score) which."""
+    """The scores say how many units each layer keeps, magnitude (or the method's score) which.
+
+    Layers that keep n of every m do not compete; what they keep is part of the number of all.
+    """
     del of_layers
-    values = [layer.weight for layer in layers] if scores is None else list(scores)
+    layers = as_layers(layers)
+    values = layers.column([layer.weight for layer in layers] if scores is None else scores)
+    free = [i for i, layer in enumerate(layers) if layer.structure.exchanges]
+    some = layers if len(free) == len(layers) else layers.some(free)
+    if some is not layers:
+        fixed = [i for i in range(len(layers)) if i not in free]
+
+        def reserved(layers, values):
+            rows = zip(layers, values, strict=True)
+            kept = [layer.structure.reserved(value, layer.mask, absolute=scores is None) for layer, value in rows]
+            return jnp.stack(list(map(count_true, kept)))
+
+        taken = each(layers.some(fixed), reserved, values.some(fixed))
+        of_all, values = jnp.maximum(of_all - jnp.sum(taken, dtype=jnp.int32), 0), values.some(free)
 
     def scored(layers, values):
         masks = [layer.structure.units(layer.mask) for layer in layers]
         units = [unit_scores(layer.structure, value) for layer, value in zip(layers, values, strict=True)]
         return [lamp_scores(unit, mask) for unit, mask in zip(units, masks, strict=True)], masks
 
-    lamp, masks = each(layers, scored, values)
-    sizes = [layer.structure.unit_size(layer.mask.shape) for layer in layers]
-    chosen = rank_globally(layers, lamp, of_all, where=masks, sizes=sizes, at_least=at_least)
-    return prune_layers(layers, counts(layers, chosen), scores=scores)
+    lamp, masks = each(some, scored, values)
+    sizes = [layer.structure.unit_size(layer.mask.shape) for layer in some]
+    chosen = rank_globally(some, lamp, of_all, where=masks, sizes=sizes, at_least=at_least)
+    left = jnp.zeros(len(layers), jnp.int32).at[np.asarray(free)].set(counts(some, chosen))
+    return prune_layers(layers, left, scores=scores)
 
 
 _SCOPES = {"layer": _each_layer, "global": _together, "lamp": _lamp, "output": _each_output}

@@ -147,6 +147,7 @@ def powerpropagation(
         return jax.tree.map(lambda p, c: jnp.sign(p) * power(p, 1 / alpha) if c else optax.MaskedNode(), params, chosen)
 
     def forward(state):
+        state = state._replace(own=jnp.asarray(alpha, jnp.float32))  # it may be scheduled
         return jax.tree.map(lambda w: w * power(w, alpha - 1), state.weights), state
 
     def start(state, params):

@@ -33,7 +33,7 @@ class ReweightedL1State(NamedTuple):
     Attributes:
       count: (), int32: the updates so far.
       pre_prox: y, the weights before they are shrunk, in the shapes and dtypes of the params.
-      threshold: l1 * b, by how much they are shrunk; of the leaf's shape, with 1 for the axes of a group, and of its
+      threshold: b, by how much they are shrunk; of the leaf's shape, with 1 for the axes of a group, and of its
         dtype, or ``state_dtype``.
       magnitude: r, the running average of the weights' absolute values, in the shapes and dtypes of ``threshold``.
     """
@@ -44,8 +44,8 @@ class ReweightedL1State(NamedTuple):
     magnitude: Any
 
     def sparse_masks(self) -> Any:
-        """The masks ``|y| > l1 * b``, computed from the state rather than stored in it."""
-        return jax.tree.map(lambda y, t: jnp.abs(y) > t.astype(y.dtype), self.pre_prox, self.threshold)
+        """The masks ``|y| > b``, computed from the state rather than stored in it. NaN is not pruned."""
+        return jax.tree.map(lambda y, t: ~(jnp.abs(y) <= t.astype(y.dtype)), self.pre_prox, self.threshold)
 
     def wants_momentum(self) -> bool:
         """False: the magnitudes of the weights decide, not their momentum."""
@@ -53,12 +53,12 @@ class ReweightedL1State(NamedTuple):
 
     def problems(self, params: Any | None) -> list[str]:
         """Weights in the state that are not finite, pruned weights of the params that are not zero."""
-        who = "reweighted_l1"
+        who, thresholds = "reweighted_l1", by_path(self.threshold)
         found = [
             f"{who}: {name} has weights that are not finite. The training has diverged, or the step size, l1 or "
             "averaging is NaN at some step"
-            for name, y in by_path((self.pre_prox, self.threshold)).items()
-            if not bool(jnp.isfinite(y).all())
+            for name, y in by_path(self.pre_prox).items()
+            if not bool(jnp.isfinite(y).all() & jnp.isfinite(thresholds[name]).all())
         ]
         return found + ([] if params is None else check_zeros(self.sparse_masks(), params, who))
 
@@ -85,9 +85,9 @@ def reweighted_l1(
     .. math::
        r &\leftarrow e^{-s/\tau} r + (1 - e^{-s/\tau}) |x| && (1) \\
        w &= M / (1 + (M - 1)\, r / \max r)                 && (2) \\
-       b &\leftarrow a b + s w                             && (3) \\
+       b &\leftarrow a b + \lambda s w                     && (3) \\
        y &\leftarrow a y + (1 - a) x + u                   && (4) \\
-       x &\leftarrow \mathrm{sign}(y) \max(|y| - \lambda b, 0) && (5)
+       x &\leftarrow \mathrm{sign}(y) \max(|y| - b, 0)     && (5)
 
     where a is ``averaging``, :math:`\tau` ``weight_time``, M ``max_factor`` and :math:`\lambda` ``l1``. A weight as
     large as its layer's largest is shrunk by l1 and one at zero by M * l1, as by the penalty
@@ -100,15 +100,16 @@ def reweighted_l1(
 
     The special cases:
 
-    * proximal SGD: ``averaging=0``, then b = s w and y is the result of the step alone;
+    * proximal SGD: ``averaging=0``, then b = λ s w and y is the result of the step alone;
     * regularised dual averaging (Xiao, 2010): ``averaging=1``, then y and b accumulate forever;
     * plain l1: ``max_factor=1``, then w = 1;
     * Adam or any other optimizer: ``optax.chain(optax.adam(1e-3), reweighted_l1(1e-3, l1=1e-2))``.
 
     Args:
       step_size: s, the learning rate of the optimizer before it: a float >= 0 or a schedule of the step.
-      l1: strength of the penalty, :math:`\lambda` >= 0, possibly traced, or a schedule of the step. The final sparsity
-        depends on l1 times the sum of the step sizes: start with ``l1 = 0.03 / (step_size * steps)``.
+      l1: strength of the penalty, :math:`\lambda` >= 0, possibly traced, or a schedule of the step, of which b averages
+        what was as it averages w. The final sparsity depends on l1 times the sum of the step sizes: start with
+        ``l1 = 0.03 / (step_size * steps)``.
       averaging: a, in [0, 1], or a schedule of the step.
       weight_time: :math:`\tau` > 0, the time (sum of the step sizes) over which the absolute values are averaged.
       max_factor: M >= 1: how much more the smallest weights are shrunk than the largest.
@@ -204,11 +205,11 @@ def reweighted_l1(
             w = max_factor * largest / jnp.where(largest > 0, largest + (max_factor - 1) * r, 1)
             w = jnp.where((largest == 0) & (max_factor == 1), 1, w)  # plain l1 has no weights to lack
             w *= math.sqrt(x.size / r.size)
-            threshold = old * threshold + pull * w  # (3), times l1
+            threshold = old * threshold + pull * w  # (3)
             threshold, r = rounded((threshold, r), stored, state.count, number)
             y = old * y + rest * x + u  # (4)
             pulled = threshold.astype(x.dtype)
-            shrunk = jnp.where(jnp.abs(y) > pulled, y - jnp.copysign(pulled, y), 0)  # (5)
+            shrunk = jnp.where(jnp.abs(y) <= pulled, 0, y - jnp.copysign(pulled, y))  # (5); NaN stays NaN
             # -x where it is 0: x + (-x) is 0, exactly.
             return (shrunk - x).astype(x.dtype), y.astype(x.dtype), threshold, r
 

@@ -156,7 +156,7 @@ def rigl(
         key=key,
         draws=False,
         renewing=Renewing(hold, bias_correction, update_every, track),
-        signal=lambda updates, own, extra_args: own if accumulate else gradient_of(extra_args, "rigl"),
+        signal=lambda updates, own, extra_args: own if accumulate is not None else gradient_of(extra_args, "rigl"),
         own=own,
         own_update=add,
     )

@@ -14,7 +14,7 @@ from jaxsparse.allocation import Allocation, Sparsity
 from jaxsparse.layouts import LayoutLike
 from jaxsparse.structures import StructureLike, require_signs
 from jaxsparse.transforms import regrow
-from jaxsparse.transforms.checks import check_range
+from jaxsparse.transforms.checks import check_schedule
 from jaxsparse.transforms.exchange import drop_and_grow, exchange_link
 from jaxsparse.transforms.mask_link import MaskState
 from jaxsparse.transforms.renewal import Renewing
@@ -106,8 +106,7 @@ def sparse_evolutionary(
         raise ValueError(f'drop must be "sign" or "magnitude", got {drop!r}')
     if drop == "sign":
         require_signs(structure, 'drop="sign" tells positive weights from negative ones')
-    if not callable(drop_fraction):
-        check_range("drop_fraction", drop_fraction, 0, 1)
+    check_schedule("drop_fraction", drop_fraction)
 
     def rule(state):
         fraction = drop_fraction(state.count) if callable(drop_fraction) else drop_fraction

@@ -131,7 +131,9 @@ def spartan(
             zeros = jnp.asarray(sparsity, jnp.float64) * jnp.clip(
                 count.astype(jnp.float64) / jnp.asarray(warmup, jnp.float64), 0, 1
             )
-            k = jnp.maximum(jnp.asarray(totals - jnp.round(totals * zeros), jnp.int32), 1)
+            k = jnp.maximum(
+                jnp.asarray(totals - jnp.round(totals * zeros), jnp.int32), np.minimum(totals, 1).astype(np.int32)
+            )
         sharper = jnp.clip(count.astype(jnp.float32) / jnp.asarray(freeze_at, jnp.float32), 0, 1)
         return k, 1 + (jnp.asarray(sharpness, jnp.float32) - 1) * sharper
 

@@ -218,7 +218,9 @@ def srigl(
         random_start if masks is None else given_start,
         change,
         when=every(update_every, start_at=start_at, stop_at=stop_at),
-        signal=lambda updates, own, extra_args: own.gradients if accumulate else gradient_of(extra_args, "srigl"),
+        signal=lambda updates, own, extra_args: (
+            own.gradients if accumulate is not None else gradient_of(extra_args, "srigl")
+        ),
         own=own,
         own_update=None if accumulate is None else added,
         watch=True,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxsparse.transforms.protocols import link_states
-from jaxsparse.transforms.renewal import held, restarted, stilled
+from jaxsparse.transforms.renewal import held, refuse_mini_steps, restarted, stilled
 from jaxsparse.trees import align, by_path, is_function, is_masked_node, leaf_paths, path_name
 
 __all__ = ["Signal", "align_signal", "chain", "signals_of", "stored_momentum"]
@@ -91,6 +91,7 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
         states = tuple(member.init(params) for member in members)
         for i, state in enumerate(states, 1):
             for link in link_states(state):
+                refuse_mini_steps(link, states[:i])
                 if link.wants_momentum():  # of a chain in the chain, it may have one before it in there
                     _require_momentum(link, states[:i], states[i:], params)
         return states

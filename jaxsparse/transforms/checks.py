@@ -28,6 +28,8 @@ def check_range(name: str, value: Any, low: float, high: float | None = None, op
     check_precision(name, value)
     if value is None or isinstance(value, jax.core.Tracer):
         return
+    if callable(value):
+        raise ValueError(f"{name} must be a number here, not a schedule, got {value!r}")
     if not (value >= low and (high is None or value < high or (value == high and not open_end))):
         upper = "" if high is None else f" and {'below' if open_end else 'at most'} {high}"
         raise ValueError(f"{name} must be at least {low}{upper}, got {value}")

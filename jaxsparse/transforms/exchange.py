@@ -14,7 +14,7 @@ from jaxsparse.masks import validate_masks
 from jaxsparse.structures import StructureLike, check_structure, check_units, mask_structures
 from jaxsparse.transforms import regrow
 from jaxsparse.transforms.chain import align_signal
-from jaxsparse.transforms.checks import check_range, check_steps
+from jaxsparse.transforms.checks import check_range, check_schedule, check_steps
 from jaxsparse.transforms.landing import on_update_steps
 from jaxsparse.transforms.layers import Layer, Rule, layers_of, on_units
 from jaxsparse.transforms.mask_link import MaskState, every, given_masks, mask_link, random_start
@@ -143,9 +143,10 @@ def check_fraction(fraction: Any, stop_at: Any, who: str) -> optax.Schedule:
     """The schedule of a drop fraction: a number falls from there to 0 on step ``stop_at``, as half a cosine.
 
     Raises:
-      ValueError: for a number out of [0, 1], or one without a ``stop_at``.
+      ValueError: for a number or a schedule out of [0, 1], or a number without a ``stop_at``.
     """
     if callable(fraction):
+        check_schedule("drop_fraction", fraction)
         return fraction
     check_range("drop_fraction", fraction, 0, 1)
     if stop_at is None:

@@ -139,6 +139,7 @@ def every(steps: ArrayLike, *, start_at: ArrayLike = 0, stop_at: ArrayLike | Non
     check_steps("update_every", steps, 1)
     check_steps("start_at", start_at, 0)
     check_steps("stop_at", stop_at, 0)
+    steps = int(steps) if isinstance(steps, float) else steps  # a float32 cannot count beyond 2**24
 
     def due(count):
         now = (count > 0) & (count % steps == 0) & (count >= start_at)
@@ -269,6 +270,7 @@ def mask_link(
         require_bool(state.masks, who)
         if own_update is not None:
             state = state._replace(own=own_update(state, updates, params, extra_args))
+        landed = None
         if change is not None and when is not None:
             seen = None if signal is None else signal(updates, state.own, extra_args)
             old = state.masks, state.kept, state.nan_scores, state.watched, state.renewal
@@ -295,6 +297,8 @@ def mask_link(
                     renewal = renewing.renewed(renewal, masks, renewed, state.count)
                 return renewed, kept, nan_scores, watched, renewal
 
+            if isinstance(renewing, Renewing) and renewing.always:
+                landed = state.masks
             due = when(state.count)
             new = on_update_steps(due, changed, old)
             fields = "masks", "kept", "nan_scores", "watched", "renewal"
@@ -308,8 +312,13 @@ def mask_link(
                     )
                 state = state._replace(renewal=renewing.at(state.renewal, due, state.count))
                 updates = renewing.updates(updates, state.renewal, params, state.count)
-        resting = state.renewal.now if isinstance(renewing, Renewing) else None  # what has just been regrown stays at 0
-        landing = land_on_masks(updates, params, state.masks, resting=resting)
+        # What has just been regrown stays at 0. It is told by its weight of 0, unless masks change on every step, when
+        # that would hold what was regrown on the last one too: then by the masks of before, at the cost of a copy.
+        if landed is not None:
+            landing = land_on_masks(updates, params, jax.tree.map(jnp.logical_and, landed, state.masks))
+        else:
+            resting = state.renewal.now if isinstance(renewing, Renewing) else None
+            landing = land_on_masks(updates, params, state.masks, resting=resting)
         return landing, state._replace(count=optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

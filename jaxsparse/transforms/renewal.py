@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.typing import ArrayLike
 
 from jaxsparse.placement import lies_anywhere, varying_like
@@ -59,6 +60,11 @@ class Renewing(NamedTuple):
     betas: tuple[ArrayLike, ArrayLike] | None = None
     every: ArrayLike = 1
     track: bool = False
+
+    @property
+    def always(self) -> bool:
+        """Whether masks are known to change on every step."""
+        return not isinstance(self.every, jax.core.Tracer) and bool(self.every == 1)
 
     def check(self) -> None:
         """Raises a ValueError for betas that are none."""
@@ -122,7 +128,7 @@ class Renewing(NamedTuple):
         def step(age):
             return jnp.sqrt(1 - beta_2**age) / (1 - beta_1**age)
 
-        passed, whole = (count - renewal.changed_at).astype(jnp.float32), step((count + 1).astype(jnp.float32))
+        passed, whole = (count - renewal.changed_at).astype(jnp.float32), step(count.astype(jnp.float32) + 1)
 
         def of(since):
             age = since.astype(jnp.float32) * jnp.asarray(self.every, jnp.float32) + passed
@@ -169,6 +175,20 @@ class Restarting(NamedTuple):
         """The proposed update, which holds for all weights."""
         del renewal, params, count
         return updates
+
+
+def refuse_mini_steps(link: Any, before: Any) -> None:
+    """Raises a ValueError for a bias correction behind an optimizer that does not step whenever the link does."""
+    renewal = getattr(link, "renewal", ())
+    if not isinstance(renewal, Renewal) or isinstance(renewal.changed_at, tuple):
+        return
+    kinds = jax.tree.leaves(before, is_leaf=lambda node: isinstance(node, optax.MultiStepsState))
+    if any(isinstance(node, optax.MultiStepsState) for node in kinds):
+        raise ValueError(
+            f"{link.method}: bias_correction counts the age of a weight in steps of the link, but optax.MultiSteps in "
+            "front of it takes a step on some of them only: leave bias_correction out, or accumulate gradients outside "
+            "the chain"
+        )
 
 
 def restarted(states: Any, params: Any) -> Any:
@@ -230,14 +250,23 @@ def held(old: Any, new: Any) -> Any:
 
 
 def stilled(updates: Any, states: Any) -> Any:
-    """The updates of a chain whose optimizer is held: none for leaves that the links which hold it do not see."""
-    for link in link_states(states):
+    """The updates of a chain whose optimizer is held: none for leaves that the links which hold it do not see.
+
+    Pruned weights of other links land on 0 all the same.
+    """
+    links = link_states(states)
+    for link in links:
         renewal = getattr(link, "renewal", ())
         if isinstance(renewal, Renewal) and not isinstance(renewal.hold, tuple):
             seen, now = set(by_path(link.sparse_masks())), renewal.now
-            updates = jax.tree_util.tree_map_with_path(
-                lambda path, u, seen=seen, now=now: u if path_name(path) in seen else _zero_if(now, u), updates
-            )
+            others = {path: mask for other in links if other is not link
+                      for path, mask in by_path(other.sparse_masks()).items() if path not in seen}  # fmt: skip
+
+            def still(path, u, seen=seen, now=now, others=others):
+                name = path_name(path)
+                return u if name in seen else _zero_if(now & others.get(name, True), u)
+
+            updates = jax.tree_util.tree_map_with_path(still, updates)
     return updates
 
 
@@ -266,13 +295,16 @@ def _zero_if(now: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _zeroed_where_regrown(states: list[Any], link: Any, params: Any) -> list[Any]:
-    sparse = set(by_path(link.sparse_masks()))
-    weights = {name: w for name, w in by_path(params).items() if name in sparse}
+    sparse, weights = set(by_path(link.sparse_masks())), by_path(params)
     owners: list[str] = []  # the param that each slot is of: an optimizer may have several of one
     slots: list[jax.Array] = []
 
+    def slot_of(path, leaf):
+        name = _owner(path, leaf, weights)  # among all params: of two that end alike the longer path is meant
+        return name if name in sparse else None
+
     def collect(path, leaf):
-        if (name := _owner(path, leaf, weights)) is not None:
+        if (name := slot_of(path, leaf)) is not None:
             owners.append(name)
             slots.append(leaf)
 
@@ -294,8 +326,8 @@ def _zeroed_where_regrown(states: list[Any], link: Any, params: Any) -> list[Any
         moved = [_zero_if(now & (weights[name] == 0), t) for name, t in zip(owners, tangents[1], strict=True)]
         return zeroed(*primals), moved
 
-    new = iter(zeroed(link.renewal.now, slots, weights))
-    return _map_outside_links(lambda path, leaf: leaf if _owner(path, leaf, weights) is None else next(new), states)
+    new = iter(zeroed(link.renewal.now, slots, {name: weights[name] for name in owners}))
+    return _map_outside_links(lambda path, leaf: leaf if slot_of(path, leaf) is None else next(new), states)
 
 
 def _owner(path: tuple, leaf: Any, params: dict[str, jax.Array]) -> str | None:

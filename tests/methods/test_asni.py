@@ -447,3 +447,12 @@ def test_at_least_so_many_weights_of_every_leaf_stay():
         assert int(masks["out"].sum()) == 3
         assert int(jaxsparse.count(masks)) in (11, 12)
         jaxsparse.check(state)
+
+
+def test_a_whole_number_of_steps_may_be_a_float():
+    params = {"kernel": jnp.arange(1.0, 17).reshape(4, 4)}
+    tx = jaxsparse.asni(optax.constant_schedule(0.5), 1e0)
+    opt_state = tx.init(params)
+    for _ in range(3):
+        _, opt_state = tx.update(params, opt_state, params)
+    assert int(jaxsparse.count(jaxsparse.get_masks(opt_state))) == 8

@@ -214,3 +214,24 @@ def test_units_and_n_of_m():
 def test_options_are_checked_when_the_link_is_made(options, message):
     with pytest.raises(ValueError, match=message):
         jaxsparse.magnitude_pruning(**{"sparsity": 0.9, **options})
+
+
+def test_a_constant_schedule_needs_no_end():
+    params = {"kernel": jnp.arange(1.0, 17).reshape(4, 4)}
+    for tx in (
+        jaxsparse.magnitude_pruning(0.5, schedule="constant", every=1),
+        optax.inject_hyperparams(jaxsparse.magnitude_pruning)(0.5, schedule="constant", every=1),
+    ):
+        _, opt_state = tx.update(params, tx.init(params), params)
+        assert int(jaxsparse.count(jaxsparse.get_masks(opt_state))) == 8
+
+
+@pytest.mark.parametrize("scope", ["global", "lamp"])
+def test_layers_with_n_of_m_count_towards_the_budget_of_all(scope):
+    params = {name: jax.random.normal(jax.random.key(i), (16, 16)) for i, name in enumerate(("a", "b", "c"))}
+    structure = {"a": jaxsparse.n_of_m(1, 4), "*": "weight"}
+    tx = jaxsparse.magnitude_pruning(0.75, schedule="constant", every=1, scope=scope, structure=structure)
+    _, opt_state = tx.update(params, tx.init(params), params)
+    kept = {name: int(mask.sum()) for name, mask in jaxsparse.get_masks(opt_state).items()}
+    assert kept["a"] == 64 or scope == "global"
+    assert sum(kept.values()) == 192

@@ -107,3 +107,15 @@ def test_options_are_checked_when_the_wrapper_is_made():
     ):
         with pytest.raises(ValueError, match=message):
             jaxsparse.powerpropagation(**{"inner": optax.sgd(0.1), **options})
+
+
+def test_a_scheduled_power_passes_check():
+    params = {"kernel": jnp.arange(1.0, 17).reshape(4, 4)}
+    power = optax.linear_schedule(2.0, 4.0, 4)
+    inject = optax.inject_hyperparams(jaxsparse.powerpropagation, static_args=("inner", "prune"))
+    tx = inject(optax.sgd(0.1), alpha=power)
+    opt_state = tx.init(params)
+    for _ in range(4):
+        updates, opt_state = tx.update(jax.tree.map(jnp.zeros_like, params), opt_state, params)
+        params = optax.apply_updates(params, updates)
+        jaxsparse.check(opt_state, params)

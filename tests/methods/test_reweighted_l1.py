@@ -440,3 +440,13 @@ def test_channels_of_an_attention_kernel_go_by_their_outputs():
     assert np.argwhere(~np.asarray(kept).any(0)).tolist() == [[1, 3]]
     assert int(kept.sum()) == 16 * 15
     jaxsparse.check(opt_state, optax.apply_updates(params, updates))
+
+
+def test_a_gradient_of_nan_shows_in_the_weights():
+    params = {"kernel": jnp.ones((2, 2))}
+    tx = optax.chain(optax.sgd(0.1), jaxsparse.reweighted_l1(0.1, l1=1e-4))
+    updates, opt_state = tx.update({"kernel": jnp.full((2, 2), jnp.nan)}, tx.init(params), params)
+    params = optax.apply_updates(params, updates)
+    assert bool(jnp.isnan(params["kernel"]).all())
+    with pytest.raises(jaxsparse.SparsityError, match="reweighted_l1: kernel has weights that are not finite"):
+        jaxsparse.check(opt_state, params)

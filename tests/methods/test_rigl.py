@@ -302,3 +302,79 @@ def test_no_array_of_the_state_is_empty():
     link = jaxsparse.rigl(0.75, 2, stop_at=9, accumulate=2, hold=True, bias_correction=(0.9, 0.99), track=True)
     shapes = jax.eval_shape(link.init, params)
     assert all(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def test_what_another_link_pruned_lands_on_zero_while_the_optimizer_is_held():
+    params = {name: {"kernel": jax.random.normal(jax.random.key(i), (6, 6))} for i, name in enumerate("ab")}
+    links = {name: jaxsparse.rigl(0.5, 2, stop_at=100, allocation="uniform", hold=True) for name in "ab"}
+    each = optax.partition(links, {name: {"kernel": name} for name in "ab"})
+    tx = jaxsparse.chain(optax.sgd(0.1, momentum=0.9), each)
+    opt_state, update = tx.init(params), jax.jit(tx.update)
+    params = jaxsparse.sparsify(opt_state, params)
+    for count in range(6):
+        grads = jax.tree.map(lambda p: jnp.cos(p + count), params)  # noqa: B023
+        updates, opt_state = update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        jaxsparse.check(opt_state, params)
+
+
+def test_the_state_of_a_dense_leaf_whose_path_ends_like_that_of_a_sparse_one_goes_on():
+    params = {
+        "Dense_0": {"kernel": jnp.arange(1.0, 17).reshape(4, 4)},
+        "Block_0": {"Dense_0": {"kernel": jnp.ones((4, 4))}},
+    }
+    link = jaxsparse.rigl(0.5, 2, stop_at=100, prunable=jaxsparse.all_but("Block_0"))
+    tx = jaxsparse.chain(optax.sgd(0.1, momentum=0.9), link)
+    opt_state = tx.init(params)
+    params = jaxsparse.sparsify(opt_state, params)
+    for _ in range(5):
+        updates, opt_state = tx.update(jax.tree.map(jnp.ones_like, params), opt_state, params)
+        params = optax.apply_updates(params, updates)
+    momentum = opt_state[0][0].trace["Block_0"]["Dense_0"]["kernel"]
+    np.testing.assert_allclose(momentum, sum(0.9**k for k in range(5)), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        jaxsparse.rigl(0.5, 1, drop_fraction=optax.constant_schedule(0.2), allocation="uniform"),
+        jaxsparse.sparse_evolutionary(0.5, 1, drop_fraction=0.2, drop="magnitude", allocation="uniform"),
+    ],
+)
+def test_masks_that_change_on_every_step_let_regrown_weights_move(link):
+    params = {"kernel": jax.random.normal(jax.random.key(0), (8, 8))}
+    tx = jaxsparse.chain(optax.sgd(0.1), link)
+    opt_state, update = tx.init(params), jax.jit(tx.update)
+    params = jaxsparse.sparsify(opt_state, params)
+    for count in range(12):
+        before = jaxsparse.get_masks(opt_state)["kernel"]
+        grads = {"kernel": jax.random.normal(jax.random.key(count), (8, 8))}
+        updates, opt_state = update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        mask = jaxsparse.get_masks(opt_state)["kernel"]
+        # What has just been regrown is 0, what was there before is not.
+        np.testing.assert_array_equal(params["kernel"] != 0, mask & before)
+        assert int(mask.sum()) == 32
+
+
+def test_bias_correction_refuses_mini_steps_inside_the_chain():
+    link = jaxsparse.rigl(0.5, 40, stop_at=100, bias_correction=(0.9, 0.999))
+    tx = jaxsparse.chain(optax.MultiSteps(optax.adam(1e-3), 4), link)
+    with pytest.raises(ValueError, match=r"rigl: bias_correction counts .* optax\.MultiSteps"):
+        tx.init({"kernel": jnp.ones((4, 4))})
+    jaxsparse.chain(optax.adam(1e-3), link).init({"kernel": jnp.ones((4, 4))})
+
+
+def test_accumulate_may_be_injected():
+    tx = jaxsparse.chain(optax.sgd(0.1), optax.inject_hyperparams(jaxsparse.rigl)(0.5, 2, stop_at=10, accumulate=2))
+    params = {"kernel": jnp.arange(1.0, 17).reshape(4, 4)}
+    opt_state = tx.init(params)
+    for _ in range(3):
+        _updates, opt_state = jax.jit(tx.update)(params, opt_state, params)
+    assert int(jaxsparse.count(jaxsparse.get_masks(opt_state))) == 8
+
+
+@pytest.mark.parametrize("method", [jaxsparse.rigl, jaxsparse.sparse_evolutionary])
+def test_a_drop_fraction_in_percent_is_refused(method):
+    with pytest.raises(ValueError, match="drop_fraction of step 0 must be at least 0 and at most 1, got 30"):
+        method(0.5, 10, drop_fraction=optax.constant_schedule(30.0))

@@ -123,3 +123,14 @@ def test_options_are_checked_when_the_wrapper_is_made():
     ):
         with pytest.raises(ValueError, match=message):
             jaxsparse.spartan(**{"inner": optax.sgd(0.1), "sparsity": 0.9, "warmup": 10, "freeze_at": 20, **options})
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_leaf_without_entries_is_let_be(scope):
+    params = {"none": jnp.ones((0, 4)), "some": jnp.arange(1.0, 17).reshape(4, 4)}
+    tx = jaxsparse.spartan(optax.sgd(0.1), 0.5, warmup=1, freeze_at=2, scope=scope)
+    opt_state = tx.init(params)
+    for _ in range(3):
+        updates, opt_state = tx.update(params, opt_state, params)
+        params = optax.apply_updates(params, updates)
+    assert int(jaxsparse.count(jaxsparse.get_masks(opt_state))) == 8

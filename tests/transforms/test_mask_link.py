@@ -134,3 +134,16 @@ def test_layers_of_units_are_grouped_by_size_and_n_of_m_stands_alone():
     for layer, mask in zip(layers, new, strict=True):
         np.testing.assert_array_equal(mask, layer.mask)
     assert not resting.any()
+
+
+def test_whole_floats_count_steps_exactly():
+    due = every(1000.0)
+    counts = jnp.arange(16_777_990, 16_778_010)
+    np.testing.assert_array_equal(counts[due(counts)], [16_778_000])
+
+
+@pytest.mark.parametrize("method", [jaxsparse.admm, jaxsparse.spartan])
+def test_a_schedule_in_place_of_a_number_is_named(method):
+    options = {jaxsparse.admm: {}, jaxsparse.spartan: {"warmup": 1, "freeze_at": 2}}[method]
+    with pytest.raises(ValueError, match="sparsity must be a number here, not a schedule"):
+        method(optax.sgd(0.1), optax.constant_schedule(0.5), **options)
