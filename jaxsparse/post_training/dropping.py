@@ -128,7 +128,10 @@ def _numbered(tree: Any, blocks: str, gone: Sequence[int]) -> Any:
             (key, one, value) for key, one, value in zip(keys, found, inside, strict=True) if not one or stays[one[0]]
         ]
         if named:
-            return type(node)({_renamed(key, one, stays): value for key, one, value in kept})
+            texts = [key[slice(*one[1:])] for key, one, _ in kept if one and isinstance(key, str)]
+            padded = any(len(text) > 1 and text[0] == "0" for text in texts)  # layer_00, layer_01, ..., layer_11
+            width = max(map(len, texts)) if padded else 1
+            return type(node)({_renamed(key, one, stays, width): value for key, one, value in kept})
         if isinstance(node, list | tuple) and not hasattr(node, "_fields"):
             return type(node)([value for _, _, value in kept])
         raise ValueError(f"the blocks of {path or 'the tree'} are attributes of {type(node).__name__}, which stay")
@@ -160,10 +163,10 @@ def _paths(node: Any, path: str = "") -> Iterator[str]:
         yield from _paths(value, f"{path}{key}/")
 
 
-def _renamed(key: Any, one: tuple[int, int, int] | None, stays: np.ndarray) -> Any:
-    """The key with its number counted among the blocks that stay."""
+def _renamed(key: Any, one: tuple[int, int, int] | None, stays: np.ndarray, width: int) -> Any:
+    """The key with its number counted among the blocks that stay, in so many digits at least."""
     if one is None:
         return key
     number, start, end = one
     new = int(stays[:number].sum())
-    return f"{key[:start]}{new}{key[end:]}" if isinstance(key, str) else new
+    return f"{key[:start]}{new:0{width}d}{key[end:]}" if isinstance(key, str) else new

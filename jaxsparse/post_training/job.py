@@ -64,6 +64,7 @@ class Job:
         self.weights = Weights(now, set(structures))
         self.masks: dict[str, Any] = {}
         self._missed: dict[str, str] = {}
+        self._partly: dict[str, str] = {}
         self._silent: list[str] = []
         self._damped: list[str] = []
         self._stacks = {path: tuple(sorted(calibration.uses.stacks.get(path, ()))) for path in structures}
@@ -128,6 +129,8 @@ class Job:
         found, missed = self.calibration.recorded(self.weights.now, paths, self.rule.needs == "gram")
         for entry in entries:
             if entry.path in found:
+                if entry.path in missed:
+                    self._partly[entry.path] = missed[entry.path]
                 self._prune(entry, _at(found[entry.path], entry.at))
             else:
                 self.weights.waiting.discard(entry.path)
@@ -193,6 +196,13 @@ class Job:
         if told:
             warnings.warn(
                 "not all leaves are pruned: " + "; ".join(f"{path} {why}" for path, why in told.items()),
+                UserWarning,
+                stacklevel=stacklevel,
+            )
+        if self._partly:
+            warnings.warn(
+                "not all that arrives at a leaf counts: "
+                + "; ".join(f"{path} {why}, beside the products that count" for path, why in self._partly.items()),
                 UserWarning,
                 stacklevel=stacklevel,
             )

@@ -2,9 +2,11 @@
 
 import dataclasses
 import math
+import operator
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -132,7 +134,8 @@ def multiply_adds(apply: Callable[..., Any], params: Any, *args: Any) -> Multipl
 
     Counted are matrix products and convolutions wherever they stand in the program: a layer that is called several
     times counts each time, one in a scan every round, one under ``vmap`` every example. Nothing is computed. Lookups
-    (embeddings) and elementwise operations have no multiply-adds.
+    (embeddings) and elementwise operations have no multiply-adds. Matrices that are made one before a product, such as
+    three that are concatenated, share its multiply-adds by their sizes.
 
     Args:
       apply: a function of params and further arguments, such as ``lambda p, x: model.apply({"params": p}, x)``.
@@ -169,10 +172,10 @@ def multiply_adds(apply: Callable[..., Any], params: Any, *args: Any) -> Multipl
     moved: Counter[str] = Counter()
     activations = activation_bytes = 0
     for site in sites:
-        if site.leaves:  # a kernel and what only scales or updates it: the kernel has the most weights
-            main = max(site.leaves, key=lambda path: math.prod(shapes[path]))
-            macs[main] += int(site.macs)
-            moved[main] += _bytes(site)
+        if site.leaves:
+            for path, part in _parts({path: shapes[path] for path in sorted(site.leaves)}).items():
+                macs[path] += round(int(site.macs) * part)
+                moved[path] += round(_bytes(site) * part)
         else:
             activations += int(site.macs)
             activation_bytes += _bytes(site)
@@ -185,6 +188,23 @@ def multiply_adds(apply: Callable[..., Any], params: Any, *args: Any) -> Multipl
     if uncounted:
         warnings.warn(f"not counted: {listed([*map(str, uncounted)])}", UserWarning, stacklevel=2)
     return MultiplyAdds(leaves, sites, activations, activation_bytes, bounded, uncounted, shapes)
+
+
+def _parts(shapes: dict[str, tuple[int, ...]]) -> dict[str, Fraction]:
+    """The parts of the leaves in a product: by their sizes where they are made one, else all of it for the largest.
+
+    Leaves are made one with the largest if they differ from it in one axis at most, and have half of its weights or
+    more. The others only scale or update it.
+    """
+    sizes = {path: math.prod(shape) for path, shape in shapes.items()}
+    main = max(sizes, key=lambda path: sizes[path])
+
+    def joins(path):
+        shape, other = shapes[path], shapes[main]
+        return len(shape) == len(other) and sum(map(operator.ne, shape, other)) < 2 and 2 * sizes[path] >= sizes[main]
+
+    together = {path: n for path, n in sizes.items() if joins(path)} if sizes[main] else {main: 1}
+    return {path: Fraction(n, sum(together.values())) for path, n in together.items()}
 
 
 def _ratio(number: int | float, by: int) -> int | float:

@@ -99,7 +99,8 @@ class Analysis:
     @staticmethod
     def _state_of(name: str, aval: Any, leaves: dict[str, Val]) -> str | None:
         """The leaf whose place an output takes: batch statistics and the like."""
-        ends = [path for path in leaves if path == name or name.endswith("/" + path)]
+        # (Params that are one array have no path to tell an output by.)
+        ends = [path for path in leaves if path and (path == name or name.endswith("/" + path))]
         path = max(ends, key=len, default=None)
         return path if path is not None and leaves[path].shape == tuple(aval.shape) else None
 

@@ -77,6 +77,8 @@ def blocks(a: Sequence[int], b: Sequence[int]) -> list[tuple[list[int], list[int
       >>> blocks((2, 3, 4), (6, 2, 2))
       [([0, 1], [0]), ([2], [1, 2])]
     """
+    if 0 in a or 0 in b:  # any axis may become any other
+        return [([i for i, n in enumerate(a) if n != 1], [j for j, n in enumerate(b) if n != 1])]
     found, i, j = [], 0, 0
     while i < len(a) or j < len(b):
         ins, outs = list(range(i, min(i + 1, len(a)))), list(range(j, min(j + 1, len(b))))

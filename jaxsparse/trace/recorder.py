@@ -73,7 +73,8 @@ class Recorder(Evaluator):
     def _miss(self, args, why, axes=2):
         for arg in args:
             if isinstance(arg, View) and arg.path is not None and sum(axis != () for axis in arg.axes) >= axes:
-                self.missed.setdefault(arg.path, why)
+                for path in (arg.path, *arg.others):
+                    self.missed.setdefault(path, why)
 
     def _dot(self, eqn, args):
         for side in (0, 1):
@@ -124,6 +125,8 @@ class Recorder(Evaluator):
 
     def _add(self, eqn, w, inputs, leading, rows):
         """Add (*leading, rows, inputs) to what is found."""
+        for other in w.others:
+            self.missed.setdefault(other, f"is combined with {w.path} before the product at {where(eqn)}")
         if jnp.issubdtype(rows.dtype, jnp.complexfloating):
             self._miss([w], f"is multiplied by complex numbers at {where(eqn)}")
         elif w.path in self.chosen:

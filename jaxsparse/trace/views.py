@@ -29,15 +29,17 @@ class View:
       path: the leaf that it is made of, of several the first; None if it is made of constants alone.
       axes: what every axis is made of.
       scanned: the axes of the leaf that the scans around it go over.
+      others: the other leaves that it is made of.
     """
 
     value: Any
     path: str | None
     axes: tuple[Axis, ...] = ()
     scanned: tuple[int, ...] = ()
+    others: tuple[str, ...] = ()
 
 
-jax.tree_util.register_dataclass(View, data_fields=["value"], meta_fields=["path", "axes", "scanned"])
+jax.tree_util.register_dataclass(View, data_fields=["value"], meta_fields=["path", "axes", "scanned", "others"])
 
 
 def whole_leaf(path: str, value: Any) -> View:
@@ -45,9 +47,9 @@ def whole_leaf(path: str, value: Any) -> View:
     return View(value, path, tuple(((i, 1, n, n),) if n > 1 else () for i, n in enumerate(value.shape)))
 
 
-def lost(path: str | None, value: Any) -> View:
-    """A value made of a leaf, whose axes are not known."""
-    return View(value, path, (None,) * value.ndim)
+def lost(path: str | None, value: Any, others: tuple[str, ...] = ()) -> View:
+    """A value made of a leaf, and of others, whose axes are not known."""
+    return View(value, path, (None,) * value.ndim, others=others)
 
 
 def whole_axes(axes: list[Axis]) -> tuple[int, ...] | None:
@@ -74,13 +76,17 @@ def viewed(eqn: Any, args: list[Any], outs: list[Any]) -> list[View]:
     if not named:
         return [View(out, None) for out in outs]
     shape = eqn.outvars[0].aval.shape
+    paths = dict.fromkeys(path for view in named for path in (view.path, *view.others) if path is not None)
     followed = next((v for v in named if v.value.shape == shape and any(axis is not None for axis in v.axes)), None)
     if followed and eqn.primitive.name in IDENTITY | ELEMENTWISE:
-        return [dataclasses.replace(followed, value=out) for out in outs]
-    axes = _moved(eqn, named[0].axes) if named[0] is args[0] else None
+        others = tuple(path for path in paths if path != followed.path)
+        return [dataclasses.replace(followed, value=out, others=others) for out in outs]
+    others, axes = tuple(paths)[1:], _moved(eqn, named[0].axes) if named[0] is args[0] else None
     if axes is None:
-        return [lost(named[0].path, out) for out in outs]
-    return [dataclasses.replace(named[0], value=out, axes=own) for out, own in zip(outs, axes, strict=True)]
+        return [lost(named[0].path, out, others) for out in outs]
+    return [
+        dataclasses.replace(named[0], value=out, axes=own, others=others) for out, own in zip(outs, axes, strict=True)
+    ]
 
 
 def _moved(eqn, axes) -> list[tuple[Axis, ...]] | None:

@@ -159,3 +159,10 @@ def test_modules_of_nnx_and_equinox():
     np.testing.assert_array_equal(fewer.blocks.up.weight, model.blocks.up.weight[jnp.array([0, 2])])
     layers = eqx.nn.MLP(4, 4, 4, 3, key=jax.random.key(1))
     assert [x is y for x, y in zip(drop_blocks(layers, "layers/*", [0]).layers, layers.layers[1:], strict=True)]
+
+
+def test_numbers_with_zeros_in_front_keep_their_digits():
+    layers = {f"layer_{i:02d}": {"w": np.full(2, i)} for i in range(12)}
+    left = drop_blocks(layers, "layer_*", [1])
+    assert sorted(left) == [f"layer_{i:02d}" for i in range(11)]
+    assert [int(left[name]["w"][0]) for name in sorted(left)] == [0, *range(2, 12)]

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -490,3 +491,34 @@ def test_models_of_others(name):
     assert name == "experts" or errors["sparsegpt"] < errors["magnitude"]
     if name not in NORMALISED:
         assert errors["wanda"] < errors["magnitude"]
+
+
+def heard(prune):
+    """The warnings of a call."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        prune()
+    return [str(one.message) for one in caught]
+
+
+def test_all_leaves_that_are_combined_before_a_product_are_named():
+    keys = iter(jax.random.split(jax.random.key(0), 9))
+    params = {name: jax.random.normal(next(keys), (8, 6)) for name in ("a", "b", "c")}
+    x = jax.random.normal(next(keys), (4, 8))
+    together = heard(
+        lambda: prune_once(lambda p, x: x @ jnp.concatenate(list(p.values()), 1), params, [x], "wanda", 0.5)
+    )
+    assert len(together) == 1
+    assert all(f"{name} is multiplied in another form at dot_general" in together[0] for name in params)
+
+    params.pop("c")
+    added = heard(lambda: prune_once(lambda p, x: x @ (p["a"] + p["b"]), params, [x], "wanda", 0.5))
+    assert len(added) == 1
+    assert "b is combined with a before the product at dot_general" in added[0]
+
+
+def test_a_leaf_that_is_used_in_another_form_too_is_named():
+    params = {"w": jax.random.normal(jax.random.key(0), (8, 6))}
+    x = jax.random.normal(jax.random.key(1), (4, 8))
+    (said,) = heard(lambda: prune_once(lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"].T, params, [x], "wanda", 0.5))
+    assert "not all that arrives at a leaf counts: w is multiplied along axes (1,) too" in said

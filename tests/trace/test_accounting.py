@@ -269,3 +269,14 @@ def test_the_table():
     assert lines[0].split() == ["leaf", "weights", "uses", "multiply-adds", "share", "bytes", "moved"]
     assert lines[-3].split()[:2] == ["activations", "1,728"]
     assert lines[-1].split() == ["all", "448", f"{counts.total:,}", "100.0%", lines[-1].split()[-1]]
+
+
+def test_matrices_that_are_one_in_a_product_share_its_multiply_adds():
+    params = {"wq": jnp.ones((8, 6)), "wk": jnp.ones((8, 6)), "wv": jnp.ones((8, 12)), "gain": jnp.ones(24)}
+
+    def apply(p, x):
+        return x @ (jnp.concatenate([p["wq"], p["wk"], p["wv"]], 1) * p["gain"][None])
+
+    counts = multiply_adds(apply, params, jnp.ones((4, 8)))
+    assert {path: leaf.macs for path, leaf in counts.leaves.items()} == {"wk": 192, "wq": 192, "wv": 384}
+    assert counts.positions(batch=4) == {"wk": 1, "wq": 1, "wv": 1}

@@ -359,3 +359,30 @@ def test_heads_and_units(name):
         assert groups.reads["blocks/qkv#2"] == (("blocks/out", 1),)
         assert groups.reads["blocks/qkv"] == ()
         assert groups.reads["blocks/down"] == (("blocks/gate_up", 1), ("blocks/qkv", 1), ("embed", 1))
+
+
+def test_gamma_samples_keep_their_parameter():
+    params = {"w": jnp.ones((5, 8)), "a": jnp.ones(8), "v": jnp.ones((8, 3))}
+
+    def apply(p, x):
+        return (jnp.tanh(x @ p["w"]) * jax.random.gamma(jax.random.key(0), p["a"])[None]) @ p["v"]
+
+    assert not trace.channel_groups(apply, params, jnp.ones((4, 5)))
+
+
+def test_params_that_are_one_array_are_no_state_of_an_output_of_their_shape():
+    def hop(w, x):
+        return jnp.tanh(x @ w)
+
+    assert not trace.channel_groups(hop, jnp.ones((8, 8)), jnp.ones((8, 8)))
+
+
+def test_empty_slices_are_reshaped():
+    params = {"w": jnp.ones((3, 4)), "v": jnp.ones((4, 2))}
+
+    def apply(p, x):
+        hidden = jnp.pad(jax.nn.relu(x @ p["w"]), ((0, 0), (1, 1), (0, 0)), mode="edge")
+        return hidden @ p["v"]
+
+    trace.channel_groups(apply, params, jnp.ones((2, 5, 3)))
+    assert trace.multiply_adds(apply, params, jnp.ones((2, 5, 3))).leaves["v"].macs == 2 * 7 * 4 * 2
