@@ -117,6 +117,14 @@ class Checkpoints:
             )
         return None
 
+    def newest(self) -> dict[str, Any]:
+        """The metadata of the newest checkpoint; nothing if there is none, or it is damaged."""
+        steps = self.steps()
+        try:
+            return self.about(steps[-1]) if steps else {}
+        except Exception:  # as in restore, which says what is wrong
+            return {}
+
     def about(self, step: int) -> dict[str, Any]:
         """The metadata saved beside the state of a checkpoint."""
         return self._abouts.restore(self.folder / str(step) / "about", args=ocp.args.JsonRestore())

@@ -66,6 +66,10 @@ def read_config(config: str) -> ConfigDict:
         if "get_config" not in str(error):
             raise
         sys.exit(f"error: --config: {file!r} has no function get_config")
+    except TypeError as error:
+        if "get_config()" not in str(error):
+            raise
+        sys.exit(f"error: --config={config}: {file!r} {'takes no' if ':' in config else 'needs an'} argument")
 
 
 def not_empty(text: str) -> str:
@@ -91,7 +95,7 @@ def imported(name: str, told: str) -> Callable[..., Any]:
       ValueError: if there is no such module or function. What the module itself raises is raised.
     """
     module, _, function = name.partition(":")
-    if not (module and function):
+    if not (module and function) or module.startswith((".", "/")):
         raise ValueError(f"{told}={name!r} is not MODULE:FUNCTION, such as 'my_data:load'")
     try:
         found: Any = importlib.import_module(module)

@@ -99,8 +99,9 @@ def restore_run(workdir: Path, data_dir: str | None = None) -> tuple[Program, An
     if not folder.is_dir():
         raise OSError(f"{str(workdir)!r} has no checkpoint")
     config.data_dir = data_dir or config.data_dir
-    if "distill_from" in config:
-        del config.distill_from  # the weights do not depend on the teacher any more
+    for key in ("distill_from", "start_from"):  # the weights do not depend on what they learned and began from any more
+        if key in config:
+            del config[key]
     dataset, seed = open_dataset(config), np.asarray(config.seed if seeds is None else seeds, np.uint32)
     program = make_program(config, dataset, side_by_side=seeds is not None)
 

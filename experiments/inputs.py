@@ -34,7 +34,8 @@ def open_dataset(config: ConfigDict) -> Any:
             eval_windows=config.data.eval_windows,
             examples=config.data.examples,
         )
-    mean, std = (None if given == (None,) else given for given in (config.data.mean, config.data.std))  # =None, as read
+    # =None on the command line is (None,), and [None] in config.json.
+    mean, std = (None if given and list(given) == [None] else given for given in (config.data.mean, config.data.std))
     name, own = config.data.name, config.data.name in OWN
     for key in () if own else OF_OWN:
         if config.data.get(key) is not None:

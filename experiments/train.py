@@ -58,7 +58,7 @@ from experiments.prune_while_training import Gain, check_pruning, open_gates, wi
 from experiments.results.table import mean_and_error
 from experiments.speed import speedometer
 from experiments.stopping import Stopped, stop_signals, stop_unless_finite
-from experiments.workdir import open_runs, require_space, write_json, writing
+from experiments.workdir import WorkdirError, open_runs, require_space, write_json, writing
 from jaxsparse.parallel import ElsewhereError, any_process, of_processes, together
 
 FLAGS = flags.FLAGS
@@ -136,9 +136,12 @@ def train(
         with together():
             if leads:
                 require_space(workdir, (KEPT + 1 - len(checkpoints.steps())) * size_in_bytes(shapes) + 2**20)
+        about = checkpoints.newest()
+        program.task.refuse_another(about.get("data"))  # before other data or seeds pass for damage
+        if seeds is not None and (others := about.get("seeds", list(seeds))) != list(seeds):
+            raise WorkdirError(f"{workdir} has seeds {others} side by side: train {list(seeds)} in another folder")
         restored, gain = checkpoints.restore(for_checkpoint), Gain()
         about = checkpoints.about(restored[0]) if restored else {}
-        program.task.refuse_another(about.get("data"))
         speed = speedometer(config, program, jax.eval_shape(program.init, seed))
         if restored and restored[0] == total_steps and not any_process(not all(run.result for run in runs)):
             if leads:
@@ -207,6 +210,7 @@ def train(
                 position = source.get_state() if config.data.streamed else None
                 described = {"devices": layout.size, "stream": position, "pruned": program.pruned}
                 described |= {"data": program.task.about} if program.task.about else {}
+                described |= {} if seeds is None else {"seeds": list(seeds)}
                 checkpoints.save(stop, layout.collect(state), **described)
             if stopping:
                 break
@@ -221,8 +225,7 @@ def train(
                     draw(run, mine, program)
                 if stop == total_steps:
                     finish(run, mine, program)
-        any_process(False)  # the results are written
-        if stop < total_steps:
+        if any_process(bool(told_to_stop)) or stop < total_steps:  # (the results are written)
             raise Stopped(f"at step {stop} of {total_steps}", told_to_stop[0] if told_to_stop else signal.SIGTERM)
         return state, [run.result for run in runs]
 

@@ -76,6 +76,7 @@ def test_unknown_key_names_the_nearest_and_all(parse, config, change, message):
         ("", "--config is empty; is a variable of the shell not set"),
         (CONFIG.parent, f"--config: .*Is a directory: '{CONFIG.parent}'$"),
         (CONFIG.with_name("common.py"), "--config: '.*common.py' has no function get_config$"),
+        (f"{CONFIG}:rigl", "--config=.*:rigl: '.*' takes no argument$"),
         (f"{CONFIG.with_name('mnist_mlp.py')}:rows", "rows: this config comes with the units .*, got 'rows'$"),
     ],
 )

@@ -42,6 +42,7 @@ def test_without_masks(run, tmp_path, argument, changes):
     found = footprint.footprint(tmp_path)
     assert found["test_accuracy_float32"] == pytest.approx(result["test_accuracy"], abs=1.5 / 128)
     assert found["multiply_adds"] == pytest.approx(result.get("multiply_adds", 1), abs=1e-3)
+    assert found["bytes_int8"] < 0.6 * found["bytes_float32"]
 
 
 @pytest.mark.slow

@@ -437,3 +437,13 @@ def test_runs_from_before_these_keys_are_the_same_runs():
     assert compared(of_digits) == {"data.name": "digits"}
     assert "data.files" in compared({"data": {"name": "text", "files": None}})  # as it always had
     assert data_of({"data.name": "npz", "data.files": "my.npz", "data.test": 0.2}) == "npz, files my.npz, test 0.2"
+
+
+def test_mean_and_std_that_are_none_may_come_from_the_command_line_or_from_a_run(tmp_path):
+    np.savez(tmp_path / "my.npz", **arrays())
+    config = smoke_config(**{"data.name": "npz", "data.files": str(tmp_path / "my.npz")})
+    expected = open_dataset(config).mean
+    for none in ((None,), [None]):
+        with config.unlocked():
+            config.data.mean = config.data.std = none
+        np.testing.assert_array_equal(open_dataset(config).mean, expected)

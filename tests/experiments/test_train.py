@@ -174,6 +174,8 @@ def test_seeds_one_after_another_and_side_by_side(sparse_run, tmp_path):
         assert close == (seed == 0)
     again = train.train(smoke_config(log_every_steps=4), tmp_path / "beside", [0, 1])[1]  # finished: read
     assert [one["seed"] for one in again] == [0, 1]
+    with pytest.raises(WorkdirError, match=r"has seeds \[0, 1\] side by side: train \[2, 3, 4\] in another folder"):
+        train.train(smoke_config(log_every_steps=4), tmp_path / "beside", [2, 3, 4])
 
 
 class WithBatchNorm(nn.Module):
