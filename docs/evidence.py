@@ -274,8 +274,8 @@ def goals() -> str:
         ),
         (
             "a sparse transformer",
-            "[one page for all of it](howto/transformers.md): `prune_once` for a trained one, `rigl` or "
-            "`magnitude_pruning` from scratch",
+            "[one page for all of it](howto/transformers.md): `prune_once` for a trained one, "
+            "`magnitude_pruning` or `rigl` from scratch",
             f"compiling an update of 12 layers takes {compile_time('rigl')} times as long with `rigl` as with AdamW "
             f"alone, {compile_time('magnitude_pruning')} times with `magnitude_pruning`",
         ),
