@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +118,11 @@ class Checkpoints:
         return None
 
     def newest(self) -> dict[str, Any]:
-        """The metadata of the newest checkpoint; nothing if there is none, or it is damaged."""
-        steps = self.steps()
-        try:
-            return self.about(steps[-1]) if steps else {}
-        except Exception:  # as in restore, which says what is wrong
-            return {}
+        """The metadata of the newest checkpoint that has any; nothing if none has."""
+        for step in reversed(self.steps()):
+            with suppress(Exception):  # of damaged files, as in restore, which says what is wrong
+                return self.about(step)
+        return {}
 
     def about(self, step: int) -> dict[str, Any]:
         """The metadata saved beside the state of a checkpoint."""

@@ -236,7 +236,9 @@ def _lamp(
     lamp, masks = each(some, scored, values)
     sizes = [layer.structure.unit_size(layer.mask.shape) for layer in some]
     chosen = rank_globally(some, lamp, of_all, where=masks, sizes=sizes, at_least=at_least)
-    left = jnp.zeros(len(layers), jnp.int32).at[np.asarray(free)].set(counts(some, chosen))
+    left = counts(some, chosen)
+    if some is not layers:
+        left = jnp.zeros(len(layers), jnp.int32).at[np.asarray(free)].set(left)
     return prune_layers(layers, left, scores=scores)
 
 

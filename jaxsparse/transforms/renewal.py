@@ -63,8 +63,8 @@ class Renewing(NamedTuple):
 
     @property
     def always(self) -> bool:
-        """Whether masks are known to change on every step."""
-        return not isinstance(self.every, jax.core.Tracer) and bool(self.every == 1)
+        """Whether masks are known to change on every step, inside of jit too."""
+        return not isinstance(self.every, jax.Array) and bool(self.every == 1)
 
     def check(self) -> None:
         """Raises a ValueError for betas that are none."""
