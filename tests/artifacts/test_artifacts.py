@@ -383,10 +383,10 @@ def test_errors_of_the_system_are_passed_on(tmp_path):
     assert os.listdir(tmp_path) == ["folder"]
 
 
-def test_without_safetensors_the_extra_is_named(tmp_path, monkeypatch):
+def test_without_safetensors_it_is_said_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
     for call in (lambda: save_sparse(tmp_path / "model", {}), lambda: load_sparse(tmp_path / "model")):
-        with pytest.raises(ImportError, match=r"pip install jaxsparse\[artifacts\]"):
+        with pytest.raises(ImportError, match=r"pip install safetensors"):
             call()
 
 
