@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxsparse.allocation import check_total
 from jaxsparse.layouts import LayoutLike
 from jaxsparse.structures import StructureLike, check_structure
-from jaxsparse.transforms.checks import check_range, check_steps
+from jaxsparse.transforms.checks import check_range, check_steps, whole_steps
 from jaxsparse.transforms.mask_link import MaskState, dense_start, every, mask_link
 from jaxsparse.transforms.prune import prune_globally
 from jaxsparse.transforms.scoring import scoring
@@ -103,8 +103,7 @@ def asni(
     if not callable(sparsity):
         check_range("sparsity", sparsity, 0, 1)
     check_steps("at_least", at_least, 0)
-    check_steps("update_every", update_every, 1)
-    update_every = int(update_every) if isinstance(update_every, float) else update_every
+    update_every = whole_steps("update_every", update_every, 1)
     check_structure(structure)
     scores = scoring(score)
 

@@ -107,8 +107,8 @@ def reweighted_l1(
 
     Args:
       step_size: s, the learning rate of the optimizer before it: a float >= 0 or a schedule of the step.
-      l1: strength of the penalty, :math:`\lambda` >= 0, possibly traced, or a schedule of the step, of which b averages
-        what was as it averages w. The final sparsity depends on l1 times the sum of the step sizes: start with
+      l1: strength of the penalty, :math:`\lambda` >= 0, possibly traced, or a schedule of the step. (With ``averaging``
+        b keeps what earlier steps added.) The final sparsity depends on l1 times the sum of the step sizes: start with
         ``l1 = 0.03 / (step_size * steps)``.
       averaging: a, in [0, 1], or a schedule of the step.
       weight_time: :math:`\tau` > 0, the time (sum of the step sizes) over which the absolute values are averaged.

@@ -20,6 +20,7 @@ __all__ = [
     "refuse_replicated",
     "require_bool",
     "require_params",
+    "whole_steps",
 ]
 
 
@@ -54,6 +55,12 @@ def check_steps(name: str, value: Any, low: int) -> None:
         raise ValueError(f"{name} must be below 2**31, for steps are counted in int32, got {value}")
     if int(value) != value:
         raise ValueError(f"{name} must be a whole number of steps, got {value}")
+
+
+def whole_steps(name: str, value: Any, low: int) -> Any:
+    """A number of steps that :func:`check_steps` has checked, as an int where it is a float, which counts to 2**24."""
+    check_steps(name, value, low)
+    return int(value) if isinstance(value, float) else value
 
 
 def require_params(params: Any, who: str) -> None:

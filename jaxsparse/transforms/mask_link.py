@@ -29,6 +29,7 @@ from jaxsparse.transforms.checks import (
     refuse_replicated,
     require_bool,
     require_params,
+    whole_steps,
 )
 from jaxsparse.transforms.landing import land_on_masks, on_update_steps
 from jaxsparse.transforms.layers import Layer, Layers, each, layers_of
@@ -136,10 +137,9 @@ def every(steps: ArrayLike, *, start_at: ArrayLike = 0, stop_at: ArrayLike | Non
       >>> [step for step in range(50) if due(step)]
       [10, 20]
     """
-    check_steps("update_every", steps, 1)
+    steps = whole_steps("update_every", steps, 1)
     check_steps("start_at", start_at, 0)
     check_steps("stop_at", stop_at, 0)
-    steps = int(steps) if isinstance(steps, float) else steps  # a float32 cannot count beyond 2**24
 
     def due(count):
         now = (count > 0) & (count % steps == 0) & (count >= start_at)
