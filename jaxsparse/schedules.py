@@ -45,7 +45,7 @@ def cosine_prune_rate(init_value: float, steps: int, end_value: float = 0.005) -
     """
     _check(init_value, steps, end_value)
     decay = optax.cosine_decay_schedule(1.0, steps)
-    return lambda step: end_value + (init_value - end_value) * decay(step)
+    return lambda step: end_value + (init_value - end_value) * decay(_as_float(step))
 
 
 def rising_cosine(end_value: float, steps: int) -> optax.Schedule:
