@@ -173,7 +173,9 @@ class Calls:
 
     def _made(self, given: Any, key: str) -> Any:
         if isinstance(given, str):
-            return self._referred(given, key) if given.startswith("config.") else as_number(given)
+            if given.startswith("config."):
+                return self._referred(given, key)
+            given = from_text(given)
         if not isinstance(given, (Mapping, ConfigDict)):
             return given
         if "name" not in given:
@@ -239,8 +241,8 @@ def in_steps(epochs: Any, steps_per_epoch: int, key: str) -> Any:
     return round(steps) if abs(steps - round(steps)) < 1e-6 else steps
 
 
-def as_number(text: str) -> Any:
-    """The number that a text is, as where the command line changes "config.KEY" to one; else the text."""
+def from_text(text: str) -> Any:
+    """The number or call that a text is in JSON, as where the command line puts one in a text's place; else the text."""
     try:
         return json.loads(text)
     except ValueError:

@@ -31,14 +31,19 @@ def parse_flags(argv: list[str]) -> list[str]:
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--config")
     config = parser.parse_known_args(argv)[0].config
-    keys = [] if config is None else list(_keys(read_config(config)))
+    keys = {} if config is None else dict(_items(read_config(config)))
     try:
         rest = app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError):  # what ml_collections raises for a key that is not there
+    except (AttributeError, KeyError, TypeError):  # what ml_collections raises for a key that is not there
         changed = [arg.removeprefix("--config.").partition("=")[0] for arg in argv if arg.startswith("--config.")]
         unknown = [key for key in changed if key not in keys]
         if not unknown:
             raise
+        if whole := [key for key, value in keys.items() if isinstance(value, str) and unknown[0].startswith(f"{key}.")]:
+            sys.exit(
+                f"error: config.{whole[0]} is {keys[whole[0]]!r}, which has no keys: give all that is to take its "
+                f"""place, as in --config.{whole[0]}='{{"name": ...}}'"""
+            )
         nearest = difflib.get_close_matches(unknown[0], keys, n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         sys.exit(f"error: the config has no key {unknown[0]!r}{hint}\nIts keys are {', '.join(keys)}")
@@ -115,9 +120,9 @@ def progress_bar(total: int, label: str | None = None, unit: str = "step", **opt
     return tqdm(total=total, desc=label, unit=unit, mininterval=interval, dynamic_ncols=True, **options)
 
 
-def _keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+def _items(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in config.items():
         if isinstance(value, ConfigDict):
-            yield from _keys(value, f"{prefix}{key}.")
+            yield from _items(value, f"{prefix}{key}.")
         else:
-            yield prefix + key
+            yield prefix + key, value

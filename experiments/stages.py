@@ -51,7 +51,9 @@ from experiments.workdir import read_json, write_json
 from jaxsparse.tables import Table
 from jaxsparse.trees import by_path
 
-flags.DEFINE_list("only", [], "Train these stages only; by default all of them.")
+flags.DEFINE_list("only", [], "Train these stages, or these arms of a sweep, only; by default all of them.")
+for flag in ("config", "workdir", "seeds"):
+    flags.declare_key_flag(flag)  # so that --help has them
 
 OWN = ("name", "after", "prune", "rewind", "teacher")  # the keys of a stage that are not keys of the config
 REFUSED = ("vmap_seeds", "distributed", "coordinator", "processes", "process", "profile")

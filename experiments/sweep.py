@@ -53,8 +53,9 @@ from jaxsparse.tables import Table
 flags.DEFINE_bool("dry_run", False, "Print the plan of a sweep and how long it takes, and train nothing.")
 flags.DEFINE_alias("dry-run", "dry_run")
 flags.DEFINE_string("results", None, "Folder for the tables and pictures of a sweep; by default its workdir.")
-
-flags.DEFINE_string("take_over", None, "A .csv file of this sweep: its runs are not trained again.")
+flags.DEFINE_string("take_over", None, "A .csv file of this sweep, whose runs are not trained again.")
+for flag in ("config", "workdir", "seeds", "only"):
+    flags.declare_key_flag(flag)  # so that --help has them
 
 OWN = ("name", "each")  # the keys of an arm that are not keys of the config
 GRID = "config.sweep.sparsities"
@@ -116,6 +117,10 @@ def plan(
     """
     if "sweep" not in config:
         raise ValueError("this takes a config with config.sweep, such as configs/sweeps/mnist_lenet_300_100.py")
+    if missing := [key for key in ("name", "arms", "seeds") if key not in config.sweep]:
+        raise ValueError(f"config.sweep lacks {', '.join(missing)}")
+    if nameless := [i for i, arm in enumerate(config.sweep.arms) if not arm.get("name")]:
+        raise ValueError(f"config.sweep.arms[{nameless[0]}] lacks 'name', which is that of a folder")
     arms = {arm["name"]: arm for arm in config.sweep.arms}
     if len(arms) < len(config.sweep.arms):
         raise ValueError("two arms of config.sweep have the same name")
@@ -125,7 +130,7 @@ def plan(
     of_seed = config.sweep.get("sparsities_of_seed", {})
     for seed in config.sweep.seeds if seeds is None else seeds:
         for name in only or arms:
-            key, values, told = varied(arms[name], of_seed.get(str(seed), config.sweep.sparsities))
+            key, values, told = varied(arms[name], of_seed.get(str(seed), config.sweep.get("sparsities", ())))
             for value in values:
                 text = "" if key is None else label(value)
                 mine = config_of(config, arms[name], key, value, seed)
@@ -152,6 +157,8 @@ def varied(arm: Mapping[str, Any], sparsities: Sequence[float]) -> tuple[str | N
     if len(each) != 1 or not all(each.values()):
         raise ValueError(f"arm {arm['name']}: 'each' is one key with its values, got {dict(each)}")
     ((key, values),) = each.items()
+    if values == GRID and not sparsities:
+        raise ValueError(f"arm {arm['name']} is run at each of {GRID}, which the config lacks")
     return key, tuple(sparsities if values == GRID else values), values == GRID
 
 
@@ -269,8 +276,8 @@ def train_one(run: Run) -> str:
     return f"{said}, {result['density']:.2%} kept, {result['seconds']:.0f} s"
 
 
-def seconds_left(runs: Sequence[Run], known: Mapping[str, float]) -> float:
-    """How long the runs that are not finished will take.
+def seconds_left(runs: Sequence[Run], known: Mapping[str, float]) -> float | None:
+    """How long the runs that are not finished will take, if anything is there to go by.
 
     It goes by the finished ones of the same arm, or else by those of all arms, or else by ``known``: the seconds of an
     "epoch", and those that a run takes to "start".
@@ -279,11 +286,14 @@ def seconds_left(runs: Sequence[Run], known: Mapping[str, float]) -> float:
     for run in runs:
         if seconds := (run.outcome() or {}).get("seconds"):
             took.setdefault(run.arm, []).append(seconds / run.config.epochs)
-    every = [epoch for epochs in took.values() for epoch in epochs] or [known["epoch"]]
+    every = [epoch for epochs in took.values() for epoch in epochs]
+    if not every and "epoch" not in known:
+        return None
+    every = every or [known["epoch"]]
 
     def estimate(run):
         epochs = took.get(run.arm, every)
-        return sum(epochs) / len(epochs) * run.config.epochs + known["start"]
+        return sum(epochs) / len(epochs) * run.config.epochs + known.get("start", 0)
 
     return sum(estimate(run) for run in runs if _is_open(run))
 
@@ -306,7 +316,8 @@ def write(config: ConfigDict, runs: Sequence[Run], folder: Path, command: str) -
     """Writes the tables and pictures of what is finished, and returns the tables and what they say as text."""
     found = results.outcomes(runs)
     folder.mkdir(parents=True, exist_ok=True)
-    name, title = config.sweep.name, config.sweep.title
+    name = config.sweep.name
+    title = config.sweep.get("title", name)
     found.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
     (folder / f"{name}.md").write_text(results.as_markdown(name, title, found, command))
     groups = dict(config.sweep.get("groups") or ())
@@ -346,9 +357,10 @@ def main(argv: Sequence[str]) -> None:
         check_finished(every)
         if FLAGS.take_over is not None and not FLAGS.dry_run:
             print(f"{take_over(every, Path(FLAGS.take_over))} runs are taken over from {FLAGS.take_over}")
-        left = datetime.timedelta(seconds=round(seconds_left(runs, config.sweep.seconds)))
+        left = seconds_left(runs, config.sweep.get("seconds", {}))
+        about = "" if left is None else f", in about {datetime.timedelta(seconds=round(left))}"
         print(plan_table(runs).text())
-        print(f"{sum(map(_is_open, runs))} of {len(runs)} runs are to be trained, in about {left}", flush=True)
+        print(f"{sum(map(_is_open, runs))} of {len(runs)} runs are to be trained{about}", flush=True)
         if FLAGS.dry_run:
             return
         with compiled_once(workdir / "compiled"):

@@ -23,9 +23,10 @@ def get_config() -> ConfigDict:
     """The stages."""
     config = digits_sparse_momentum.get_config()
     prune = {"name": "magnitude_masks", "sparsity": 0.95}
+    slower = {"optimizer.learning_rate.init_value": config.optimizer.learning_rate.init_value / 10}
     config.stages = [
         {"name": "dense", "dense": True},
-        {"name": "fine_tune", "after": "dense", "prune": prune, "start": "weights", "epochs": 33},
+        {"name": "fine_tune", "after": "dense", "prune": prune, "start": "weights", "epochs": 33, **slower},
         {"name": "ticket", "after": "dense", "prune": prune, "start": "original"},
     ]
     return config

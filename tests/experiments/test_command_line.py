@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from experiments import command_line, compare, export, report, reproduce, train
+import jaxsparse
+from experiments import build, command_line, compare, export, report, reproduce, stages, sweep, train
 
 CONFIG = Path(__file__).parents[2] / "configs" / "digits_sparse_momentum.py"
 
@@ -34,6 +35,13 @@ def test_changes_reach_the_config(parse):
     config = train.FLAGS.config
     assert (config.method.growth, config.seed, config.epochs, train.FLAGS.workdir) == ("random", 3, 100, "somewhere")
     assert rest == ["train"]
+
+
+@pytest.mark.parametrize("program", [stages, sweep])
+def test_help_has_the_flags_that_come_from_the_trainer(program):
+    flags_of_help = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(program.__name__)}
+    assert {"config", "workdir", "seeds", "only"} <= flags_of_help
+    assert "coordinator" not in flags_of_help
 
 
 def test_what_is_changed_is_not_made_small(parse):
@@ -67,6 +75,14 @@ def test_unknown_key_names_the_nearest_and_all(parse, config, change, message):
         parse(*config, "--workdir=somewhere", change)
     assert message in stop.value.code
     assert "start, start_epochs, start_from, warmup_epochs, weight_decay" in stop.value.code
+
+
+def test_parts_of_a_text_are_given_with_what_takes_its_place(parse):
+    with pytest.raises(SystemExit, match=r"config\.method\.structure is 'weight', .* --config\.method\.structure='\{\"na"):
+        parse(f"--config={CONFIG}", "--workdir=w", "--config.method.structure.name=block")
+    parse(f"--config={CONFIG}", "--workdir=w", '--config.method.structure={"name": "n_of_m", "n": 2, "m": 4}')
+    structure = build.Calls(train.FLAGS.config, 44).value(train.FLAGS.config.method.structure, "")
+    assert structure == jaxsparse.n_of_m(2, 4)
 
 
 @pytest.mark.parametrize(

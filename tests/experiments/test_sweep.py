@@ -108,6 +108,14 @@ def test_sweeps_that_do_not_fit(tmp_path):
         sweep.plan(read_config("magnitude", sparsities=(0.9, 0.90000001)), tmp_path)
     with pytest.raises(ValueError, match="--only takes dense, got rigl"):
         sweep.plan(read_config("dense"), tmp_path, only=["rigl"])
+    with pytest.raises(ValueError, match=r"config\.sweep\.arms\[1\] lacks 'name'"):
+        sweep.plan(read_config("dense", {"dense": True}), tmp_path)
+    with pytest.raises(ValueError, match=r"arm magnitude is run at each of config\.sweep\.sparsities, .* lacks"):
+        sweep.plan(read_config("magnitude", sparsities=()), tmp_path)
+    with config.unlocked():
+        del config.sweep.seeds
+    with pytest.raises(ValueError, match=r"config\.sweep lacks seeds"):
+        sweep.plan(config, tmp_path)
     with config.unlocked():
         del config.sweep
     with pytest.raises(ValueError, match=r"takes a config with config\.sweep"):
@@ -118,6 +126,7 @@ def test_the_estimate_goes_by_what_runs_took(tmp_path):
     runs = sweep.plan(read_config("dense", "magnitude", "rda"), tmp_path)  # 16 epochs; 2 x (1 + 2 + 3) runs
     known = {"epoch": 1.0, "start": 4.0}
     assert sweep.seconds_left(runs, known) == 12 * (16 + 4)
+    assert sweep.seconds_left(runs, {}) is None
     by_arm = {run.name: run for run in runs}
     for name, result in {
         "dense, seed 0": {"test_accuracy": 0.98, "density": 1.0, "seconds": 32.0},
