@@ -12,6 +12,7 @@ from jaxsparse.post_training.memory import widest
 from jaxsparse.post_training.samples import checked_batches
 from jaxsparse.post_training.walk import Stops, Walk, Weights
 from jaxsparse.prunable import default_choice
+from jaxsparse.trace.analysis import Analysis
 from jaxsparse.trace.layout import Followed, followed, layouts_of
 from jaxsparse.trace.moments import Moments
 from jaxsparse.trace.products import PRODUCTS
@@ -71,6 +72,14 @@ class Calibration:
     def multiplied(self) -> set[str]:
         """The leaves that take part in a product."""
         return {path for path, uses in self.uses.uses.items() if any(map(_is_product, uses))}
+
+    def elsewhere(self) -> dict[str, str]:
+        """The leaves that products are made of in whatever form, such as chosen by a condition: path -> the first one.
+
+        Another walk through the programs, for what the usual one has no word of.
+        """
+        sites = [site for traced, _ in self.programs for site in Analysis(traced, outputs="ignore").sites]
+        return {path: str(site.where) for site in reversed(sites) for path in site.leaves}
 
     def default(self, arrays: Any, layout: Mapping[str, Layout]) -> Any:
         """The leaves that are pruned by default: matrices, but for tables of tokens and the output layer behind them.

@@ -192,10 +192,16 @@ class Job:
 
     def warn(self, stacklevel: int) -> None:
         """Say what is pruned, and warn of what is not, or not as it should be."""
+        if unexplained := [path for path in self.structures if path not in self.masks and not self._missed.get(path)]:
+            products = self.calibration.elsewhere()
+            self._missed |= {
+                path: f"is multiplied in another form at {products[path]}" for path in unexplained if path in products
+            }
         told = {path: why or "is multiplied by nothing" for path, why in self._missed.items() if why or not self.quiet}
         if told:
+            hint = f". Rule {self.rule.name!r} prunes what prunable= names" if self.rule.needs == "nothing" else ""
             warnings.warn(
-                "not all leaves are pruned: " + "; ".join(f"{path} {why}" for path, why in told.items()),
+                "not all leaves are pruned: " + "; ".join(f"{path} {why}" for path, why in told.items()) + hint,
                 UserWarning,
                 stacklevel=stacklevel,
             )

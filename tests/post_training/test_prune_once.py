@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import re
 import warnings
 
 import jax
@@ -515,6 +516,26 @@ def test_all_leaves_that_are_combined_before_a_product_are_named():
     added = heard(lambda: prune_once(lambda p, x: x @ (p["a"] + p["b"]), params, [x], "wanda", 0.5))
     assert len(added) == 1
     assert "b is combined with a before the product at dot_general" in added[0]
+
+
+@pytest.mark.parametrize("rule", ["magnitude", "wanda"])
+def test_leaves_that_a_condition_chooses_from_are_named(rule):
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {name: jax.random.normal(key, (8, 8)) for name, key in zip(("a", "b", "c"), keys, strict=False)}
+    params["position"] = jnp.ones((4, 8))  # a matrix that nothing is multiplied by
+    x = jax.random.normal(keys[3], (4, 8))
+
+    def apply(p, x):
+        chosen = jax.lax.cond(x.sum() > 0, lambda p: p["a"], lambda p: p["b"], p)
+        return jnp.tanh((x + p["position"]) @ chosen) @ p["c"]
+
+    (said,) = heard(lambda: prune_once(apply, params, [x], rule, 0.5))
+    assert re.search("a is multiplied in another form at dot_general .*; b is multiplied in another form", said)
+    assert "position" not in said
+    assert ("prunes what prunable= names" in said) == (rule == "magnitude")
+    named = {"a": True, "b": True, "c": True, "position": False}
+    if rule == "magnitude":
+        assert heard(lambda: prune_once(apply, params, [x], rule, 0.5, prunable=named)) == []
 
 
 def test_a_leaf_that_is_used_in_another_form_too_is_named():
