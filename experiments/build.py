@@ -242,7 +242,7 @@ def in_steps(epochs: Any, steps_per_epoch: int, key: str) -> Any:
 
 
 def from_text(text: str) -> Any:
-    """The number or call that a text is in JSON, as where the command line puts one in a text's place; else the text."""
+    """The number or call that a text is in JSON, as the command line may put in the place of one; else the text."""
     try:
         return json.loads(text)
     except ValueError:

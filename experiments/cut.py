@@ -27,9 +27,8 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from experiments.command_line import as_path, not_empty
-from experiments.finished import FinishedRun, errors_in_a_line, open_finished, write_start
+from experiments.finished import FinishedRun, errors_in_a_line, open_finished, train_on, write_start
 from experiments.program import Program, make_program
-from experiments.train import train
 from experiments.workdir import write_json
 from jaxsparse import models, post_training
 from jaxsparse.trees import by_path
@@ -110,7 +109,7 @@ def heal(run: FinishedRun, small: Smaller, workdir: Path, epochs: float, **chang
     config = run.follow_up(
         epochs, dense=True, masks_from=None, start_from=str(start), distill_from=str(run.folder), **changes
     )
-    state, [result] = train(smaller_config(config, small.model), workdir, quiet=True)
+    state, result = train_on(smaller_config(config, small.model), workdir)
     return state.params, result
 
 

@@ -17,7 +17,8 @@ from experiments.measures import Measure, measure_of
 from experiments.options import check_config
 from experiments.program import Program, TrainState, make_program
 from experiments.stopping import Stopped
-from experiments.workdir import fingerprint, read_json
+from experiments.train import train
+from experiments.workdir import WorkdirError, fingerprint, read_json
 
 
 class FinishedRun(NamedTuple):
@@ -142,6 +143,18 @@ def open_finished(folder: Path, data_dir: str | None = None) -> FinishedRun:
     program.task.refuse_another(result.get("data"))
     run = FinishedRun(folder, given, result, program, state.params, state.model_state)
     return run._replace(program=make_program(run.program_config, program.task.dataset))
+
+
+def train_on(config: ConfigDict, folder: Path) -> tuple[TrainState, dict[str, Any]]:
+    """Trains what follows a run, quietly; returns its last state and the contents of its result.json.
+
+    Raises:
+      WorkdirError: if it was finished before and has lost its checkpoints.
+    """
+    state, [result] = train(config, folder, quiet=True)
+    if state is None:
+        raise WorkdirError(f"{folder} is finished, but has no checkpoint with its weights any more: delete it")
+    return state, result
 
 
 def write_start(file: Path, params: Any, masks: Any = None) -> None:

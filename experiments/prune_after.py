@@ -31,9 +31,8 @@ from absl import logging
 
 import jaxsparse
 from experiments.command_line import as_path, imported, not_empty
-from experiments.finished import FinishedRun, errors_in_a_line, open_finished, write_start
+from experiments.finished import FinishedRun, errors_in_a_line, open_finished, train_on, write_start
 from experiments.results.table import markdown
-from experiments.train import train
 from experiments.workdir import read_json, write_json
 from jaxsparse import post_training
 from jaxsparse.trees import by_path
@@ -143,7 +142,7 @@ def prune_after(
     other = [f"{key} {found.get(key)!r} there, {about[key]!r} now" for key in about if found.get(key) != about[key]]
     if other:
         raise ValueError(f"{file} has other results, of {'; '.join(other)}: take another --name, or delete it")
-    there = {Case(row["rule"], row["allocation"], row["sparsity"]) for row in found["rows"]}
+    there = {case_of(row) for row in found["rows"]}
     print(f"dense: {said(run, found['dense'])}; {len(todo)} rows, {len(there & set(todo))} of them there", flush=True)
     file.parent.mkdir(parents=True, exist_ok=True)
     for case in todo:
@@ -159,9 +158,15 @@ def prune_after(
             folder /= "_".join(case).replace(":", "_of_")
             row["finetuned"] = finetune(run, params, masks, folder, finetune_epochs, rate)
             print(f"{case}, fine-tuned: {said(run, row['finetuned'])}", flush=True)
-        found["rows"].append(row)
+        found = read_json(file) or found  # with rows that other processes have measured meanwhile
+        found["rows"] = [other for other in found["rows"] if case_of(other) != case] + [row]
         write_json(file, found)
     return found
+
+
+def case_of(row: Mapping[str, Any]) -> Case:
+    """The case that a row of the results is of."""
+    return Case(row["rule"], row["allocation"], row["sparsity"])
 
 
 def prune(run: FinishedRun, case: Case, batches: Sequence[Any]) -> tuple[Any, Any]:
@@ -181,7 +186,7 @@ def finetune(run: FinishedRun, params: Any, masks: Any, folder: Path, epochs: fl
     start = folder / "start.safetensors"
     write_start(start, params, masks)
     config = run.follow_up(epochs, rate, dense=False, masks_from=str(start), start="weights", start_from=None)
-    state, [result] = train(config, folder, quiet=True)
+    state, result = train_on(config, folder)
     pruned = {path: ~np.asarray(mask) for path, mask in by_path(masks).items() if np.ndim(mask)}
     trained = by_path(state.params)
     if back := [path for path, gone in pruned.items() if np.any(np.asarray(trained[path])[gone])]:
@@ -218,7 +223,7 @@ def as_markdown(found: Mapping[str, Any], title: str, command: str) -> str:
         frame = pd.DataFrame.from_dict(cells, orient="index").reindex(columns=columns).fillna("")
         return markdown(frame.reset_index(names="rule"))
 
-    rows = {Case(row["rule"], row["allocation"], row["sparsity"]): row for row in found["rows"]}
+    rows = {case_of(row): row for row in found["rows"]}
     value, form, name = score(found["dense"])
     times: dict[str, list[float]] = {}
     for case, row in rows.items():

@@ -108,7 +108,7 @@ def run(
             )
             mine = for_run(mine, changes_besides(own, changed or {}))
             state, _ = train(mine, folder)
-            if not (folder / SPARSE).exists():
+            if state is not None and not (folder / SPARSE).exists():
                 jaxsparse.save_sparse(folder / DENSE, state.params)
     results: dict[str, dict[str, Any]] = {}
     for name, seed in itertools.product(names, all_seeds):

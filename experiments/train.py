@@ -80,7 +80,7 @@ def train(
     seeds: Sequence[int] | None = None,
     profile: bool = False,
     quiet: bool = False,
-) -> tuple[TrainState, list[dict[str, Any]]]:
+) -> tuple[TrainState | None, list[dict[str, Any]]]:
     """One whole run: data, model, optimizer, loop, report. Goes on with the one in ``workdir`` if there is one.
 
     Args:
@@ -92,8 +92,8 @@ def train(
       quiet: whether to leave out the pictures, and the bar that shows the progress.
 
     Returns:
-      The last state, of one device (its leaves have a leading axis for ``seeds``), and what is in result.json, a dict
-      for each seed.
+      The last state, of one device (its leaves have a leading axis for ``seeds``; None for a run that was finished
+      before and has lost its checkpoints), and what is in result.json, a dict for each seed.
 
     Raises:
       ValueError: on a bad configuration, before anything is computed; or if streamed images cannot be read any more.
@@ -143,10 +143,11 @@ def train(
         restored, gain = checkpoints.restore(for_checkpoint), Gain()
         about = checkpoints.about(restored[0]) if restored else {}
         speed = speedometer(config, program, jax.eval_shape(program.init, seed))
-        if restored and restored[0] == total_steps and not any_process(not all(run.result for run in runs)):
+        if (not restored or restored[0] == total_steps) and not any_process(not all(run.result for run in runs)):
             if leads:
-                print(f"finished before, see {workdir}")
-            return layout.one_copy(layout.restore(restored[1])), [run.result for run in runs]
+                print(f"finished before, see {workdir}" + ("" if restored else ", which has no checkpoint any more"))
+            last = layout.one_copy(layout.restore(restored[1])) if restored else None
+            return last, [run.result for run in runs]
         saved = restored[0] if restored else first_step
         state = layout.restore(restored[1]) if restored else layout.place(program.init(seed))
         if restored and leads:

@@ -78,7 +78,9 @@ def test_unknown_key_names_the_nearest_and_all(parse, config, change, message):
 
 
 def test_parts_of_a_text_are_given_with_what_takes_its_place(parse):
-    with pytest.raises(SystemExit, match=r"config\.method\.structure is 'weight', .* --config\.method\.structure='\{\"na"):
+    with pytest.raises(
+        SystemExit, match=r"config\.method\.structure is 'weight', .* --config\.method\.structure='\{\"na"
+    ):
         parse(f"--config={CONFIG}", "--workdir=w", "--config.method.structure.name=block")
     parse(f"--config={CONFIG}", "--workdir=w", '--config.method.structure={"name": "n_of_m", "n": 2, "m": 4}')
     structure = build.Calls(train.FLAGS.config, 44).value(train.FLAGS.config.method.structure, "")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -171,7 +172,7 @@ def test_a_row_is_what_prune_once_leaves_and_fine_tuning_keeps_its_zeros(dense, 
     def seen(config, *_, **__):
         raise LookupError(config.data_dir)
 
-    monkeypatch.setattr(prune_after, "train", seen)
+    monkeypatch.setattr(prune_after, "train_on", seen)
     elsewhere = run._replace(config=ConfigDict(run.config.to_dict() | {"data_dir": "elsewhere"}))
     with pytest.raises(LookupError, match="elsewhere"):  # the data are read where the run has them
         prune_after.finetune(elsewhere, params, masks, tmp_path / "seen", 0.5, 0.1)
@@ -198,6 +199,9 @@ def test_cut_heal_and_measure(dense, tmp_path, capsys):
     assert "finished before" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="a run was begun from another .*start.safetensors"):
         cut.main([*options, "--seed", "5", "--units", "0.25"])
+    shutil.rmtree(tmp_path / "heal/checkpoints")
+    with pytest.raises(SystemExit, match="heal is finished, but has no checkpoint with its weights any more"):
+        cut.main(options)
     for more, message in (
         (["--rounds", "0"], "--rounds is at least 1"),
         (["--heal_epochs", "-1"], "at least one step"),

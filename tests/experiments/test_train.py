@@ -1,5 +1,6 @@
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,15 @@ def test_same_seed_gives_the_same_bits_whatever_is_logged(sparse_run, tmp_path):
     again, _ = train.train(smoke_config(log_every_steps=30, checkpoint_every_epochs=1), tmp_path)
     chex.assert_trees_all_equal(state.params, again.params)
     chex.assert_trees_all_equal(jaxsparse.get_masks(state.opt_state), jaxsparse.get_masks(again.opt_state))
+
+
+def test_finished_run_without_checkpoints_is_not_run_again_either(sparse_run, tmp_path, capsys):
+    workdir, _, result = sparse_run
+    shutil.copytree(workdir, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    assert train.train(smoke_config(), tmp_path / "run") == (None, [result])
+    assert f"finished before, see {tmp_path / 'run'}, which has no checkpoint any more" in capsys.readouterr().out
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.slow
