@@ -33,6 +33,8 @@ __all__ = [
     "validate_masks",
 ]  # fmt: skip
 
+COUNTED = 1 << 31  # more cannot be counted in int32
+
 
 def random_masks(
     params: Any,
@@ -199,13 +201,18 @@ def nonzero_masks(params: Any, *, prunable: Any = None, layout: LayoutLike = Non
     Returns:
       A pytree like ``params``: bool arrays, the scalar True for dense leaves.
 
+    Warns:
+      UserWarning: for leaves that are all zeros, by path.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> nonzero_masks({"w": jnp.array([[0.0, -3.0]])})["w"].tolist()
       [[False, True]]
     """
     chosen = prunable_leaves(params, prunable, layout=layout)
-    return jax.tree.map(lambda x, c: x != 0 if c else jnp.ones((), bool), params, chosen)
+    masks = jax.tree.map(lambda x, c: x != 0 if c else jnp.ones((), bool), params, chosen)
+    warn_of_empty(by_path(masks), "Leave out by prunable= what only starts at zero", stacklevel=3)
+    return masks
 
 
 def scores_by_path(scores: Any, params: Any, what: str = "scores") -> dict[str, Any]:
@@ -253,12 +260,22 @@ def apply_masks(tree: Any, masks: Any) -> Any:
 def count(masks: Any) -> jax.Array:
     """The number of weights that the masked leaves keep, an int32 scalar; dense leaves are not counted.
 
+    Of leaves that have 2**31 weights or more together, NumPy's int64.
+
+    Raises:
+      ValueError: for so many in a function that is traced.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> int(count({"kernel": jnp.array([[True, False]]), "bias": jnp.array(True)}))
       1
     """
-    return sum((count_true(jnp.asarray(m)) for m in _sparse_leaves(masks)), jnp.int32(0))
+    counts = [count_true(jnp.asarray(m)) for m in _sparse_leaves(masks)]
+    if (size := sum(m.size for m in _sparse_leaves(masks))) < COUNTED:
+        return sum(counts, jnp.int32(0))
+    if any(isinstance(kept, jax.core.Tracer) for kept in counts):
+        raise ValueError(f"{size} weights cannot be counted in int32: call jaxsparse.count outside of jit, or density")
+    return np.int64(sum(map(int, counts)))  # type: ignore[return-value]
 
 
 def density(masks: Any) -> jax.Array:
@@ -269,8 +286,10 @@ def density(masks: Any) -> jax.Array:
       >>> float(density({"kernel": jnp.array([[True, False]]), "bias": jnp.array(True)}))
       0.5
     """
-    size = sum(m.size for m in _sparse_leaves(masks))
-    return count(masks).astype(jnp.float32) / jnp.float32(size) if size else jnp.float32(1)
+    leaves = _sparse_leaves(masks)
+    size = sum(m.size for m in leaves)
+    kept = count(masks) if size < COUNTED else sum(count_true(jnp.asarray(m)).astype(jnp.float32) for m in leaves)
+    return kept.astype(jnp.float32) / jnp.float32(size) if size else jnp.float32(1)
 
 
 def validate_masks(masks: Any, params: Any, what: str = "masks") -> Any:
@@ -420,7 +439,11 @@ def best_of_outputs(
     return layout.from_matrices(marked, scores)
 
 
-def warn_of_empty(masks: dict[str, jax.Array], stacklevel: int = 4) -> None:
+def warn_of_empty(
+    masks: Mapping[str, Any],
+    advice: str = "Keep some by at_least=1, a lower sparsity or another allocation",
+    stacklevel: int = 4,
+) -> None:
     """Warns of leaves that keep nothing, by path. Nothing is known under jit."""
     known = {path: mask for path, mask in masks.items() if mask.size and not isinstance(mask, jax.core.Tracer)}
     live = jax.device_get({path: jnp.any(mask) for path, mask in known.items()})
@@ -428,7 +451,7 @@ def warn_of_empty(masks: dict[str, jax.Array], stacklevel: int = 4) -> None:
     if empty:
         warnings.warn(
             f"no weight is left in {', '.join(empty)}: nothing passes there, and methods that share out growth by what "
-            "is left will not bring it back. Keep some by at_least=1, a lower sparsity or another allocation",
+            f"is left will not bring it back. {advice}",
             UserWarning,
             stacklevel=stacklevel,
         )

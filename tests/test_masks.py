@@ -333,3 +333,30 @@ def test_a_key_is_an_int_of_64_bits_or_a_key():
     ]:
         with pytest.raises(ValueError, match=told):
             module.as_key(wrong)
+
+
+def test_more_weights_than_int32_counts(monkeypatch):
+    masks = {"a": jnp.arange(6).reshape(2, 3) < 4, "b": jnp.array(True)}
+    many = {name: jax.ShapeDtypeStruct((1 << 16, 1 << 15), bool) for name in "ab"}
+    with pytest.raises(ValueError, match="4294967296 weights cannot be counted in int32"):
+        jax.eval_shape(jaxsparse.count, many)
+    assert jax.eval_shape(jaxsparse.density, many).dtype == jnp.float32
+    monkeypatch.setattr(module, "COUNTED", 6)
+    assert jaxsparse.count(masks) == 4
+    assert jaxsparse.count(masks).dtype == np.int64
+    assert float(jaxsparse.density(masks)) == np.float32(4 / 6)
+
+
+def test_leaves_of_zeros_are_named():
+    params = {"up": jnp.ones((2, 2)), "down": jnp.zeros((2, 2))}
+    with pytest.warns(UserWarning, match=r"no weight is left in down \(of 4 weights\): .* prunable= what only"):
+        masks = jaxsparse.nonzero_masks(params)
+    assert not masks["down"].any()
+
+
+def test_a_layout_that_names_nothing_is_an_error():
+    for layout in ({"typo": jaxsparse.Layout(0, 1)}, {"w": jaxsparse.Layout(0, 3)}):
+        with pytest.raises(ValueError, match="layout"):
+            jaxsparse.random_masks({"w": jnp.ones((4, 4))}, 0.5, prunable={"w": True}, layout=layout)
+    with pytest.raises(ValueError, match=r"structure must be one of .*, got \['block', 2, 2\]"):
+        jaxsparse.random_masks({"w": jnp.ones((4, 4))}, 0.5, structure=["block", 2, 2])

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 import jaxsparse
 from jaxsparse.parallel import (
     LAYOUTS,
+    DataParallel,
     ElsewhereError,
     FullySharded,
     OneDevice,
@@ -86,6 +87,24 @@ def sgd():
 
 
 # --- What it computes -------------------------------------------------------------------------------------------------
+
+
+def test_gradients_in_16_bits_are_accumulated_in_32():
+    def loss_fn(w, model_state, x, _):
+        return (w * x).mean(), ({"loss": (w * x).mean(), "seen": jnp.int32(3)}, model_state)
+
+    x, w = jnp.ones((1024,), jnp.bfloat16), jnp.ones((), jnp.bfloat16)
+    gradient, _, metrics = OneDevice().gradients(loss_fn, accumulate=1024)(w, (), x, None)
+    assert (gradient.dtype, float(gradient)) == (jnp.bfloat16, 1.0)
+    assert (metrics["loss"].dtype, float(metrics["loss"]), float(metrics["seen"])) == (jnp.bfloat16, 1.0, 3.0)
+
+
+def test_model_states_with_bools_and_keys():
+    layout, state = DataParallel(), make_state()
+    placed = layout.place(state._replace(model_state={"begun": jnp.array(True)}))
+    assert layout.one_copy(placed).model_state["begun"].tolist() is True
+    with pytest.raises(ValueError, match="rngs/key of the model state is a PRNG key"):
+        layout.place(state._replace(model_state={"rngs": {"key": jax.random.key(0)}}))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -30,6 +30,8 @@ def test_structures_are_checked():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: block(2.0, 4), r"block needs sizes that are ints, got block\(2.0, 4\)"),
+        (lambda: n_of_m(2.0, 4), r"n_of_m needs sizes that are ints, got n_of_m\(2.0, 4\)"),
         (lambda: block(0, 4), r"block needs sizes of at least 1, got block\(0, 4\)"),
         (lambda: n_of_m(5, 4), r"n_of_m needs 1 <= n <= m, got n_of_m\(5, 4\)"),
         (lambda: n_of_m(0, 4), "n_of_m needs 1 <= n <= m"),

@@ -152,7 +152,7 @@ def _checked_leaf(name: str, about: Any) -> Leaf:
         require(set(about) == fields, f"it has {', '.join(sorted(about))}, not {', '.join(sorted(fields))}")
         shape = about["shape"]
         require(type(shape) is list and len(shape) <= _MOST_AXES, "its shape is not a list, or too long")
-        require(all(type(n) is int and 0 <= n < 1 << 63 for n in shape), "its shape has entries that are no sizes")
+        require(all(type(n) is int and 0 <= n < 1 << 63 for n in shape), "its shape has entries that are not sizes")
         leaf = Leaf(**{"name": name, "kept": math.prod(shape), **about, "shape": tuple(shape)})
         bytes_without_zeros = math.prod(n for n in shape if n) * np.dtype(leaf.dtype).itemsize
         require(bytes_without_zeros < 1 << 63, "its shape is too large")  # or NumPy's count of bytes overflows

@@ -12,7 +12,7 @@ import numpy as np
 
 __all__ = [
     "FLOATS", "SMALLER", "bit_view", "decode_fan_in", "decode_positions", "decode_values", "encode_fan_in",
-    "encode_positions", "encode_values", "in_bytes", "most_low_bits", "require",
+    "encode_positions", "encode_values", "finite_cast", "in_bytes", "most_low_bits", "require",
 ]  # fmt: skip
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -172,7 +172,7 @@ def encode_values(values: np.ndarray, dtype: str | None, sparse: bool = True) ->
     stored = values
     is_float = values.dtype.name in FLOATS
     if is_float and dtype not in (None, "int8") and np.dtype(dtype).itemsize < values.dtype.itemsize:
-        stored = _cast(values, lambda: values.astype(dtype))
+        stored = finite_cast(values, lambda: values.astype(dtype))
     bits = bit_view(stored)
     if stored.size > 1 and (bits == bits[0]).all():
         return "constant", {"values": stored[:1]}
@@ -189,10 +189,10 @@ def encode_values(values: np.ndarray, dtype: str | None, sparse: bool = True) ->
     if not np.isfinite(peak):
         raise ValueError("int8 needs finite weights, got NaN or infinity; use another dtype")
     # Not below the smallest normal number, so that the quotients stay within 127.
-    scale = _cast(peak, lambda: np.array([max(peak / 127, np.finfo(np.float32).tiny)], np.float32))
+    scale = finite_cast(peak, lambda: np.array([max(peak / 127, np.finfo(np.float32).tiny)], np.float32))
     levels = np.rint(values / scale.astype(np.float64)).astype(np.int8)
     arrays = {"values": levels, "scale": scale}
-    _cast(values, lambda: decode_values(arrays, "scaled", values.size, values.dtype.name))
+    finite_cast(values, lambda: decode_values(arrays, "scaled", values.size, values.dtype.name))
     return "scaled", arrays
 
 
@@ -276,7 +276,7 @@ def _unpacked(packed: np.ndarray, count: int) -> np.ndarray:
     return bits[:count]
 
 
-def _cast(values: np.ndarray, cast: Callable[[], np.ndarray]) -> np.ndarray:
+def finite_cast(values: np.ndarray, cast: Callable[[], np.ndarray]) -> np.ndarray:
     """The result of ``cast()``; a ValueError if it is infinite where ``values`` are finite."""
     with np.errstate(all="ignore"):
         stored = cast()

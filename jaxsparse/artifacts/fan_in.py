@@ -17,7 +17,8 @@ class FanIn:
     """A matrix whose outputs have k inputs each, except for ablated ones, which have none.
 
     ``x @ matrix`` multiplies from the left, ``matrix.todense()`` is the matrix. It is a pytree, so it goes through
-    ``jax.jit`` and ``jax.grad``, which gives gradients of the values.
+    ``jax.jit``. To train it, take gradients of its values alone: ``jax.grad(lambda values: loss(dataclasses.replace(
+    matrix, values=values)))(matrix.values)``.
 
     Attributes:
       indices: int32, (k, live outputs): the inputs of each output, in increasing order.

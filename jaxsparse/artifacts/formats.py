@@ -7,6 +7,7 @@ ones. :func:`from_hf` and :func:`to_hf` read and write transformers in Hugging F
 
 import math
 import os
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -29,7 +30,7 @@ from jaxsparse.artifacts.files import (
 )
 from jaxsparse.artifacts.hugging_face import from_hf, to_hf
 from jaxsparse.masks import validate_masks
-from jaxsparse.trees import by_path, is_masked_node, leaf_paths, path_name
+from jaxsparse.trees import by_path, is_masked_node, leaf_paths, listed, path_name
 
 __all__ = [
     "FanIn", "from_hf", "from_sparse", "load_dense", "load_npz", "save_dense", "save_npz", "to_bcoo", "to_bcsr",
@@ -160,7 +161,7 @@ def to_scipy(params: Any, masks: Any) -> Any:
         small = data.dtype.name in ("bfloat16", "float16")
         return scipy.sparse.csr_array((data.astype(np.float32) if small else data, columns, starts), shape=matrix)
 
-    return _converted(params, masks, convert)
+    return _converted(params, masks, convert, of_jax=False)
 
 
 def from_sparse(tree: Any, like: Any) -> tuple[Any, Any]:
@@ -175,7 +176,7 @@ def from_sparse(tree: Any, like: Any) -> tuple[Any, Any]:
       or not, and the scalar True for dense leaves.
 
     Raises:
-      ValueError: for leaves that do not fit the shapes, store an entry twice, or have indices that are none, naming
+      ValueError: for leaves that do not fit the shapes, store an entry twice, or have indices below 0, naming
         them.
 
     Examples:
@@ -198,6 +199,8 @@ def from_sparse(tree: Any, like: Any) -> tuple[Any, Any]:
             pairs.append((np.array(value, dtype), np.array(True)))
             continue
         data, indices = stored
+        if any((np.asarray(index) < 0).any() for index in indices):
+            raise ValueError(f"{path_name(path)}: an index is below 0")
         inside = np.all(
             [index < n for index, n in zip(indices, value.shape, strict=True)], axis=0
         )  # JAX pads with indices outside
@@ -334,7 +337,9 @@ def load_npz(path: str | os.PathLike, *, like: Any = None) -> tuple[Any, Any]:
         try:
             with np.load(file, allow_pickle=False) as archive:
                 arrays = dict(archive)
-        except (zipfile.BadZipFile, EOFError, NotImplementedError, TypeError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # of zipfile, its decompressors and NumPy, which each have several
             raise ValueError(f"damaged, or not a file of numpy.savez: {error}") from error
     with naming(path, ArtifactError):
         for name, array in arrays.items():
@@ -354,9 +359,19 @@ def load_npz(path: str | os.PathLike, *, like: Any = None) -> tuple[Any, Any]:
         return in_tree_of(like, tree), in_tree_of(like, masks, check=False)
 
 
-def _converted(params: Any, masks: Any, convert: Callable[[np.ndarray, np.ndarray], Any]) -> Any:
+def _converted(params: Any, masks: Any, convert: Callable[[np.ndarray, np.ndarray], Any], of_jax: bool = True) -> Any:
     leaves, treedef = jax.tree.flatten(params)
     checked = treedef.flatten_up_to(validate_masks(masks, params))
+    rows = zip(leaf_paths(params), leaves, checked, strict=True)
+    sparse = {name: leaf.dtype for name, leaf, mask in rows if not is_masked_node(mask)}
+    wide = [name for name, dtype in sparse.items() if jax.dtypes.canonicalize_dtype(dtype) != dtype]
+    if wide and of_jax:
+        warnings.warn(
+            f"{listed(wide)} of 64 bits lose a half of them as arrays of JAX: convert inside jax.enable_x64(True), or "
+            "by to_scipy",
+            UserWarning,
+            stacklevel=3,
+        )
     return treedef.unflatten([
         leaf if is_masked_node(mask) else convert(np.asarray(leaf), np.asarray(mask))
         for leaf, mask in zip(leaves, checked, strict=True)

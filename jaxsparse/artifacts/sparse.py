@@ -32,7 +32,7 @@ from jaxsparse.artifacts.files import (
 )
 from jaxsparse.artifacts.n_of_m import decode_n_of_m, encode_n_of_m, in_groups, leaf_units, order_of_axes
 from jaxsparse.layouts import LayoutLike
-from jaxsparse.masks import validate_masks
+from jaxsparse.masks import validate_masks, warn_of_empty
 from jaxsparse.prunable import default_choice
 from jaxsparse.structures import StructureLike, n_of_m
 from jaxsparse.tables import Table
@@ -78,6 +78,9 @@ def save_sparse(
         8, 16 or 32 where that is smallest.
       layout: pattern -> :class:`jaxsparse.Layout`, for leaves whose inputs are not found by their names and shapes.
 
+    Warns:
+      UserWarning: where ``masks`` is None, for leaves that are all zeros: their masks keep nothing.
+
     Raises:
       ValueError: for params, masks or options that cannot be stored, naming the leaf, before anything is written.
       OSError: if the file cannot be written; an existing file stays as it was.
@@ -99,7 +102,7 @@ def save_sparse(
     treedef, names = jax.tree.structure(tree), leaf_paths(tree)
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two leaves of the params have the path {twice[0]!r}: rename a key")
-    kept = _kept(tree, masks)
+    kept = _kept(tree, masks, layout)
     if init is not None:
         from jaxsparse.methods.amenable import amenable_init  # methods import this package's layer, not the reverse
 
@@ -223,12 +226,14 @@ def describe(path: str | os.PathLike) -> str:
     return f"{table.text()}\ndense: {dense:,} bytes{share}"
 
 
-def _kept(tree: Any, masks: Any) -> list[np.ndarray | None]:
+def _kept(tree: Any, masks: Any, layout: LayoutLike) -> list[np.ndarray | None]:
     """The mask of every leaf, None for dense ones."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     if masks is None:
-        matrices = default_choice(tree)
+        matrices = default_choice(tree, layout)
         found = [bit_view(leaf) != 0 if matrices[path_name(path)] else None for path, leaf in leaves]
+        by_name = {path_name(path): mask for (path, _), mask in zip(leaves, found, strict=True) if mask is not None}
+        warn_of_empty(by_name, "Give masks= for a model to train on with leaves that only start at zero")
         return [None if mask is None or mask.all() else mask for mask in found]
     checked = jax.tree.leaves(validate_masks(plain_nodes(masks, "masks"), tree), is_leaf=is_masked_node)
     found = [None if is_masked_node(mask) else np.asarray(mask) for mask in checked]

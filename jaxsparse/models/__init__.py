@@ -1,7 +1,8 @@
 """Flax models: those of the papers on sparse training and pruning, and a transformer."""
 
 from jaxsparse.models.alexnet import AlexNet
-from jaxsparse.models.channels import channel_groups, reestimate_batch_stats, slim
+from jaxsparse.models.batch_stats import reestimate_batch_stats
+from jaxsparse.models.channels import channel_groups, slim
 from jaxsparse.models.conv_n import Conv2, Conv4, Conv6, ConvN
 from jaxsparse.models.densenet import DenseNet, DenseNet40
 from jaxsparse.models.folding import fold_batch_norm

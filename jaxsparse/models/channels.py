@@ -1,6 +1,6 @@
 """Channel groups of the library's models, and smaller models without the closed channels."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -14,8 +14,9 @@ from jaxsparse.groups import Group, entries
 from jaxsparse.models.lenet import LeNet5Caffe, LeNet300100
 from jaxsparse.models.resnet import ResNet8, ResNet50, ResNetCIFAR
 from jaxsparse.models.vgg import VGG, convolutions_and_hidden
+from jaxsparse.trees import listed
 
-__all__ = ["channel_groups", "reestimate_batch_stats", "slim"]
+__all__ = ["channel_groups", "slim"]
 
 EPSILON = 1e-5  # as in nn.BatchNorm, for models that do not say
 
@@ -47,7 +48,7 @@ def channel_groups(model: nn.Module) -> tuple[Group, ...]:
     """
     if not getattr(model, "batch_norm", True):
         raise ValueError(
-            f"the channels of a {type(model).__name__} are gated at its batch normalisation, which this one has not: "
+            f"the channels of a {type(model).__name__} are gated at its batch normalisation, which this one lacks: "
             "take the model before fold_batch_norm, and fold after slim"
         )
     if isinstance(model, LeNet300100):
@@ -94,8 +95,8 @@ def channel_groups(model: nn.Module) -> tuple[Group, ...]:
         )
     raise ValueError(
         "there are groups for LeNet300100, LeNet5Caffe, VGG, ResNet8, ResNetCIFAR and ResNet50, got "
-        f"{type(model).__name__}: define groups of other models with jaxsparse.Group. (jaxsparse.remaining then counts "
-        "what is left; slim supports only these models.)"
+        f"{type(model).__name__}: for any other model jaxsparse.trace.channel_groups finds them in its program, and "
+        "jaxsparse.trace.slim removes channels"
     )
 
 
@@ -119,10 +120,10 @@ def slim(model: nn.Module, params: Any, batch_stats: Any = None) -> tuple[nn.Mod
 
     Returns:
       The smaller model, its params and batch statistics. In evaluation, outputs differ only by rounding. Constant
-      channels make no difference in training either, but see :func:`reestimate_batch_stats`.
+      channels make no difference in training either, but see :func:`jaxsparse.models.reestimate_batch_stats`.
 
     Raises:
-      ValueError: for a model that :func:`channel_groups` does not support.
+      ValueError: for a model that :func:`channel_groups` does not support, and params or batch statistics of another.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -137,7 +138,9 @@ def slim(model: nn.Module, params: Any, batch_stats: Any = None) -> tuple[nn.Mod
     """
     leaves = {path: np.array(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
     stats = {path: np.array(leaf) for path, leaf in flatten_dict(batch_stats or {}, sep="/").items()}
-    names = [group.name for group in channel_groups(model) if group.removes]
+    groups = [group for group in channel_groups(model) if group.removes]
+    names = [group.name for group in groups]
+    _check_variables(model, groups, leaves, stats)
     changed = True
     while changed:
         changed = False
@@ -152,55 +155,18 @@ def slim(model: nn.Module, params: Any, batch_stats: Any = None) -> tuple[nn.Mod
     return model, to_arrays[0], to_arrays[1] if batch_stats is not None else None
 
 
-def reestimate_batch_stats(
-    model: nn.Module,
-    params: Any,
-    batch_stats: Any,
-    batches: Iterable[jax.Array],
-    momentum: float = 0.9,
-    **kwargs: Any,
-) -> Any:
-    """Recompute running means and variances of batch normalisation, as the plain mean over batches.
-
-    Use this for a network whose channels, gates or masks have changed since its statistics were gathered: gates are
-    random in training, but not in evaluation.
-
-    Args:
-      model: the model.
-      params: its params, those to evaluate with.
-      batch_stats: its batch statistics, for their structure.
-      batches: inputs of the model, a few hundred examples each, such as twenty batches of the train images.
-      momentum: the momentum of the model's batch normalisation.
-      **kwargs: further arguments of the model's call that make it gather statistics, such as ``train=True``.
-
-    Returns:
-      Batch statistics like ``batch_stats``.
-
-    Raises:
-      ValueError: if there are no batches, or the model gathers no statistics when called like this.
-    """
-    # The batches are whole: no axis of devices is bound here.
-    local = model.clone(axis_name=None) if getattr(model, "axis_name", None) else model
-
-    @jax.jit
-    def of_batch(images):
-        start = jax.tree.map(jnp.zeros_like, batch_stats)  # the update leaves (1 - momentum) times the batch's
-        _, new = local.apply({"params": params, "batch_stats": start}, images, mutable=["batch_stats"], **kwargs)
-        return jax.tree.map(lambda x: x / (1 - momentum), new["batch_stats"])
-
-    total, number = None, 0
-    for images in batches:
-        found = of_batch(images)
-        total = found if total is None else jax.tree.map(jnp.add, total, found)
-        number += 1
-    if total is None:
-        raise ValueError("reestimate_batch_stats needs at least one batch")
-    if not any(jnp.any(leaf != 0) for leaf in jax.tree.leaves(total)):
-        raise ValueError(
-            "the model gathered no statistics: call it as in training, with reestimate_batch_stats(..., train=True) "
-            "or the like"
-        )
-    return jax.tree.map(lambda x: x / number, total)
+def _check_variables(
+    model: nn.Module, groups: Sequence[Group], leaves: Mapping[str, Any], stats: Mapping[str, Any]
+) -> None:
+    """Raises a ValueError for a leaf that groups name and that is not there."""
+    paths = dict.fromkeys(which.path for group in groups for which in (*group.multiplies, *group.removes))
+    norms = [path.removesuffix("/scale") for path in paths if path.endswith("/scale")]
+    for what, there, needed in (
+        ("params", leaves, paths),
+        ("batch_stats", stats, [f"{norm}/{name}" for norm in norms for name in ("mean", "var")]),
+    ):
+        if missing := [path for path in needed if path not in there]:
+            raise ValueError(f"the {what} of this {type(model).__name__} must have {listed(missing)}")
 
 
 def _units(name: str, reader: str) -> Group:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
@@ -62,7 +63,8 @@ def generate(
     if jnp.iinfo(tokens.dtype).max < model.vocab_size - 1:
         raise ValueError(f"{tokens.dtype} cannot hold the {model.vocab_size} tokens of the vocabulary: give int32")
     if tokens.size and not isinstance(tokens, jax.core.Tracer):
-        least, most = int(tokens.min()), int(tokens.max())
+        known = np.asarray(tokens)  # inside jit too, where the minimum of a constant would be traced
+        least, most = int(known.min()), int(known.max())
         if least < 0 or most >= model.vocab_size:
             raise ValueError(f"tokens must be from 0 to {model.vocab_size - 1}, got {least} to {most}")
     if isinstance(length, bool) or not isinstance(length, int):

@@ -57,8 +57,8 @@ class GPT(nn.Module):
       norm_eps: added to the variance or mean square.
       mlp: "gelu", down(gelu(up(x))) with GELU's tanh approximation, or "gated", down(silu(gate(x)) * up(x)).
       bias: whether dense layers have biases.
-      attention_bias: for the attention another answer: True, False, or "qkv" for all but "out", as in Qwen2; None: as
-        ``bias``.
+      attention_bias: whether those of the attention have biases: True, False, or "qkv" for all but "out", as in Qwen2;
+        None: as ``bias`` says.
       tied: whether the logits' kernel is the embedding.
       scan: whether the blocks are one ``nn.scan``.
       remat: whether the backward pass computes each block again, instead of keeping what it computed.

@@ -47,6 +47,10 @@ class HardConcreteGate(nn.Module):
           x: features.
           log_alpha: (channels,), for instance from :func:`jaxsparse.dependent_logits`; None: a parameter of the layer.
         """
+        if x.ndim < 2:
+            raise ValueError(
+                f"HardConcreteGate needs x (batch, ..., channels), got shape {x.shape}: give it an axis more"
+            )
         channels = x.shape[-1]
         if log_alpha is None:
             log_alpha = self.param("log_alpha", lambda key: self.log_alpha + 0.01 * jax.random.normal(key, (channels,)))

@@ -77,7 +77,8 @@ class SparseDense(nn.Module):
       precision: as for :func:`jax.numpy.matmul`.
       kernel_init, bias_init: initializers.
       dense_weight_grad: whether pruned weights get gradients too, for methods that grow weights by their momentum.
-        Without them, two thirds of the largest product of a step are saved.
+        Without them, a step does not compute them for dead blocks: of its three products, that of the inputs with the
+        outputs' gradients then skips those blocks too.
       implementation: as for :func:`jaxsparse.kernels.block_sparse_matmul` or :func:`~jaxsparse.kernels.masked_matmul`.
 
     Raises:
@@ -129,8 +130,8 @@ class SparseConv(nn.Module):
     Attributes:
       features: number of outputs.
       kernel_size: size of the window, such as (3, 3).
-      strides: strides of the window; None: 1.
-      padding: "SAME", "VALID", or pairs of numbers, as for ``flax.linen.Conv``.
+      strides: strides of the window, or one for all its axes; None: 1.
+      padding: "SAME", "VALID", an int for all sides, or an int or a pair of them for each axis.
       block: (rows, columns) of a block of inputs and outputs, for a 1 x 1 kernel.
       use_bias, dtype, param_dtype, precision, kernel_init, bias_init, dense_weight_grad, implementation: as in
         :class:`SparseDense`.
@@ -148,8 +149,8 @@ class SparseConv(nn.Module):
     """
 
     features: int
-    kernel_size: Sequence[int]
-    strides: Sequence[int] | None = None
+    kernel_size: int | Sequence[int]
+    strides: int | Sequence[int] | None = None
     padding: Any = "SAME"
     block: tuple[int, int] | None = None
     use_bias: bool = True
@@ -172,8 +173,12 @@ class SparseConv(nn.Module):
           mask: ``(*kernel_size, inputs, features)``, bool; None: the mask in the collection "masks".
           dense_weight_grad: overrides the attribute; may be a bool scalar array that differs between steps.
         """
-        size, inputs = tuple(self.kernel_size), x.shape[-1]
-        strides = tuple(self.strides or [1] * len(size))
+        size = (self.kernel_size,) if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
+        inputs, given = x.shape[-1], 1 if self.strides is None else self.strides
+        strides = (given,) * len(size) if isinstance(given, int) else tuple(given)
+        padding = [self.padding] * len(size) if isinstance(self.padding, int) else self.padding
+        if not isinstance(padding, str):
+            padding = [(sides, sides) if isinstance(sides, int) else tuple(sides) for sides in padding]
         if x.ndim != len(size) + 2 or len(strides) != len(size):
             raise ValueError(
                 f"SparseConv of kernel_size {size} and strides {strides} needs x (batch, {len(size)} axes, inputs), "
@@ -184,7 +189,7 @@ class SparseConv(nn.Module):
         mask = _mask(self, mask, kernel)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         dense = self.dense_weight_grad if dense_weight_grad is None else dense_weight_grad
-        if set(size) == {1} and (self.padding in ("SAME", "VALID")):
+        if set(size) == {1} and padding in ("SAME", "VALID"):
             x = x[(slice(None), *(slice(None, None, stride) for stride in strides))]
             flat_mask = None if mask is None else mask.reshape(inputs, self.features)
             return _product(self, x, kernel.reshape(inputs, self.features), flat_mask, bias, dense)
@@ -195,7 +200,7 @@ class SparseConv(nn.Module):
             x,
             kernel,
             strides,
-            self.padding,
+            padding,
             dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
             precision=self.precision,
         )
@@ -208,13 +213,15 @@ def _mask(layer: nn.Module, mask: Any, kernel: jax.Array) -> jax.Array | None:
         mask = layer.get_variable("masks", "kernel")
     elif mask is None:
         _refuse_masks_left_outside(layer)
-    if mask is None or jnp.ndim(mask) == 0:
+    if mask is None:
         return None
     mask = jnp.asarray(mask)
+    if mask.ndim == 0 and mask.dtype == bool and (isinstance(mask, jax.core.Tracer) or bool(mask)):
+        return None
     if mask.shape != kernel.shape or mask.dtype != jnp.bool_:
         raise ValueError(
             f"the mask of {'/'.join([*layer.path, 'kernel'])} must be bool of its shape {kernel.shape}, "
-            f"got {mask.dtype} of shape {mask.shape}"
+            f"or True where it is dense, got {mask.dtype} of shape {mask.shape}"
         )
     return mask
 

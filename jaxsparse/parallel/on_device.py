@@ -28,16 +28,25 @@ def local_gradients(loss_fn: Callable, accumulate: int) -> Callable:
         def body(carry, batch):
             model_state, sums = carry
             model_state, one = part(model_state, batch)
-            return (model_state, jax.tree.map(jnp.add, sums, one)), None
+            return (model_state, jax.tree.map(lambda total, x: total + x.astype(total.dtype), sums, one)), None
 
         parts = jax.tree.map(lambda x: split(x, accumulate), batch)
         shapes = jax.eval_shape(part, model_state, jax.tree.map(lambda x: x[0], parts))[1]
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, _sum_dtype(x.dtype)), shapes)
         (model_state, sums), _ = jax.lax.scan(body, (model_state, zeros), parts)
-        grads, metrics = jax.tree.map(lambda x: x / accumulate, sums)
+        grads, metrics = jax.tree.map(lambda x, like: _mean(x, accumulate, like.dtype), sums, shapes)
         return grads, model_state, metrics
 
     return local
+
+
+def _sum_dtype(dtype: Any) -> Any:
+    """Floats are summed in 32 bits at least: a sum of a few hundred in 16 no longer grows."""
+    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
+
+
+def _mean(total: jax.Array, number: int, dtype: Any) -> jax.Array:
+    return (total / number).astype(dtype) if jnp.issubdtype(dtype, jnp.floating) else total / number
 
 
 def summed_over_devices(measure: Callable) -> Callable:
@@ -50,8 +59,8 @@ def summed_over_devices(measure: Callable) -> Callable:
 
 
 def mean_over_devices(tree: Any) -> Any:
-    """The mean over a leading axis of devices, in each leaf's own dtype."""
-    return jax.tree.map(lambda x: x.mean(0, dtype=x.dtype), tree)
+    """The mean over a leading axis of devices, in each leaf's own dtype; of bools, which have none, the first."""
+    return jax.tree.map(lambda x: x[0] if x.dtype == bool else x.mean(0, dtype=x.dtype), tree)
 
 
 def split(x: Any, parts: int) -> Any:

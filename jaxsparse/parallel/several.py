@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsparse.parallel.base import DeviceLayout
 from jaxsparse.parallel.on_device import AXIS, mean_over_devices
+from jaxsparse.trees import by_path
 
 __all__ = ["SeveralDevices", "of_numbers"]
 
@@ -20,7 +21,17 @@ class SeveralDevices(DeviceLayout):
     """A layout in which the model state has a leading axis of devices, and all other fields are common to them."""
 
     def place(self, state: Any) -> Any:
-        """Put a state of one device on all of them, with a copy of the model state on each."""
+        """Put a state of one device on all of them, with a copy of the model state on each.
+
+        Raises:
+          ValueError: for a model state with PRNG keys, which have no mean, naming the leaf.
+        """
+        keys = [path for path, leaf in by_path(state.model_state).items() if _is_key(leaf)]
+        if keys:
+            raise ValueError(
+                f"{keys[0]} of the model state is a PRNG key: every device has a model state of its own, and what "
+                "is left of them is their mean. Keep keys, which have no mean, in another field of the state"
+            )
         common = self._place_common(state._replace(model_state=()))
         return common._replace(model_state=self._copies(state.model_state))
 
@@ -82,10 +93,14 @@ class SeveralDevices(DeviceLayout):
 
 def of_numbers(x: Any, function: Callable, on_host: bool = True) -> Any:
     """Apply a function to an array, or to the numbers inside a typed PRNG key."""
-    if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if _is_key(x):
         data = jax.random.key_data(x)
         return jax.random.wrap_key_data(function(np.asarray(data) if on_host else data), impl=jax.random.key_impl(x))
     return function(np.asarray(x) if on_host else x)
+
+
+def _is_key(x: Any) -> bool:
+    return isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _with_sharding(x: Any, sharding: NamedSharding, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeStruct:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -44,6 +45,14 @@ class Structure:
         for name, options in (("score", ["mean", "sum"]), ("ragged", ["warn", "error"])):
             if getattr(self, name) not in options:
                 raise ValueError(f"{name} must be one of {options}, got {getattr(self, name)!r}")
+
+    def _whole(self, *names: str) -> None:
+        """Make sizes Python's ints; a ValueError for numbers that are not whole."""
+        for name in names:
+            try:
+                object.__setattr__(self, name, operator.index(getattr(self, name)))
+            except TypeError:
+                raise ValueError(f"{type(self).__name__} needs sizes that are ints, got {self}") from None
 
     def __repr__(self) -> str:
         fields = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]

@@ -30,8 +30,8 @@ def check_structure(structure: StructureLike, known: Sequence[str] = _NAMES) -> 
       known: the names of those that the method takes.
     """
     for value in structure.values() if isinstance(structure, Mapping) else [structure]:
-        name = type(value).__name__ if isinstance(value, Structure) else value if value in _BY_NAME else None
-        if name not in known:
+        name = type(value).__name__ if isinstance(value, Structure) else value if isinstance(value, str) else None
+        if name not in known or (isinstance(value, str) and value not in _BY_NAME):
             calls = " or made by jaxsparse.block, jaxsparse.n_of_m" if "block" in known else ""
             raise ValueError(f"structure must be one of {[k for k in known if k in _BY_NAME]}{calls}, got {value!r}")
 
@@ -75,6 +75,8 @@ def leaf_structures(
     else:
         given_to = dict.fromkeys(chosen, structure)
     if all(given == "weight" or isinstance(given, weight) for given in given_to.values()):
+        if layout:
+            leaf_layouts(params, layout)  # raises for what does not fit
         return treedef.unflatten([weight() if flags[name] else optax.MaskedNode() for name in names])
     layouts = leaf_layouts(params, layout)
     found: list[Any] = []

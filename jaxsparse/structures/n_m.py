@@ -46,6 +46,7 @@ class n_of_m(Structure):  # noqa: N801
         super().__post_init__()
         if self.axis not in ("inputs", "outputs") and type(self.axis) is not int:
             raise ValueError(f'axis must be "inputs", "outputs" or the number of an axis, got {self.axis!r}')
+        self._whole("n", "m")
         if not 1 <= self.n <= self.m:
             raise ValueError(f"n_of_m needs 1 <= n <= m, got {self}")
 

@@ -50,6 +50,7 @@ class block(Structure):  # noqa: N801
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._whole("bm", "bn")
         if self.bm < 1 or self.bn < 1:
             raise ValueError(f"block needs sizes of at least 1, got {self}")
 

@@ -120,6 +120,16 @@ def test_without_masks_every_weight_but_plus_zero_survives(tmp_path_factory, pai
         same_bits(masks, {"w": bits != 0})
 
 
+def test_without_masks_layouts_count_and_leaves_of_zeros_are_named(tmp_path):
+    params = {"scale": np.eye(3), "m": {"kernel": np.eye(3)}, "head": {"kernel": np.zeros((3, 2))}}
+    layout = {"scale": jaxsparse.Layout(0, 1), "m/kernel": jaxsparse.Layout((), (0, 1))}
+    with pytest.warns(UserWarning, match=r"no weight is left in head/kernel \(of 6 weights\): .* Give masks="):
+        jaxsparse.save_sparse(tmp_path / "a", params, layout=layout)
+    masks = jaxsparse.load_sparse(tmp_path / "a")[1]
+    assert masks["scale"].tolist() == np.eye(3, dtype=bool).tolist()
+    assert masks["m"]["kernel"].tolist() is True
+
+
 @settings(max_examples=50)
 @given(leaves(), st.sampled_from(["float32", "bfloat16", "float16"]))
 def test_values_are_rounded_once(tmp_path_factory, pair, dtype):

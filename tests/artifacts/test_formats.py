@@ -1,5 +1,6 @@
 import dataclasses
 import os
+import warnings
 import zipfile
 
 import flax
@@ -135,6 +136,20 @@ def test_sparse_arrays_of_others_come_in():
         formats.from_sparse({"w": padded}, {"w": dense.T})
     with pytest.raises(ValueError, match="w: sparse arrays with batch or dense axes"):
         formats.from_sparse({"w": sparse.BCOO.fromdense(dense, n_batch=1)}, {"w": dense})
+    below = sparse.BCOO((jnp.ones(1), jnp.array([[0, -1]])), shape=(2, 2))
+    with pytest.raises(ValueError, match="w: an index is below 0"):
+        formats.from_sparse({"w": below}, {"w": jnp.ones((2, 2))})
+
+
+def test_what_becomes_of_64_bits_is_said():
+    params, masks = model(dtype="float64")
+    for convert in (formats.to_bcoo, formats.to_bcsr):
+        with pytest.warns(UserWarning, match="layer/kernel of 64 bits lose a half"):
+            convert(params, masks)
+        with jax.enable_x64(True), warnings.catch_warnings(action="error"):
+            assert convert(params, masks)["layer"]["kernel"].dtype == np.float64
+    with warnings.catch_warnings(action="error"):
+        assert formats.to_scipy(params, masks)["layer"]["kernel"].dtype == np.float64
 
 
 def test_masks_that_do_not_fit_are_named():
@@ -258,7 +273,16 @@ def test_damaged_files_of_numpy(tmp_path):
         except ArtifactError:
             continue
         assert all(leaf.dtype.kind in "fb" for leaf in jax.tree.leaves(loaded))
-    for bad in (b"", b"damaged", data[:100], data[:-30]):
+    np.savez_compressed(path, w=params["layer"]["kernel"])
+    compressed = bytearray(path.read_bytes())
+    compressed[100] ^= 0xFF  # within the deflated bytes
+    encrypted = bytearray(data)
+    for signature in (b"PK\x03\x04", b"PK\x01\x02"):  # of the local and of the central header
+        encrypted[data.index(signature) + (6 if signature[2] == 3 else 8)] |= 1
+    with zipfile.ZipFile(path, "w") as archive, archive.open("w.npy", "w") as entry:
+        np.lib.format.write_array_header_1_0(entry, {"descr": "<f4", "fortran_order": False, "shape": (10**15,)})
+    huge = path.read_bytes()
+    for bad in (b"", b"damaged", data[:100], data[:-30], bytes(compressed), bytes(encrypted), huge):
         path.write_bytes(bad)
         with pytest.raises(ArtifactError, match=r"model\.npz: "):
             formats.load_npz(path)

@@ -225,7 +225,10 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
     ]:
         with pytest.raises(ArtifactError, match=message):
             formats.from_hf(changed(tmp_path, "llama", {}, tensors))
-    with pytest.raises(ArtifactError, match="config.json tells of 2147483647 blocks, but there are 28 tensors"):
+    large = other(down, lambda x: np.full_like(x, 1e5))
+    with pytest.raises(ArtifactError, match=rf"{down}: 320 of its values are too large for the dtype"):
+        formats.from_hf(changed(tmp_path, "llama", {}, large), dtype="float16")
+    with pytest.raises(ArtifactError, match="config.json says 2147483647 blocks, but there are 28 tensors"):
         formats.from_hf(changed(tmp_path, "gpt2", {"n_layer": 2**31 - 1}))
     with pytest.raises(ArtifactError, match=r"lacks lm_head.weight"):
         formats.from_hf(changed(tmp_path, "qwen2", {"tie_word_embeddings": False}))

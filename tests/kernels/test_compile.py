@@ -92,10 +92,11 @@ def test_no_masked_copy_of_the_weights(mask):
     assert compiled.memory_analysis().temp_size_in_bytes < 4096 * 4096 * 4 / 100
 
 
-@pytest.mark.parametrize("block", [(128, 128), (32, 64)])
-def test_lowers_for_gpus(block):
+@pytest.mark.parametrize(("block", "x64"), [((128, 128), False), ((32, 64), False), ((32, 64), True)])
+def test_lowers_for_gpus(block, x64):
     args = arguments(block, "bfloat16")
-    text = jax.jit(step(block, "mosaic_gpu")).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    with jax.enable_x64(x64):
+        text = jax.jit(step(block, "mosaic_gpu")).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     for part in ("forward", "backward_x", "backward_w"):
         assert f"block_sparse_matmul_{part}" in text, part
 

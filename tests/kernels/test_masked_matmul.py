@@ -58,6 +58,19 @@ def close(ours, wanted, sums):
         np.testing.assert_allclose(got, want, rtol=4 * error, atol=16 * error * n**0.5)
 
 
+@pytest.mark.parametrize("backend", BLOCK_BACKENDS)
+def test_the_same_where_jax_has_64_bits(backend):
+    x, w, dy = operands(Product(rows=24, inputs=32, outputs=48, block=(8, 16)), "float32")
+    mask = a_mask("half", (4, 3))
+    multiply = functools.partial(block_sparse_matmul, block_mask=mask, implementation=backend)
+    wanted = with_gradients(multiply, x, w, dy)
+    with jax.enable_x64(True):
+        found = with_gradients(multiply, x, w, dy)
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
 def compare(spec, masks, dtype, implementation, out_dtype=None):
     """Forward and both gradients against the definition; masks are of blocks, or of weights if ``spec`` has none."""
     x, w, dy = operands(spec, dtype)

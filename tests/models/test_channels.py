@@ -1,3 +1,4 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -131,10 +132,35 @@ def test_groups_are_those_of_the_papers(model, sizes):
 def test_statistics_are_not_gathered_in_evaluation():
     variables = Attends().init(jax.random.key(0), jnp.ones((1, 8, 8, 1)), train=True)
     arguments = (Attends(), variables["params"], variables["batch_stats"], [jnp.ones((4, 8, 8, 1))])
-    found = models.reestimate_batch_stats(*arguments, momentum=0.99, train=True)
+    found = models.reestimate_batch_stats(*arguments, train=True)
     assert float(jnp.abs(found["BatchNorm_0"]["mean"]).max()) > 0
     with pytest.raises(ValueError, match=r"gathered no statistics: call it as in training, .*train=True"):
         models.reestimate_batch_stats(*arguments, train=False)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9, 0.99, 0.9997])
+def test_batch_statistics_are_right_whatever_the_momentum(momentum):
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            frozen = nn.BatchNorm(use_running_average=True, name="frozen")(x)
+            return nn.BatchNorm(use_running_average=False, momentum=momentum, name="own")(x) + frozen
+
+    variables = Two().init(jax.random.key(0), jnp.ones((2, 1)))
+    batches = [jnp.array([[100.0], [300.0]]), jnp.array([[-1.0], [1.0]])]
+    found = models.reestimate_batch_stats(Two(), variables["params"], variables["batch_stats"], batches)
+    np.testing.assert_allclose(found["own"]["mean"], 100, rtol=1e-3)
+    np.testing.assert_allclose(found["own"]["var"], (1e4 + 1) / 2, rtol=1e-3)
+    assert found["frozen"]["var"] == 1  # as it was
+
+
+def test_slim_names_variables_that_are_not_there():
+    model = models.ResNetCIFAR(8, width=0.25)
+    variables = numpy_variables(model)
+    with pytest.raises(ValueError, match="batch_stats of this ResNetCIFAR must have block1_1/bn1/mean, "):
+        models.slim(model, variables["params"])
+    with pytest.raises(ValueError, match="params of this LeNet300100 must have fc1/kernel, "):
+        models.slim(models.LeNet300100(), variables["params"])
 
 
 def test_batch_statistics_are_the_mean_over_batches():

@@ -82,3 +82,13 @@ def test_errors(arguments, error):
     model = GPT(arguments.pop("vocab", VOCAB), 16, max_length=12)
     with pytest.raises(ValueError, match=error):
         generate(model, {}, **arguments)
+
+
+def test_tokens_that_are_a_constant_of_a_compiled_function():
+    model = GPT(VOCAB, 16, max_length=12)
+    params = model.init(jax.random.key(0), TOKENS[:, :3])["params"]
+    tokens, outside = jnp.asarray(TOKENS[:, :3]), jnp.asarray(TOKENS[:, :3] + VOCAB)
+    found = jax.jit(lambda params: generate(model, params, tokens, 5))(params)
+    np.testing.assert_array_equal(found, generate(model, params, tokens, 5))
+    with pytest.raises(ValueError, match="tokens must be from 0"):
+        jax.jit(lambda params: generate(model, params, outside, 5))(params)

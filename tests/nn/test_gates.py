@@ -28,5 +28,7 @@ def test_log_alpha_of_a_generator():
     y = HardConcreteGate().apply({}, x, jnp.full(8, -9.0))
     assert y.dtype == jnp.bfloat16
     np.testing.assert_array_equal(y, jnp.zeros_like(x))
+    with pytest.raises(ValueError, match=r"needs x \(batch, ..., channels\), got shape \(8,\)"):
+        HardConcreteGate().apply({}, x[0], jnp.ones(8))
     with pytest.raises(ValueError, match=r"needs log_alpha of shape \(8,\), got \(7,\)"):
         HardConcreteGate().apply({}, x, jnp.ones(7))

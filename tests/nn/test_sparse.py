@@ -35,6 +35,25 @@ def gradients(layer, params, masks, x, **how):
     return jax.jit(jax.grad(lambda p: jnp.sin(layer.apply({"params": p, "masks": masks}, x, **how)).sum()))(params)
 
 
+@pytest.mark.parametrize(
+    "options", [{"strides": 2}, {"padding": 1}, {"padding": (1, (0, 2)), "strides": (1, 2)}, {"padding": "VALID"}]
+)
+def test_windows_are_said_as_to_flax(options):
+    x = jax.random.normal(jax.random.key(0), (2, 8, 9, 3))
+    ours, theirs = SparseConv(4, (3, 3), **options), nn.Conv(4, (3, 3), **options)
+    variables = ours.init(jax.random.key(1), x)
+    np.testing.assert_array_equal(ours.apply(variables, x), theirs.apply(variables, x))
+
+
+def test_a_single_mask_is_true():
+    layer, x = SparseDense(4), jnp.ones((1, 3))
+    variables = layer.init(jax.random.key(0), x)
+    np.testing.assert_array_equal(layer.apply(variables, x, jnp.array(True)), layer.apply(variables, x))
+    for wrong in (jnp.array(False), jnp.array(1.0)):
+        with pytest.raises(ValueError, match="mask of kernel must be bool of its shape .*, or True where it is dense"):
+            layer.apply(variables, x, wrong)
+
+
 @pytest.mark.parametrize("block", [None, (4, 8)])
 def test_dense_layer_is_flax_with_masked_kernel(block):
     x = jax.random.normal(jax.random.key(0), (3, 5, 16))
@@ -95,7 +114,9 @@ def test_a_mask_that_does_not_fit_is_named():
     model = MLP(features=(8,), num_classes=2)
     x = jnp.ones((1, 4))
     params = model.init(jax.random.key(0), x)["params"]
-    with pytest.raises(ValueError, match=r"mask of fc1/kernel must be bool of its shape \(4, 8\), got bool of .*8, 4"):
+    with pytest.raises(
+        ValueError, match=r"mask of fc1/kernel must be bool of its shape \(4, 8\), .* got bool of .*8, 4"
+    ):
         model.apply({"params": params, "masks": {"fc1": {"kernel": jnp.ones((8, 4), bool)}}}, x)
     with pytest.raises(ValueError, match=r"blocks for each of its 2 layers"):
         MLP(features=(8,), blocks=(None,)).init(jax.random.key(0), x)

@@ -1,6 +1,7 @@
 """Read a checkpoint of Hugging Face's format as a models.GPT and its params."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxsparse.artifacts.encodings import finite_cast
 from jaxsparse.artifacts.files import DTYPES, ArtifactError, naming, safetensors_package
 from jaxsparse.artifacts.hugging_face.families import options_of
 from jaxsparse.artifacts.hugging_face.tensors import Names, Tensor, read_object, shapes_of, widest
@@ -79,7 +81,7 @@ def from_hf(
     with naming(folder, ArtifactError), contextlib.ExitStack() as stack:
         stored = _stored(folder, family.names, stack)
         if model.num_layers > len(stored):  # before anything is made for each of them
-            raise ValueError(f"config.json tells of {model.num_layers} blocks, but there are {len(stored)} tensors")
+            raise ValueError(f"config.json says {model.num_layers} blocks, but there are {len(stored)} tensors")
         with naming("config.json", ValueError):
             shapes = shapes_of(model)
         tensors = family.names.tensors(shapes, model.num_layers)
@@ -89,7 +91,9 @@ def from_hf(
         for tensor in tensors:
             file, name = stored[tensor.name]
             for path, leaf in tensor.split(file.get_tensor(name), shapes):
-                leaf = leaf if dtype is None else leaf.astype(dtype)
+                if dtype is not None:
+                    with naming(tensor.name, ValueError):
+                        leaf = finite_cast(leaf, functools.partial(leaf.astype, dtype))
                 block, _, rest = path.partition("/")
                 if scan and block.startswith("block_"):
                     empty = np.empty((model.num_layers, *leaf.shape), leaf.dtype)
@@ -106,7 +110,7 @@ def _stored(folder: Path, names: Names, stack: contextlib.ExitStack) -> dict[str
 
     def opened(name: str) -> Any:
         if not (folder / name).exists():
-            raise ValueError(f"{name} is missing, of which {index} tells")
+            raise ValueError(f"{name} is missing")
         try:
             return stack.enter_context(safetensors.safe_open(folder / name, "numpy"))
         except safetensors.SafetensorError as error:

@@ -51,7 +51,8 @@ def masked_matmul(
       precision: as for :func:`jax.numpy.matmul`.
       out_dtype: dtype of the result, one of the same; None: the one to which x and w promote. With bfloat16 operands
         and float32 here, the sums are not rounded, as with ``preferred_element_type`` of :func:`jax.lax.dot_general`;
-        gradients have the dtypes of x and w.
+        gradients have the dtypes of x and w. ("mosaic_gpu" multiplies 16 bits: it rounds the result's gradient to the
+        operands' dtype first, so with float16 keep it in range, as loss scaling does.)
       implementation: "xla" (a dense product with a masked copy), "mosaic_tpu", "mosaic_gpu" (Hopper), "interpret" (the
         TPU kernel in Pallas' interpreter, for tests); None: "mosaic_tpu" on TPUs, "xla" elsewhere.
 

@@ -193,7 +193,7 @@ def _matmul(name, visit, lists, a, b, transposed, shape, tile, dtype, interpret)
             compute_context=lambda run: pl.run_scoped(lambda total: sum_up(total, run), plgpu.ACC(part, jnp.float32)),
         )(a_ref, b_ref)
 
-    return plgpu.kernel(
+    kernel = plgpu.kernel(
         body,
         out_type=shape_like(a, shape, dtype),
         scratch_types=[plgpu.SMEM((warpgroups, *piece), dtype, transforms=_swizzled(dtype))],
@@ -206,7 +206,9 @@ def _matmul(name, visit, lists, a, b, transposed, shape, tile, dtype, interpret)
         kernel_name=f"block_sparse_matmul_{name}",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
-    )(*lists, a, b)
+    )
+    with jax.enable_x64(False):  # the indices of its loops are of 32 bits, as the lists are
+        return kernel(*lists, a, b)
 
 
 def _spec(operand, block, index, transposed):

@@ -21,7 +21,7 @@ def forward(x, w, mask, info: BlockInfo, config: Config, dtype):
     tk, tn = config.tile
 
     def block(i, j):
-        return dot(_columns(x, i, tk), jax.lax.dynamic_slice(w, (i * tk, j * tn), (tk, tn)), (1, 0), config)
+        return dot(_columns(x, i, tk), jax.lax.dynamic_slice(w, _at(i * tk, j * tn), (tk, tn)), (1, 0), config)
 
     return _sum_lines(block, info.by_column, x, w.shape[1], tn, dtype)
 
@@ -32,7 +32,7 @@ def backward_x(dy, w, mask, info: BlockInfo, config: Config, dtype):
     tk, tn = config.tile
 
     def block(j, i):
-        return dot(_columns(dy, j, tn), jax.lax.dynamic_slice(w, (i * tk, j * tn), (tk, tn)), (1, 1), config)
+        return dot(_columns(dy, j, tn), jax.lax.dynamic_slice(w, _at(i * tk, j * tn), (tk, tn)), (1, 1), config)
 
     return _sum_lines(block, info.by_row, dy, w.shape[0], tk, dtype)
 
@@ -49,7 +49,7 @@ def backward_w(x, dy, mask, info: BlockInfo, config: Config, dtype):
         def block(t, dw):
             i = blocks.position[t]
             product = dot(_columns(x, i, tk), dy_j, (0, 0), config).astype(dtype)
-            return jax.lax.dynamic_update_slice(dw, product, (i * tk, j * tn))
+            return jax.lax.dynamic_update_slice(dw, product, _at(i * tk, j * tn))
 
         return jax.lax.fori_loop(blocks.starts[j], blocks.starts[j + 1], block, dw)
 
@@ -65,8 +65,13 @@ def _zeros(shape, dtype, natural):
     return jnp.full(shape, jnp.minimum(natural, 0), dtype)
 
 
+def _at(*indices):
+    """Indices of one dtype, as slicing wants them: with JAX_ENABLE_X64 Python's ints would be of another than lists."""
+    return tuple(jnp.asarray(index, jnp.int32) for index in indices)
+
+
 def _columns(x, index, width):
-    return jax.lax.dynamic_slice(x, (0, index * width), (x.shape[0], width))
+    return jax.lax.dynamic_slice(x, _at(0, index * width), (x.shape[0], width))
 
 
 def _sum_lines(block, blocks, x, width, tile, dtype):
@@ -79,6 +84,6 @@ def _sum_lines(block, blocks, x, width, tile, dtype):
             lambda t, total: total + block(blocks.position[t], j),
             zeros_like(x, (x.shape[0], tile), jnp.float32),
         )
-        return jax.lax.dynamic_update_slice(out, total.astype(dtype), (0, j * tile))
+        return jax.lax.dynamic_update_slice(out, total.astype(dtype), _at(0, j * tile))
 
     return jax.lax.fori_loop(0, width // tile, line, _zeros((x.shape[0], width), dtype, blocks.count[0]))
