@@ -3,7 +3,7 @@
   python -m experiments.compare WORKDIR WORKDIR ...
 
 A folder with several runs in it, such as that of --seeds, stands for all of them. The last column is the difference
-from the test accuracy of the first run on the same data, in points.
+from the test accuracy of the first run on the same data, in points; of texts from its loss, in nats a token.
 """
 
 import argparse

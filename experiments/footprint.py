@@ -84,7 +84,7 @@ def _multiply_adds(program: Program, model: Any, params: Any) -> int:
 
 
 def _accuracy(program: Program, model: Any, params: Any) -> float:
-    """The share of the test images that a model without batch statistics tells right."""
+    """The share of the test images that a model without batch statistics classifies correctly."""
     task, split = program.task, program.layout.replicate(program.task.dataset.test)
 
     @jax.jit

@@ -56,12 +56,7 @@ def reproduce(
       known: runs to leave out, by the columns "run" and "seed".
     """
     done = set() if known is None else set(zip(known.run, known.seed, strict=True))
-    todo = [
-        (row, seed)
-        for row in table.rows
-        for seed in (range(row.seeds) if seeds is None else seeds)
-        if re.search(only, row.run) and (row.run, seed) not in done
-    ]
+    todo = [(row, seed) for row, seed in chosen(table, seeds, only) if (row.run, seed) not in done]
     todo.sort(key=lambda row_and_seed: row_and_seed[1])  # a whole table of few seeds comes before more seeds
     for i, (row, seed) in enumerate(todo):
         workdir = runs / row.run / f"seed_{seed}"
@@ -94,6 +89,28 @@ def read_config(row: Row) -> ConfigDict:
     return runpy.run_path(path)["get_config"](*[argument] if argument else []).lock()
 
 
+def chosen(table: PaperTable, seeds: Sequence[int] | None, only: str) -> list[tuple[Row, int]]:
+    """The rows of a table with their seeds, as for :func:`reproduce`."""
+    return [
+        (row, seed)
+        for row in table.rows
+        for seed in (range(row.seeds) if seeds is None else seeds)
+        if re.search(only, row.run)
+    ]
+
+
+def refuse_to_forget(file: Path, there: "pd.DataFrame", todo: Sequence[tuple[Row, int]]) -> None:
+    """Raises a ValueError if a file of results has runs that are neither in the folder of runs nor to be trained."""
+    if not file.exists():
+        return
+    recorded, found = (set(zip(frame.run, frame.seed, strict=True)) for frame in (read_outcomes(file), there))
+    if lost := sorted(recorded - found - {(row.run, seed) for row, seed in todo}):
+        raise ValueError(
+            f"{file} has {len(lost)} runs that would be left out of it, such as {lost[0][0]}, seed {lost[0][1]}: --add "
+            "keeps them, --results=DIR writes elsewhere"
+        )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     import pandas as pd
@@ -115,6 +132,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, default, what in (("--runs", "runs/reproduce", "runs"), ("--results", "results", "table")):
         parser.add_argument(name, type=as_path, default=Path(default), help=f"folder of the {what} (%(default)s)")
     args = parser.parse_args(argv)
+    try:
+        re.compile(args.only)
+    except re.error as error:
+        parser.error(f"--only: {error}")
     logging.set_verbosity(logging.WARNING)
     table, stopped = TABLES[args.table], None
     try:
@@ -123,6 +144,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         kept = args.results / f"{args.table}.json"
         known = read_outcomes(kept) if args.add else as_frame([])
         known = known[known.run.isin([row.run for row in table.rows])]
+        if not args.add:
+            refuse_to_forget(kept, outcomes(table, args.runs), chosen(table, seeds, args.only))
         try:
             reproduce(table, args.runs, args.data_dir, seeds, args.only, known)
         except Stopped as stop:

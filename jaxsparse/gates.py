@@ -65,6 +65,8 @@ class Penalty:
     def __post_init__(self):
         if self.counts not in _COUNTS:
             raise ValueError(f"counts must be one of {_COUNTS}, got {self.counts!r}")
+        if np.ndim(self.strength) == 1 and not isinstance(self.strength, Sequence):
+            object.__setattr__(self, "strength", tuple(self.strength))
         many = isinstance(self.strength, Sequence)
         if many and self.counts == "all":
             raise ValueError("counts='all' has one strength, not one for each group")
@@ -79,9 +81,15 @@ class Penalty:
         Raises:
           ValueError: for groups that the penalty cannot count.
         """
+        leaves = by_path(params)
+        for group in groups if self.counts == "all" else ():
+            if not any(which.path in leaves for which in group.removes):
+                raise ValueError(
+                    f"counts='all' counts what closed channels remove, and group {group.name!r} removes nothing: give "
+                    "it removes="
+                )
         if self.counts == "all" and not self.weight_decay:
             return []
-        leaves = by_path(params)
         found = [_kernel(group, leaves) for group in groups]
         if self.counts == "neighbours":
             for group, (path, axis, channels) in zip(groups, found, strict=True):
@@ -206,6 +214,8 @@ def dependent_logits(generator: Sequence[Any], direction: str = "forward") -> li
       Li and Ji, *Dep-L0*, 2021, section 3.2.
     """
     check_direction(direction)
+    if not len(generator):
+        raise ValueError("dependent_logits needs a layer for each group, got none")
     width = None
     for number, layer in enumerate(generator):
         kernel, bias = jnp.shape(layer["kernel"]), jnp.shape(layer["bias"])

@@ -25,7 +25,7 @@ from jaxsparse.layouts import Layout, LayoutLike, leaf_layouts, warn_of_guesses
 from jaxsparse.placement import copied, mask_like, sharding_of
 from jaxsparse.prunable import prunable_leaves
 from jaxsparse.selection import count_true, global_top_k_masks, random_scores, top_k_mask, top_k_masks
-from jaxsparse.structures import StructureLike, leaf_structures, unit_scores
+from jaxsparse.structures import StructureLike, leaf_structures, unit_scores, weight
 from jaxsparse.trees import align, as_array, by_path, is_masked_node, is_partial, leaf_paths, listed, path_name
 
 __all__ = [
@@ -176,7 +176,7 @@ def score_masks(
         raise ValueError(f"scope must be one of ['layer', 'global'], got {scope!r}")
     if scope == "global" and allocation != "uniform":
         raise ValueError(f"scope='global' ranks all layers together, which allocation={allocation!r} contradicts")
-    if per_output and (scope == "global" or structure != "weight"):
+    if per_output and (scope == "global" or structure not in ("weight", weight())):
         raise ValueError(
             f"per_output ranks single weights within a layer, got scope={scope!r} and structure={structure!r}"
         )

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 __all__ = [
@@ -119,6 +120,12 @@ def sigmoid_sparsity(
         raise ValueError(f"scale is a number of steps and must be above 0, got {scale}")
     if begin < 0:
         raise ValueError(f"begin is a step and must be at least 0, got {begin}")
+    ends = (np.array([0, steps], np.float32) - begin - translation * steps) / scale
+    if normalised and not np.tanh(ends[0] / 2) < np.tanh(ends[1] / 2):
+        raise ValueError(
+            f"a sigmoid around begin + translation * steps = step {begin + translation * steps:g} does not rise from "
+            f"step 0 to {steps}, so it cannot be normalised"
+        )
 
     def value(t):
         return jax.nn.sigmoid((t - begin - translation * steps) / scale)

@@ -163,3 +163,8 @@ def test_methods_call_their_schedules_with_an_int32_step():
         assert len(seen) > before
     assert set(seen) == {jnp.dtype("int32")}
     assert jaxsparse.asni_counts(lambda step: table[step], 100, 1, 3) == [70, 40, 11]  # floored, as published
+
+
+def test_a_sigmoid_that_does_not_rise_cannot_be_normalised():
+    with pytest.raises(ValueError, match="step 500000 does not rise from step 0 to 1000, so it cannot be normalised"):
+        jaxsparse.sigmoid_sparsity(0.9, 1000, 10, 500, normalised=True)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,7 +139,7 @@ def frame(runs: Sequence[Run]) -> "pd.DataFrame":
 def experiment(config: Mapping[str, Any]) -> str:
     """The configuration as text, without the seed, also where it stands in the name of a folder."""
     same = {key: value for key, value in config.items() if key not in NOT_COMPARED}
-    return json.dumps(same, sort_keys=True).replace(f"seed_{config.get('seed')}/", "seed/")
+    return re.sub(rf'seed_{config.get("seed")}(?=[/"])', "seed", json.dumps(same, sort_keys=True))
 
 
 def tested_on(config: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The page of a report from a local server, as it is now: for runs that go on."""
+"""The page of a report from a local server, as it is now: for runs in progress."""
 
 import http.server
 import threading

@@ -267,7 +267,7 @@ _ASNI = PaperTable(
     "LeNet-300-100 by the author's recipe: 50 epochs of all 60,000 train images, batches of 60, Adam, 1.2e-4 (dense: "
     "1.2e-3), pruned to 96.9% zeros. ASNI-II starts from two numbers a layer, on the masks and signs of ASNI-I; in "
     '"biases too" biases start from two numbers as well, and "original weights" are those that ASNI-I started from. '
-    "What stands for the paper are the means of the author's logs; they have none of ASNI-II with biases of 0.",
+    "The paper's column has the means of the author's logs, which have no run of ASNI-II with biases of 0.",
     "start",
     _asni(
         "LeNet-300-100",

@@ -55,6 +55,11 @@ class History(Tabular):
         """
         kind, _, path = name.partition("/")
         lines = self._having(kind)
+        by_layer = isinstance(lines[0][kind], Mapping)
+        if by_layer and not path:
+            raise KeyError(f"{name} was logged by layer, as {name}/{next(iter(lines[0][kind]), 'LAYER')}")
+        if path and not by_layer:
+            raise KeyError(f"{kind} was logged as one number, not by layer")
         if path:
             lines = [line for line in lines if path in line[kind]]
             if not lines:
@@ -76,6 +81,8 @@ class History(Tabular):
           KeyError: if it was never logged.
         """
         lines = self._having(name)
+        if not isinstance(lines[0][name], Mapping):
+            raise KeyError(f"{name} was logged as one number, not by layer")
         paths = sorted(dict.fromkeys(path for line in lines for path in line[name]), key=natural_order)
         values = {path: np.array([line[name].get(path, np.nan) for line in lines], float) for path in paths}
         return np.array([_epoch(line) for line in lines], float), values

@@ -72,7 +72,7 @@ def measure(
 ) -> Measured:
     """Measure density, density of the layers, flips, and the fraction of params and multiply-adds that remains.
 
-    It asks the optimizer state alone, so a training loop needs not know its method. Runs inside jit too.
+    It asks the optimizer state alone, so a training loop need not know its method. Runs inside jit too.
 
     Args:
       opt_state: any optimizer state, with sparse links in it or without.
@@ -127,7 +127,7 @@ def _shares(
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
     kept = expected_counts(groups, shapes, open_channels)
     sizes = {path: math.prod(shape) for path, shape in shapes.items()}
-    return sum(kept.values()) / sum(sizes.values()), _multiply_adds(kept, sizes, positions)
+    return sum(kept.values()) / float(sum(sizes.values())), _multiply_adds(kept, sizes, positions)
 
 
 def _multiply_adds(
@@ -136,7 +136,8 @@ def _multiply_adds(
     """The fraction of the multiply-adds that is left, by its name; nothing without positions."""
     if not positions:
         return {}
-    adds, all_adds = (sum(n * of[path] for path, n in positions.items()) for of in (kept, sizes))
+    # In floats: JAX takes no int above 2**31, and ResNet-50 has twice as many multiply-adds.
+    adds, all_adds = (sum(float(n) * of[path] for path, n in positions.items()) for of in (kept, sizes))
     return {"multiply_adds": jnp.asarray(adds / all_adds, jnp.float32)}
 
 

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxsparse.allocation import check_total
 from jaxsparse.layouts import LayoutLike
 from jaxsparse.structures import StructureLike, check_structure
-from jaxsparse.transforms.checks import check_range, check_steps, whole_steps
+from jaxsparse.transforms.checks import check_schedule, check_steps, whole_steps
 from jaxsparse.transforms.mask_link import MaskState, dense_start, every, mask_link
 from jaxsparse.transforms.prune import prune_globally
 from jaxsparse.transforms.scoring import scoring
@@ -60,9 +60,9 @@ def asni(
     it was trained, and E epochs end at :math:`s_{(E-1)n}`, as in the author's tables.
 
     Args:
-      sparsity: step (an int32) -> fraction of zeros, such as :func:`jaxsparse.sigmoid_sparsity`; values are clipped to
-        [0, 1]. A number is the fraction to reach at the next pruning: a constant one prunes once, at step n; one that
-        ``optax.inject_hyperparams`` hands in anew on every step is a schedule.
+      sparsity: step (an int32) -> fraction of zeros, such as :func:`jaxsparse.sigmoid_sparsity`; later values are
+        clipped to [0, 1]. A number is the fraction to reach at the next pruning: a constant one prunes once, at step n;
+        one that ``optax.inject_hyperparams`` hands in anew on every step is a schedule.
       update_every: n, steps between prunings, int >= 1; the author has one epoch.
       score: what weights rank by, as for :func:`jaxsparse.magnitude_pruning`.
       at_least: the fewest weights (or units) that any leaf keeps; all, if it has fewer. 0, as published: nothing stops
@@ -100,8 +100,7 @@ def asni(
     References:
       Damadi, Nouri and Pirsiavash, `Amenable Sparse Network Investigator <https://arxiv.org/abs/2202.09284>`_, 2022.
     """
-    if not callable(sparsity):
-        check_range("sparsity", sparsity, 0, 1)
+    check_schedule("sparsity", sparsity)
     check_steps("at_least", at_least, 0)
     update_every = whole_steps("update_every", update_every, 1)
     check_structure(structure)

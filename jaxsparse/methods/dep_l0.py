@@ -62,7 +62,8 @@ def dep_l0(
       A gradient transformation with the state :class:`DepL0State`. Its ``update`` needs the params.
 
     Raises:
-      ValueError: for an unknown direction, numbers out of range, and, by ``init``, groups that do not fit the params.
+      ValueError: for an unknown direction, numbers out of range, and, by ``init``, groups that do not fit the params,
+        and ``optax.MultiSteps`` or ``apply_if_finite`` around ``inner`` alone, which the gates would not heed.
 
     Examples:
       >>> import jax.numpy as jnp, optax, jaxsparse

@@ -61,8 +61,9 @@ def iterative_hard_thresholding(
       leaves. It starts with all weights. Its ``update`` needs the params.
 
     Raises:
-      ValueError: for numbers out of range, a schedule that leaves [0, 1] in the first 10,000 steps, unknown options, a
-        structure that does not fit a leaf and says "error" to that, params with a replica axis, missing params.
+      ValueError: for numbers out of range, a schedule that is not in [0, 1] on one of the steps 0, 1, 10, ..., 10,000,
+        unknown options, a structure that does not fit a leaf and says "error" to that, params with a replica axis,
+        missing params.
 
     Examples:
       >>> import jax.numpy as jnp, optax, jaxsparse

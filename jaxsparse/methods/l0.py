@@ -8,6 +8,7 @@ Louizos, Welling and Kingma, *Learning Sparse Neural Networks through L0 Regular
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -74,7 +75,8 @@ def l0(
       A gradient transformation with the state :class:`L0State`. Its ``update`` needs the params.
 
     Raises:
-      ValueError: for numbers out of range, and, by ``init``, for groups that do not fit the params.
+      ValueError: for numbers out of range, and, by ``init``, for groups that do not fit the params, and for
+        ``optax.MultiSteps`` or ``apply_if_finite`` around ``inner`` alone, which the gates would not heed.
 
     Examples:
       >>> import jax.numpy as jnp, optax, jaxsparse
@@ -98,6 +100,8 @@ def l0(
     groups = group_tuple(groups)
     if clamp is not None and not clamp[0] < clamp[1]:
         raise ValueError(f"clamp must be bounds (low, high) of log_alpha, got {clamp}")
+    if np.ndim(log_alpha) == 1 and not isinstance(log_alpha, Sequence):
+        log_alpha = tuple(log_alpha)  # type: ignore[arg-type]  # an array
     starts = tuple(log_alpha) if isinstance(log_alpha, Sequence) else (log_alpha,) * len(groups)
     if len(starts) != len(groups):
         raise ValueError(f"log_alpha is one number, or one for each of the {len(groups)} groups, got {len(starts)}")

@@ -151,7 +151,7 @@ def magnitude_pruning(
         # In double precision, for float32 cannot tell all the weights of a large network.
         with jax.enable_x64(True):
             if callable(sparsity):
-                zeros = jnp.asarray(sparsity(state.count), jnp.float64)
+                zeros = jnp.nan_to_num(jnp.asarray(sparsity(state.count), jnp.float64), nan=0.0)  # prunes nothing
             else:
                 start, zeros = (jnp.asarray(value, jnp.float64) for value in (initial, sparsity))
                 if schedule != "constant":

@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from jaxsparse.layouts import LayoutLike
+from jaxsparse.layouts import LayoutLike, leaf_layouts
 from jaxsparse.placement import copied, zeros
 from jaxsparse.prunable import prunable_leaves
 from jaxsparse.structures import Structure, StructureLike, check_structure, leaf_structures
 from jaxsparse.transforms.checks import check_range, check_zeros, refuse_replicated, require_params
 from jaxsparse.transforms.rounding import check_state_dtype, rounded
 from jaxsparse.transforms.velocity import at_step, check_schedule, check_time
-from jaxsparse.trees import by_path, is_masked_node
+from jaxsparse.trees import by_path, is_masked_node, leaf_paths
 
 __all__ = ["ReweightedL1State", "reweighted_l1"]
 
@@ -42,6 +42,11 @@ class ReweightedL1State(NamedTuple):
     pre_prox: Any
     threshold: Any
     magnitude: Any
+
+    @property
+    def shrinks_every_step(self) -> bool:
+        """True: an optimizer that steps less often must not stand before the link."""
+        return True
 
     def sparse_masks(self) -> Any:
         """The masks ``|y| > b``, computed from the state rather than stored in it. NaN is not pruned."""
@@ -77,7 +82,8 @@ def reweighted_l1(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Find how few weights are needed, by a reweighted l1 penalty behind any optimizer (Siegel et al., 2020).
 
-    A link: last in the chain. It is the proximal step of training with compressed sensing.
+    A link: last in the chain. It is the proximal step of training with compressed sensing. ``optax.MultiSteps`` goes
+    around the whole chain: the step shrinks the weights whenever it is called.
 
     It takes any update u that the optimizer proposes, already scaled by the step size s, and lands on the
     soft-thresholded weights. For each leaf, from the params x that come in:
@@ -89,7 +95,8 @@ def reweighted_l1(
        y &\leftarrow a y + (1 - a) x + u                   && (4) \\
        x &\leftarrow \mathrm{sign}(y) \max(|y| - b, 0)     && (5)
 
-    where a is ``averaging``, :math:`\tau` ``weight_time``, M ``max_factor`` and :math:`\lambda` ``l1``. A weight as
+    where the maximum is that of the layer, also in a stack of layers, a is ``averaging``, :math:`\tau`
+    ``weight_time``, M ``max_factor`` and :math:`\lambda` ``l1``. A weight as
     large as its layer's largest is shrunk by l1 and one at zero by M * l1, as by the penalty
 
     .. math:: \lambda \frac{m M}{M - 1} \sum_j \log\left(1 + (M - 1) |x_j| / m\right), \quad m = \max r
@@ -191,16 +198,18 @@ def reweighted_l1(
         require_params(params, "reweighted_l1")
         s, a, strength = (at_step(value, state.count) for value in (step_size, averaging, l1))
         fading = s / weight_time
+        layouts = leaf_layouts(params, layout)
         scalars = jnp.exp(-fading), jnp.expm1(-fading), a, 1 - a, strength * s
 
-        def step(number, u, x, y, threshold, r):
+        def step(number, name, u, x, y, threshold, r):
             group = tuple(i for i, (size, full) in enumerate(zip(r.shape, x.shape, strict=True)) if size != full)
             size = _mean(jnp.abs(x), group) if group else jnp.abs(x)
             kept, lost, old, rest, pull = (scalar.astype(x.dtype) for scalar in scalars)
             stored = threshold.dtype
             threshold, r = threshold.astype(x.dtype), r.astype(x.dtype)
             r = kept * r - lost * size  # (1)
-            largest = jnp.max(r)
+            stack: tuple = layouts[name].stack  # type: ignore[assignment]
+            largest = jnp.max(r, axis=[i for i in range(r.ndim) if i not in stack], keepdims=True)  # of each layer
             # (2), all multiplied by max r: one division, and 0 / 0 where the average is zero.
             w = max_factor * largest / jnp.where(largest > 0, largest + (max_factor - 1) * r, 1)
             w = jnp.where((largest == 0) & (max_factor == 1), 1, w)  # plain l1 has no weights to lack
@@ -218,8 +227,8 @@ def reweighted_l1(
         stepped = [
             (u if u is None else jnp.asarray(u, jnp.result_type(x)), y, threshold, r)
             if is_masked_node(y) or not x.size
-            else step(number, 0 if u is None else u, x, y, threshold, r)
-            for number, (x, u, y, threshold, r) in enumerate(zip(leaves, *flat, strict=True))
+            else step(number, name, 0 if u is None else u, x, y, threshold, r)
+            for number, (name, x, u, y, threshold, r) in enumerate(zip(leaf_paths(params), leaves, *flat, strict=True))
         ]
         updates, *trees = (treedef.unflatten([leaf[i] for leaf in stepped]) for i in range(4))
         return updates, ReweightedL1State(optax.safe_increment(state.count), *trees)

@@ -5,6 +5,7 @@ Kusupati et al., *Soft Threshold Weight Reparameterization for Learnable Sparsit
 (https://github.com/RAIVNLab/STR).
 """
 
+import warnings
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from jaxsparse.prunable import prunable_leaves
 from jaxsparse.transforms.checks import check_precision
 from jaxsparse.transforms.latent import LatentState, as_optimizer, latent
 from jaxsparse.transforms.protocols import link_states
-from jaxsparse.trees import by_path, is_masked_node
+from jaxsparse.trees import by_path, is_masked_node, listed
 
 __all__ = ["SoftThresholdState", "Thresholds", "soft_threshold"]
 
@@ -80,6 +81,8 @@ def soft_threshold(
     .. math::
        g_w &= G \, [|w| > \sigma(s)] \\
        g_s &= -\sigma'(s) \sum G \, \mathrm{sign}(w) \, [|w| > \sigma(s)]
+
+    A weight of exactly 0 is above no threshold and gets no gradient: leave matrices out that start at 0.
 
     **Weight decay sets the sparsity.** There is no budget. Where s is far below 0, :math:`\sigma'(s)` vanishes and only
     the decay :math:`\lambda` moves it, towards 0: after learning rates :math:`\eta_t` with momentum :math:`\mu` it is
@@ -158,6 +161,16 @@ def soft_threshold(
         if scope == "channel":
             warn_of_guesses(
                 {path: layouts[path] for path in by_path(state.weights)}, f"{who} with a threshold a channel"
+            )
+
+        arrays = {path: w for path, w in by_path(state.weights).items() if not isinstance(w, jax.core.Tracer)}
+        live = jax.device_get({path: jnp.any(w != 0) for path, w in arrays.items() if w.size})
+        if still := [path for path, any_live in live.items() if not any_live]:
+            warnings.warn(
+                f"{who}: {listed(still)} is zero, below every threshold, so no gradient reaches it: leave it out, "
+                "prunable=jaxsparse.all_but(...)",
+                UserWarning,
+                stacklevel=3,
             )
 
         def first(path, w):

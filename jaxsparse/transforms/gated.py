@@ -16,6 +16,7 @@ from jaxsparse.masks import as_key
 from jaxsparse.placement import mask_like, placed_like, varying_like
 from jaxsparse.transforms.checks import check_steps, check_zeros
 from jaxsparse.transforms.latent import as_optimizer, latent, not_finite
+from jaxsparse.transforms.renewal import has_state
 from jaxsparse.trees import by_path, is_masked_node, leaf_paths, path_name
 
 __all__ = ["GatedState", "gated", "group_tuple"]
@@ -133,6 +134,8 @@ def gated(
     logits_of = generate or (lambda log_alpha: log_alpha)
     check_steps("freeze_gates_at", freeze_gates_at, 0)
     names = [getattr(group, "name", None) for group in groups]
+    if not isinstance(penalty, Penalty):
+        raise ValueError(f"{who}: penalty is made by jaxsparse.Penalty, got {penalty!r}")
     if isinstance(penalty.strength, Sequence) and len(penalty.strength) != len(groups):
         raise ValueError(f"the penalty has {len(penalty.strength)} strengths for {len(groups)} groups")
 
@@ -159,6 +162,12 @@ def gated(
         sizes = (1,) * len(groups) if empty else group_sizes(groups, params)
         if not empty:
             penalty.kernels(groups, params)  # raises if it does not fit
+        for kind, wrapper in ((optax.MultiStepsState, "MultiSteps"), (optax.ApplyIfFiniteState, "apply_if_finite")):
+            if has_state(state.inner_state, kind) and not has_state(gate_optimizer.init(()), kind):
+                raise ValueError(
+                    f"{who}: optax.{wrapper} around inner leaves out the gates, which move on every step: put it "
+                    f"around {who}(...), or around gate_optimizer too"
+                )
         draw, gate_key = jax.random.split(as_key(key))
         gate_params = varying_like(init_gates(sizes, gate_key), params)
         logits = logits_of(gate_params)
@@ -186,7 +195,8 @@ def gated(
         def of_gate(which, size):
             w, grad = behind[which.path], found[which.path]
             grad = jnp.zeros_like(w) if grad is None else grad
-            by_gate = functools.reduce(times, [grad.astype(jnp.float32), w, *others[which.path].pop(0)])
+            grad = grad.astype(jnp.promote_types(grad.dtype, jnp.float32))
+            by_gate = functools.reduce(times, [grad, w, *others[which.path].pop(0)])
             return of_channels(by_gate, which, size)
 
         sizes = [state.log_alpha[name].size for name in names]

@@ -160,7 +160,7 @@ def prune_to(
 
     Args:
       layers: as for :func:`prune_globally`.
-      sparsity: the fraction of zeros, or a schedule of it; clipped to [0, 1].
+      sparsity: the fraction of zeros, or a schedule of it; clipped to [0, 1], NaN prunes nothing.
       step: int32, for a schedule, which is read in double precision.
       scope: "global" or "layer": whether :func:`prune_globally` prunes or :func:`prune_layers`.
       at_least: the fewest units that any layer keeps; all, if it has fewer.
@@ -170,7 +170,7 @@ def prune_to(
       The new masks, and how many weights they keep, int32.
     """
     with jax.enable_x64(True):
-        zeros = jnp.asarray(sparsity(step) if callable(sparsity) else sparsity, jnp.float64)
+        zeros = jnp.nan_to_num(jnp.asarray(sparsity(step) if callable(sparsity) else sparsity, jnp.float64), nan=0.0)
         of_layers, of_all = counts_at(layers, jnp.clip(zeros, 0, 1))
     if scope == "global":
         return prune_globally(layers, of_all, at_least=at_least, revive=revive)

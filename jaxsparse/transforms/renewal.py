@@ -177,18 +177,29 @@ class Restarting(NamedTuple):
         return updates
 
 
+def has_state(states: Any, kind: type) -> bool:
+    """Whether there is a state of a kind in optimizer states."""
+    nodes = jax.tree.leaves(states, is_leaf=lambda node: isinstance(node, kind))
+    return any(isinstance(node, kind) for node in nodes)
+
+
 def refuse_mini_steps(link: Any, before: Any) -> None:
-    """Raises a ValueError for a bias correction behind an optimizer that does not step whenever the link does."""
+    """Raises a ValueError for what must not stand behind an optimizer that does not step whenever the link does."""
     renewal = getattr(link, "renewal", ())
-    if not isinstance(renewal, Renewal) or isinstance(renewal.changed_at, tuple):
+    by_age = isinstance(renewal, Renewal) and not isinstance(renewal.changed_at, tuple)
+    shrinks = getattr(link, "shrinks_every_step", False)
+    if not (by_age or shrinks) or not has_state(before, optax.MultiStepsState):
         return
-    kinds = jax.tree.leaves(before, is_leaf=lambda node: isinstance(node, optax.MultiStepsState))
-    if any(isinstance(node, optax.MultiStepsState) for node in kinds):
+    if shrinks:
         raise ValueError(
-            f"{link.method}: bias_correction counts the age of a weight in steps of the link, but optax.MultiSteps in "
-            "front of it takes a step on some of them only: leave bias_correction out, or accumulate gradients outside "
-            "the chain"
+            "reweighted_l1 shrinks weights on every step, but optax.MultiSteps in front of it takes a step on some of "
+            "them only, which multiplies the penalty: put optax.MultiSteps around the whole chain"
         )
+    raise ValueError(
+        f"{link.method}: bias_correction counts the age of a weight in steps of the link, but optax.MultiSteps in "
+        "front of it takes a step on some of them only: leave bias_correction out, or accumulate gradients outside "
+        "the chain"
+    )
 
 
 def restarted(states: Any, params: Any) -> Any:
@@ -358,7 +369,8 @@ def _map_averages(function: Callable[[Any], Any], states: Any) -> Any:
     def of_state(node):
         if not has_averages(node):
             return node
-        fields = [name for name in (*averages, "count", "count_m2") if name in node._fields]
+        counts = () if getattr(node, "counts_for_schedule", False) else ("count", "count_m2")
+        fields = [name for name in (*averages, *counts) if name in node._fields]
         return node._replace(**{name: jax.tree.map(function, getattr(node, name)) for name in fields})
 
     return jax.tree.map(of_state, states, is_leaf=has_averages)

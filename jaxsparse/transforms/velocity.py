@@ -24,6 +24,11 @@ class VelocityState(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # the name that Optax gives it
     ema: Any
 
+    @property
+    def counts_for_schedule(self) -> bool:
+        """True: the count is no age of the average, which begins anew with it."""
+        return True
+
 
 def velocity(
     step_size: ArrayLike | optax.Schedule, momentum_time: ArrayLike = 9.5
@@ -72,11 +77,14 @@ def velocity(
             return scalar.astype(dtype) * x.astype(dtype)
 
         def average(v, g):
-            return (times(jnp.exp(-fading), v) - times(jnp.expm1(-fading), g)).astype(v.dtype)
+            return v if g is None else (times(jnp.exp(-fading), v) - times(jnp.expm1(-fading), g)).astype(v.dtype)
 
-        v = jax.tree.map(average, state.ema, updates)
-        updates = jax.tree.map(lambda v: times(-s, v).astype(v.dtype), v)
-        return updates, VelocityState(optax.safe_increment(state.count), v)
+        treedef = jax.tree.structure(state.ema)
+        grads = treedef.flatten_up_to(updates)
+        averages = [average(v, g) for v, g in zip(jax.tree.leaves(state.ema), grads, strict=True)]
+        moves = [None if g is None else times(-s, v).astype(v.dtype) for v, g in zip(averages, grads, strict=True)]
+        new_state = VelocityState(optax.safe_increment(state.count), treedef.unflatten(averages))
+        return treedef.unflatten(moves), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -88,6 +96,10 @@ def at_step(value: ArrayLike | optax.Schedule, count: jax.Array) -> jax.Array:
 
 def check_schedule(name: str, value: Any, low: float, high: float | None = None) -> None:
     """Raise a ValueError for a number out of range, or a schedule whose first value is."""
+    fields = getattr(value, "_fields", ())
+    if value is None or fields:
+        hint = f": it has {' and '.join(fields)}, hand over one of them" if fields else ""
+        raise ValueError(f"{name} must be a number or a schedule, got {type(value).__name__}{hint}")
     if callable(value):
         check_range(f"{name}(0)", value(np.int32(0)), low, high)
     else:

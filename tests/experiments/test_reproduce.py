@@ -164,6 +164,20 @@ def test_add_keeps_what_the_results_have(tmp_path, monkeypatch):
     assert "| digits | 10 | 20.00 ± 1.000 | 21.00 ± 1.000 | 0, 7 |" in (tmp_path / "small.md").read_text()
 
 
+def test_results_are_not_forgotten(tmp_path, monkeypatch):
+    monkeypatch.setitem(TABLES, "small", TABLE)
+    monkeypatch.setattr(reproduce, "train", lambda config, workdir: None)
+    known = json.dumps({"digits/10": {"0": {"test_error": 20.0, "kept": 10.0}}})
+    (tmp_path / "small.json").write_text(known)
+    arguments = ["small", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    with pytest.raises(SystemExit, match=r"small.json has 1 runs that would be left out of it, .* digits/10, seed 0"):
+        reproduce.main([*arguments, "--only", "digits/20"])
+    assert (tmp_path / "small.json").read_text() == known
+    reproduce.main(arguments)  # all of them are trained anew
+    with pytest.raises(SystemExit):
+        reproduce.main([*arguments, "--only", "["])
+
+
 @pytest.mark.slow
 def test_rows_that_start_from_the_masks_of_others_wait_for_them(tmp_path, capsys):
     config = str(ROOT / "configs/stages/asni.py")

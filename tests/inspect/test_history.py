@@ -83,3 +83,12 @@ def test_the_table_has_the_evaluated_lines_or_some_of_all():
     assert len(table.rows) == 12
     assert [table.rows[0][0], table.rows[-1][0]] == ["1", "39"]
     assert str(History(())).splitlines() == ["epoch  step", "-----  ----"]
+
+
+def test_numbers_and_layers_are_told_apart():
+    history = History(tuple(LINES))
+    with pytest.raises(KeyError, match="layer_density was logged by layer, as layer_density/fc10"):
+        history.series("layer_density")
+    for ask in (lambda: history.series("train_loss/fc2"), lambda: history.layers("train_loss")):
+        with pytest.raises(KeyError, match="train_loss was logged as one number, not by layer"):
+            ask()

@@ -76,3 +76,12 @@ def test_what_cannot_be_counted_is_an_error():
         inspect.measure(gated([0.0] * 4), PARAMS)
     with pytest.raises(ValueError, match="positions names fc3/kernel, which the params do not have"):
         inspect.measure(gated([0.0] * 4), PARAMS, {"fc3/kernel": 1}, groups=[GROUP])
+
+
+def test_more_multiply_adds_than_int32_counts():
+    positions = {path: 10**9 for path in POSITIONS}
+    masks = {"fc1": {"kernel": jnp.arange(20).reshape(5, 4) < 5}, "fc2": {"kernel": True, "bias": True}}
+    states = [optax.chain(optax.sgd(0.1), jaxsparse.mask_updates(masks)).init(PARAMS), gated([5.0, 5.0, -9.0, -9.0])]
+    for opt_state, expected in zip(states, ((5 + 12) / 32, 0.5), strict=True):
+        found = jax.jit(lambda state: inspect.measure(state, PARAMS, positions, groups=[GROUP]))(opt_state)
+        assert float(found.remaining["multiply_adds"]) == pytest.approx(expected)

@@ -153,3 +153,13 @@ def test_bad_options_are_named():
     tx = optax.chain(optax.sgd(0.1, momentum=0.9), jaxsparse.ac_dc(0.9, [10]))
     with pytest.warns(UserWarning, match="ac_dc is in no jaxsparse.chain"):
         jax.eval_shape(tx.update, params, jax.eval_shape(tx.init, params), params)
+
+
+def test_the_schedule_of_velocity_goes_on_while_its_average_begins_anew():
+    params = {"w": jnp.ones((4, 4))}
+    tx = jaxsparse.chain(jaxsparse.velocity(0.1), jaxsparse.ac_dc(0.5, compress_at=[1, 5], decompress_at=[3]))
+    opt_state = tx.init(params)
+    for _ in range(6):
+        updates, opt_state = tx.update(params, opt_state, params)
+        params = optax.apply_updates(params, updates)
+    assert int(opt_state[0].count) == 6

@@ -143,11 +143,20 @@ def test_small_shares_are_skipped_and_not_made_up_for():
     assert run(exact, params, 101)[2][1::33] == [9_995, 9_830, 9_665, 9_500]
 
 
-@pytest.mark.parametrize("schedule", [lambda t: 1.1 - 0.2 * t, lambda t: 2.0 * t - 3, 1.0, 0.0])
+@pytest.mark.parametrize(
+    "schedule",
+    [lambda t: jnp.clip(1.1 - 0.2 * t, 0, 1), lambda t: jnp.where(t % 5 == 3, 2.0 * t - 3, 0.5), 1.0, 0.0],
+)
 def test_odd_schedules_never_bring_weights_back_nor_fail(schedule):
     _, opt_state, counts = run(jaxsparse.asni(schedule, 1), {"w": jnp.arange(1.0, 101.0).reshape(10, 10)}, 5)
     assert counts == sorted(counts, reverse=True)
     jaxsparse.check(opt_state)
+
+
+@pytest.mark.parametrize("schedule", [lambda t: 90.0, lambda t: jnp.nan, lambda t: -0.1, 90.0])
+def test_schedules_that_are_no_fractions_are_an_error(schedule):
+    with pytest.raises(ValueError, match=r"sparsity( of step 0)? must be at least 0 and at most 1, got "):
+        jaxsparse.asni(schedule, 1)
 
 
 def test_weights_that_are_zero_already_go_first():

@@ -141,3 +141,16 @@ def test_bad_options_are_named():
     ):
         with pytest.raises(ValueError, match=words):
             jaxsparse.iterative_hard_thresholding(**{"sparsity": 0.9, **options})
+
+
+@pytest.mark.parametrize("method", [jaxsparse.iterative_hard_thresholding, jaxsparse.magnitude_pruning])
+def test_a_schedule_that_is_nan_on_a_step_prunes_nothing_there(method):
+    params = {"w": jnp.arange(1.0, 9.0).reshape(2, 4)}
+    options = {"every": 1} if method is jaxsparse.magnitude_pruning else {}
+    tx = optax.chain(optax.sgd(0.0), method(lambda step: jnp.where(step == 3, jnp.nan, 0.5), **options))
+    opt_state = tx.init(params)
+    for _ in range(4):
+        updates, opt_state = tx.update(params, opt_state, params)
+        params = optax.apply_updates(params, updates)
+    kept = jaxsparse.get_masks(opt_state)["w"]
+    assert int(kept.sum()) == (8 if method is jaxsparse.iterative_hard_thresholding else 4)

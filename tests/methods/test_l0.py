@@ -483,3 +483,30 @@ def test_the_penalty_counts_the_weights_of_each_channel_of_a_wide_group():
     assert float(decayed) == pytest.approx(0.25 * float(wanted + 5 * chances[1].sum()), rel=1e-6)
     with pytest.raises(ValueError, match="group 'heads' is not all of the 8 outputs of qkv: take counts='all'"):
         Penalty(1.0, "neighbours").value(groups[:1], params, logits[:1])
+
+
+def test_wrappers_of_the_weights_alone_are_refused():
+    params = {"fc1": {"kernel": jnp.ones((5, 4))}, "fc2": {"kernel": jnp.ones((4, 3))}}
+    group = Group("hidden", {"fc2/kernel": 0}, {"fc1/kernel": -1, "fc2/kernel": 0})
+    for wrap in (lambda tx: optax.MultiSteps(tx, 4), lambda tx: optax.apply_if_finite(tx, 5)):
+        with pytest.raises(ValueError, match=r"l0: optax.* around inner leaves out the gates, .* around l0\(\.\.\.\)"):
+            jaxsparse.l0(wrap(optax.sgd(0.1)), [group], penalty=1e-3).init(params)
+        jaxsparse.l0(wrap(optax.sgd(0.1)), [group], penalty=1e-3, gate_optimizer=wrap(optax.adam(1e-3))).init(params)
+
+
+def test_penalties_that_count_nothing_are_an_error():
+    params = {"fc1": {"kernel": jnp.ones((5, 4))}, "fc2": {"kernel": jnp.ones((4, 3))}}
+    group = Group("hidden", {"fc2/kernel": 0})
+    with pytest.raises(ValueError, match="counts='all' .* group 'hidden' removes nothing: give it removes="):
+        jaxsparse.l0(optax.sgd(0.1), [group], penalty=Penalty(1.0, "all")).init(params)
+    with pytest.raises(ValueError, match="needs a layer for each group, got none"):
+        jaxsparse.dependent_logits([])
+
+
+def test_one_number_a_group_may_be_an_array():
+    assert Penalty(jnp.array([1.0, 2.0])).strength == (1.0, 2.0)
+    params = {"fc1": {"kernel": jnp.ones((5, 4))}, "fc2": {"kernel": jnp.ones((4, 4))}}
+    groups = [Group(f"hidden{i}", {f"fc{i}/kernel": -1}, {f"fc{i}/kernel": -1}) for i in (1, 2)]
+    tx = jaxsparse.l0(optax.sgd(0.1), groups, penalty=1e-3, log_alpha=np.array([2.0, -2.0]))
+    logits = jaxsparse.get_log_alpha(tx.init(params))
+    assert float(logits["hidden1"].min()) > 1 > -1 > float(logits["hidden2"].max())

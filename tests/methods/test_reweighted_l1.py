@@ -450,3 +450,48 @@ def test_a_gradient_of_nan_shows_in_the_weights():
     assert bool(jnp.isnan(params["kernel"]).all())
     with pytest.raises(jaxsparse.SparsityError, match="reweighted_l1: kernel has weights that are not finite"):
         jaxsparse.check(opt_state, params)
+
+
+def test_every_layer_of_a_stack_has_its_own_maximum():
+    layers = jnp.arange(1.0, 13.0).reshape(2, 2, 3) * jnp.array([1.0, 0.01]).reshape(2, 1, 1)
+    apart, together = {"a": layers[0], "b": layers[1]}, {"layers": {"kernel": layers}}
+    layout = {"layers/kernel": jaxsparse.Layout(1, 2, stack=0)}
+
+    def thresholds(params, **options):
+        tx = jaxsparse.reweighted_l1(0.1, l1=1e-3, **options)
+        return tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)[1].threshold
+
+    found, expected = thresholds(together, layout=layout), thresholds(apart)
+    np.testing.assert_array_equal(found["layers"]["kernel"], jnp.stack([expected["a"], expected["b"]]))
+
+
+def test_mini_steps_go_around_the_whole_chain():
+    params = {"w": jnp.ones((2, 2))}
+    inside = jaxsparse.chain(optax.MultiSteps(optax.sgd(0.1), 4), jaxsparse.reweighted_l1(0.1, l1=1e-3))
+    with pytest.raises(ValueError, match=r"multiplies the penalty: put optax\.MultiSteps around the whole chain"):
+        inside.init(params)
+    around = optax.MultiSteps(jaxsparse.chain(optax.sgd(0.1), jaxsparse.reweighted_l1(0.1, l1=1e-2)), 4)
+    opt_state, once = around.init(params), params
+    for _ in range(4):
+        updates, opt_state = around.update(jax.tree.map(jnp.zeros_like, params), opt_state, once)
+        once = optax.apply_updates(once, updates)
+    np.testing.assert_allclose(once["w"], 1 - 1e-3, rtol=1e-6)
+
+
+def test_what_is_no_schedule_is_an_error():
+    pair = jaxsparse.rda_cosine(1.0, 100)
+    with pytest.raises(ValueError, match="step_size must be a number or a schedule, .* has step_size and averaging"):
+        jaxsparse.reweighted_l1(pair, l1=1e-3)
+    with pytest.raises(ValueError, match="step_size must be a number or a schedule, got RDASchedules"):
+        jaxsparse.velocity(pair)
+    with pytest.raises(ValueError, match="l1 must be a number or a schedule, got NoneType"):
+        jaxsparse.reweighted_l1(1.0, l1=None)
+
+
+def test_a_leaf_without_a_gradient_stays():
+    params = {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2))}
+    tx = jaxsparse.rda(1.0, l1=0.0)
+    updates, _ = tx.update({"a": jnp.ones((2, 2)), "b": None}, tx.init(params), params)
+    moved = optax.apply_updates(params, updates)
+    assert float(moved["a"][0, 0]) < 1
+    np.testing.assert_array_equal(moved["b"], params["b"])

@@ -120,3 +120,9 @@ def test_what_goes_wrong_is_said():
     lost = opt_state._replace(own=opt_state.own._replace(raw={"kernel": jnp.full((1, 1), jnp.nan)}))
     with pytest.raises(jaxsparse.SparsityError, match="the threshold of kernel is not finite"):
         jaxsparse.check(lost, params)
+
+
+def test_matrices_that_start_at_zero_are_named():
+    params = {"body": {"kernel": jnp.ones((2, 2))}, "head": {"kernel": jnp.zeros((2, 2))}}
+    with pytest.warns(UserWarning, match=r"soft_threshold: head/kernel is zero, .* prunable=jaxsparse\.all_but"):
+        jaxsparse.soft_threshold(optax.sgd(0.1)).init(params)

@@ -5,6 +5,8 @@ def test_experiments_differ_by_more_than_the_seed():
     one = {"seed": 0, "epochs": 3, "masks_from": "runs/first/seed_0/sparse.safetensors", "data_dir": "here"}
     other = {"seed": 1, "epochs": 3, "masks_from": "runs/first/seed_1/sparse.safetensors", "data_dir": "there"}
     assert collect.experiment(one) == collect.experiment(other)
+    taught = [run | {"distill_from": f"runs/dense/seed_{run['seed']}"} for run in (one, other)]
+    assert collect.experiment(taught[0]) == collect.experiment(taught[1])
     assert collect.experiment(one) != collect.experiment(other | {"epochs": 4})
     assert collect.experiment(one) != collect.experiment(other | {"masks_from": one["masks_from"]})
 
