@@ -26,7 +26,17 @@ from jaxsparse.placement import copied, mask_like, sharding_of
 from jaxsparse.prunable import prunable_leaves
 from jaxsparse.selection import count_true, global_top_k_masks, random_scores, top_k_mask, top_k_masks
 from jaxsparse.structures import StructureLike, leaf_structures, unit_scores, weight
-from jaxsparse.trees import align, as_array, by_path, is_masked_node, is_partial, leaf_paths, listed, path_name
+from jaxsparse.trees import (
+    align,
+    as_array,
+    by_path,
+    is_masked_node,
+    is_partial,
+    leaf_paths,
+    path_name,
+    score_that_fits,
+    scores_by_path,
+)
 
 __all__ = [
     "apply_masks", "as_key", "count", "density", "magnitude_masks", "nonzero_masks", "random_masks", "score_masks",
@@ -213,27 +223,6 @@ def nonzero_masks(params: Any, *, prunable: Any = None, layout: LayoutLike = Non
     masks = jax.tree.map(lambda x, c: x != 0 if c else jnp.ones((), bool), params, chosen)
     warn_of_empty(by_path(masks), "Leave out by prunable= what only starts at zero", stacklevel=3)
     return masks
-
-
-def scores_by_path(scores: Any, params: Any, what: str = "scores") -> dict[str, Any]:
-    """Scores by the path of their leaf; a ValueError that names what they have beyond the params."""
-    given, wanted = by_path(scores), set(leaf_paths(params))
-    extra = sorted(set(given) - wanted)
-    if extra and not is_partial(params):
-        raise ValueError(f"{what} must have the tree of the params, but has {listed(extra)} beyond them")
-    return given
-
-
-def score_that_fits(given: Mapping[str, Any], path: str, leaf: Any, what: str = "scores") -> jax.Array:
-    """The scores of one leaf; a ValueError that names it if they are not there, of another shape, or no floats."""
-    value, shape = given.get(path), jnp.shape(leaf)
-    if value is None or jnp.shape(value) != shape:
-        got = "none" if value is None else f"shape {jnp.shape(value)}"
-        raise ValueError(f"{what} of {path}: expected shape {shape}, got {got}")
-    value = jnp.asarray(value)
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise ValueError(f"{what} of {path}: expected floats, got {value.dtype}")
-    return value
 
 
 def apply_masks(tree: Any, masks: Any) -> Any:

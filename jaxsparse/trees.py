@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -29,6 +30,8 @@ __all__ = [
     "matching",
     "natural_order",
     "path_name",
+    "score_that_fits",
+    "scores_by_path",
 ]
 
 logger = logging.getLogger("jaxsparse")
@@ -212,3 +215,24 @@ def listed(names: Sequence[str], at_most: int = 8) -> str:
     """
     more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
     return ", ".join(names[:at_most]) + more
+
+
+def scores_by_path(scores: Any, params: Any, what: str = "scores") -> dict[str, Any]:
+    """Scores by the path of their leaf; a ValueError that names what they have beyond the params."""
+    given, wanted = by_path(scores), set(leaf_paths(params))
+    extra = sorted(set(given) - wanted)
+    if extra and not is_partial(params):
+        raise ValueError(f"{what} must have the tree of the params, but has {listed(extra)} beyond them")
+    return given
+
+
+def score_that_fits(given: Mapping[str, Any], path: str, leaf: Any, what: str = "scores") -> jax.Array:
+    """The scores of one leaf; a ValueError that names it if they are not there, of another shape, or no floats."""
+    value, shape = given.get(path), jnp.shape(leaf)
+    if value is None or jnp.shape(value) != shape:
+        got = "none" if value is None else f"shape {jnp.shape(value)}"
+        raise ValueError(f"{what} of {path}: expected shape {shape}, got {got}")
+    value = jnp.asarray(value)
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(f"{what} of {path}: expected floats, got {value.dtype}")
+    return value

@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsparse.masks import score_that_fits, scores_by_path
 from jaxsparse.placement import copied, is_abstract, placed_like, sharding_of
 from jaxsparse.selection import count_true
 from jaxsparse.transforms.layers import Layer, each
-from jaxsparse.trees import is_function, is_masked_node, leaf_paths
+from jaxsparse.trees import is_function, is_masked_node, leaf_paths, score_that_fits, scores_by_path
 
 __all__ = ["Scoring", "scoring"]
 
