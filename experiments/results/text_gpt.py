@@ -43,7 +43,7 @@ class Found(NamedTuple):
     Attributes:
       rows: by :data:`COLUMNS`: how a network came about, its method, the zeros that it was told to have as text, the
         weights of the blocks that it keeps in %, held-out bits a byte with their standard error, the seeds, and the
-        bits a byte of the dense network that it is held against.
+        bits a byte of the dense network that it is held against: of its seeds, or the one that was pruned.
       missing: what is not there yet, in words.
       cuts: the contents of the files of experiments.cut, by name.
     """
@@ -85,17 +85,18 @@ def from_scratch(file: Path) -> tuple[list[tuple[Any, ...]], list[str]]:
     """The rows of a sweep, and what it lacks."""
     if not file.exists():
         return [], [file.name]
-    rows, there, means = [], {}, sweep.means(sweep.read(file))
-    dense = means.score[means.arm == sweep.DENSE] / math.log(2)
+    runs = sweep.read(file)
+    rows, there, means = [], {}, sweep.means(runs)
+    dense = runs[runs.arm == sweep.DENSE]
     for row in means.itertuples():
         told = "" if math.isnan(row.sparsity) else f"{row.sparsity:g}"
         there[row.arm, told] = row.seeds
         if row.seeds:
             how = DENSE if row.arm == sweep.DENSE else SCRATCH
             score, error = row.score / math.log(2), row.score_error / math.log(2)
-            rows.append(
-                (how, row.arm, told, row.kept, score, error, row.seeds, dense.iloc[0] if len(dense) else math.nan)
-            )
+            mine = runs[(runs.arm == row.arm) & (runs.value == row.value) & (runs.failed == "")]
+            of_seeds = dense.test_loss[dense.seed.isin(mine.seed)].mean() / math.log(2)
+            rows.append((how, row.arm, told, row.kept, score, error, row.seeds, of_seeds))
     planned: dict[tuple[str, str], int] = {}
     config = runpy.run_path(str(CONFIG))["get_config"]().sweep
     for seed in config.seeds:
@@ -197,7 +198,8 @@ def as_markdown(found: Found, command: str) -> str:
         f"# {TITLE}", "",
         "Held-out loss in bits a byte, on files of Python's standard library. From scratch: mean"
         f"{' ± standard error' if max(seeds, default=1) > 1 else ''} over 1 or 2 seeds, all on the same tokens as the "
-        "dense network. After training: that network, pruned without training on. Weights kept are those of the "
+        "dense network, and held against that of the same seeds. After training: the dense network of seed 0, pruned "
+        "without training on. Weights kept are those of the "
         "matrices in the blocks; embeddings, biases and norms are dense.", "",
         paragraph(found), "",
         themes.in_markdown(NAME, TITLE), "",
