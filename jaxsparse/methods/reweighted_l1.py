@@ -209,7 +209,7 @@ def reweighted_l1(
             threshold, r = threshold.astype(x.dtype), r.astype(x.dtype)
             r = kept * r - lost * size  # (1)
             stack: tuple = layouts[name].stack  # type: ignore[assignment]
-            largest = jnp.max(r, axis=[i for i in range(r.ndim) if i not in stack], keepdims=True)  # of each layer
+            largest = jnp.max(r, axis=tuple(i for i in range(r.ndim) if i not in stack), keepdims=True)  # of each layer
             # (2), all multiplied by max r: one division, and 0 / 0 where the average is zero.
             w = max_factor * largest / jnp.where(largest > 0, largest + (max_factor - 1) * r, 1)
             w = jnp.where((largest == 0) & (max_factor == 1), 1, w)  # plain l1 has no weights to lack

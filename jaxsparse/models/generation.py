@@ -62,7 +62,7 @@ def generate(
         )
     if jnp.iinfo(tokens.dtype).max < model.vocab_size - 1:
         raise ValueError(f"{tokens.dtype} cannot hold the {model.vocab_size} tokens of the vocabulary: give int32")
-    if tokens.size and not isinstance(tokens, jax.core.Tracer):
+    if tokens.size and not isinstance(tokens, jax.core.Tracer) and tokens.is_fully_addressable:
         known = np.asarray(tokens)  # inside jit too, where the minimum of a constant would be traced
         least, most = int(known.min()), int(known.max())
         if least < 0 or most >= model.vocab_size:
