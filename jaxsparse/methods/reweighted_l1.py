@@ -45,7 +45,7 @@ class ReweightedL1State(NamedTuple):
 
     @property
     def shrinks_every_step(self) -> bool:
-        """True: an optimizer that steps less often must not stand before the link."""
+        """Whether every step moves weights, so that no optimizer in front may skip some."""
         return True
 
     def sparse_masks(self) -> Any:

@@ -26,7 +26,7 @@ class VelocityState(NamedTuple):
 
     @property
     def counts_for_schedule(self) -> bool:
-        """True: the count is no age of the average, which begins anew with it."""
+        """Whether the count is that of a schedule, which goes on where the average begins anew."""
         return True
 
 
