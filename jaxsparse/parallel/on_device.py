@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 __all__ = ["AXIS", "local_gradients", "mean_over_devices", "split", "summed_over_devices"]
 
@@ -42,7 +43,7 @@ def local_gradients(loss_fn: Callable, accumulate: int) -> Callable:
 
 def _sum_dtype(dtype: Any) -> Any:
     """Floats are summed in 32 bits at least: a sum of a few hundred in 16 no longer grows."""
-    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
+    return np.promote_types(dtype, np.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
 
 
 def _mean(total: jax.Array, number: int, dtype: Any) -> jax.Array:

@@ -195,7 +195,7 @@ def gated(
         def of_gate(which, size):
             w, grad = behind[which.path], found[which.path]
             grad = jnp.zeros_like(w) if grad is None else grad
-            grad = grad.astype(jnp.promote_types(grad.dtype, jnp.float32))
+            grad = grad.astype(np.promote_types(grad.dtype, np.float32))  # under strict promotion too
             by_gate = functools.reduce(times, [grad, w, *others[which.path].pop(0)])
             return of_channels(by_gate, which, size)
 
