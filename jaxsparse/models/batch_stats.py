@@ -36,9 +36,9 @@ def reestimate_batch_stats(
       ValueError: if there are no batches, or the model gathers no statistics when called like this.
 
     Examples:
-      >>> import flax.linen as nn, jax.numpy as jnp
+      >>> import jax, flax.linen as nn, jax.numpy as jnp
       >>> model, x = nn.BatchNorm(use_running_average=False), jnp.array([[1.0], [3.0]])
-      >>> variables = model.init(0, x)
+      >>> variables = model.init(jax.random.key(0), x)
       >>> stats = reestimate_batch_stats(model, variables["params"], variables["batch_stats"], [x])
       >>> [round(float(stats[name][0]), 3) for name in ("mean", "var")]
       [2.0, 1.0]
