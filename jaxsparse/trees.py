@@ -23,6 +23,7 @@ __all__ = [
     "by_path",
     "by_pattern",
     "is_function",
+    "is_key",
     "is_masked_node",
     "is_partial",
     "leaf_paths",
@@ -43,6 +44,11 @@ WRAPPED = {jax.tree_util.GetAttrKey("value"), jax.tree_util.GetAttrKey("raw_valu
 def is_masked_node(node: Any) -> bool:
     """Whether a node is an :class:`optax.MaskedNode`, the placeholder of a leaf hidden from a transformation."""
     return isinstance(node, optax.MaskedNode)
+
+
+def is_key(x: Any) -> bool:
+    """Whether it is an array of typed PRNG keys."""
+    return hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended)
 
 
 def is_partial(params: Any) -> bool:

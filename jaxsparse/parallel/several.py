@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsparse.parallel.base import DeviceLayout
 from jaxsparse.parallel.on_device import AXIS, mean_over_devices
-from jaxsparse.trees import by_path
+from jaxsparse.trees import by_path, is_key
 
 __all__ = ["SeveralDevices", "of_numbers"]
 
@@ -26,7 +26,7 @@ class SeveralDevices(DeviceLayout):
         Raises:
           ValueError: for a model state with PRNG keys, which have no mean, naming the leaf.
         """
-        keys = [path for path, leaf in by_path(state.model_state).items() if _is_key(leaf)]
+        keys = [path for path, leaf in by_path(state.model_state).items() if is_key(leaf)]
         if keys:
             raise ValueError(
                 f"{keys[0]} of the model state is a PRNG key: every device has a model state of its own, and what "
@@ -93,14 +93,10 @@ class SeveralDevices(DeviceLayout):
 
 def of_numbers(x: Any, function: Callable, on_host: bool = True) -> Any:
     """Apply a function to an array, or to the numbers inside a typed PRNG key."""
-    if _is_key(x):
+    if is_key(x):
         data = jax.random.key_data(x)
         return jax.random.wrap_key_data(function(np.asarray(data) if on_host else data), impl=jax.random.key_impl(x))
     return function(np.asarray(x) if on_host else x)
-
-
-def _is_key(x: Any) -> bool:
-    return isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _with_sharding(x: Any, sharding: NamedSharding, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeStruct:

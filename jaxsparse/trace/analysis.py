@@ -22,6 +22,7 @@ from jaxsparse.trace.program import Traced, Where, bind, live_eqns, opened, used
 from jaxsparse.trace.rules import COLLECTIVE, ELEMENTWISE, IDENTITY, MADE, RULES
 from jaxsparse.trace.spaces import Axis, Spaces
 from jaxsparse.trace.values import Node, Scan, Site, Val, fixed
+from jaxsparse.trees import is_key
 
 __all__ = ["ELEMENTWISE", "HIGHER", "IDENTITY", "MADE", "Analysis", "Node", "Site", "Val"]
 
@@ -300,8 +301,3 @@ def computed(eqn: Any, values: Sequence[Any]) -> list[Any]:
     """The outputs of an eqn of known values."""
     with jax.ensure_compile_time_eval():
         return bind(eqn, values)
-
-
-def is_key(x: Any) -> bool:
-    """Whether it is an array of typed PRNG keys."""
-    return hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended)
