@@ -24,6 +24,7 @@ from jaxsparse.allocation import Allocation
 from jaxsparse.layouts import Layout, LayoutLike, leaf_layouts, warn_of_guesses
 from jaxsparse.placement import copied, mask_like, sharding_of
 from jaxsparse.prunable import prunable_leaves
+from jaxsparse.reductions import all_false
 from jaxsparse.selection import count_true, global_top_k_masks, random_scores, top_k_mask, top_k_masks
 from jaxsparse.structures import StructureLike, leaf_structures, unit_scores, weight
 from jaxsparse.trees import (
@@ -434,9 +435,7 @@ def warn_of_empty(
     stacklevel: int = 4,
 ) -> None:
     """Warns of leaves that keep nothing, by path. Nothing is known under jit."""
-    known = {path: mask for path, mask in masks.items() if mask.size and not isinstance(mask, jax.core.Tracer)}
-    live = jax.device_get({path: jnp.any(mask) for path, mask in known.items()})
-    empty = [f"{path} (of {known[path].size} weights)" for path, any_left in live.items() if not any_left]
+    empty = [f"{path} (of {masks[path].size} weights)" for path in all_false(masks)]
     if empty:
         warnings.warn(
             f"no weight is left in {', '.join(empty)}: nothing passes there, and methods that share out growth by what "

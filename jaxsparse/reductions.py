@@ -5,12 +5,13 @@ two kernels, each of which it compiles. It does neither to one reduction of seve
 """
 
 import operator
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["any_true", "count_true", "in_one_pass", "sums"]
+__all__ = ["all_false", "any_true", "count_true", "in_one_pass", "sums"]
 
 # float32 holds every integer up to here, so sums of zeros and ones are exact.
 _EXACT_IN_FLOAT32 = 1 << 24
@@ -29,6 +30,13 @@ def count_true(mask: jax.Array, axis: tuple[int, ...] | None = None) -> jax.Arra
         return _sum(mask, axis)
     together = lambda mask: _together([mask, ~mask], axis)[0]  # noqa: E731
     return jax.lax.platform_dependent(mask, cpu=together, default=lambda mask: _sum(mask, axis))
+
+
+def all_false(masks: Mapping[str, jax.Array]) -> list[str]:
+    """The names of the masks without any True, but for those of size 0 and traced ones, of which nothing is known."""
+    known = {name: mask for name, mask in masks.items() if mask.size and not isinstance(mask, jax.core.Tracer)}
+    live = jax.device_get({name: jnp.any(mask) for name, mask in known.items()})
+    return [name for name, any_left in live.items() if not any_left]
 
 
 def any_true(mask: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 from jaxsparse.layouts import LayoutLike, leaf_layouts, warn_of_guesses
 from jaxsparse.placement import copied, varying_like, zeros
 from jaxsparse.prunable import prunable_leaves
+from jaxsparse.reductions import all_false
 from jaxsparse.transforms.checks import check_precision
 from jaxsparse.transforms.latent import LatentState, as_optimizer, latent
 from jaxsparse.transforms.protocols import link_states
@@ -163,9 +164,7 @@ def soft_threshold(
                 {path: layouts[path] for path in by_path(state.weights)}, f"{who} with a threshold a channel"
             )
 
-        arrays = {path: w for path, w in by_path(state.weights).items() if not isinstance(w, jax.core.Tracer)}
-        live = jax.device_get({path: jnp.any(w != 0) for path, w in arrays.items() if w.size})
-        if still := [path for path, any_live in live.items() if not any_live]:
+        if still := all_false({path: w != 0 for path, w in by_path(state.weights).items()}):
             warnings.warn(
                 f"{who}: {listed(still)} is zero, below every threshold, so no gradient reaches it: leave it out, "
                 "prunable=jaxsparse.all_but(...)",
