@@ -122,7 +122,7 @@ def ac_dc(
       In a compressed phase what stands before the optimizer, such as clipping by the global norm, sees the gradients of
       all weights, pruned ones too. The authors' code hands it those of kept weights alone.
     """
-    check_schedule("sparsity", sparsity, compress_at)
+    check_schedule("sparsity", sparsity, steps=compress_at)
     check_steps("at_least", at_least, 0)
     check_structure(structure)
     if scope not in ("global", "layer"):

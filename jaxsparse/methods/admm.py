@@ -18,7 +18,14 @@ from jaxsparse.layouts import LayoutLike
 from jaxsparse.masks import validate_masks
 from jaxsparse.placement import of_shapes_too
 from jaxsparse.structures import StructureLike, check_structure
-from jaxsparse.transforms.checks import check_range, check_steps, refuse_replicated, require_bool, require_params
+from jaxsparse.transforms.checks import (
+    check_range,
+    check_schedule,
+    check_steps,
+    refuse_replicated,
+    require_bool,
+    require_params,
+)
 from jaxsparse.transforms.landing import on_update_steps
 from jaxsparse.transforms.latent import as_optimizer, map_latents, not_finite
 from jaxsparse.transforms.layers import layers_of
@@ -157,11 +164,10 @@ def admm(
     """
     who = ADMMState.method
     inner = as_optimizer(inner, "inner", who)
-    check_range("sparsity", sparsity, 0, 1)
+    check_range("sparsity", sparsity, 0, 1, required=True)
     check_steps("every", every, 1)
     check_steps("at_least", at_least, 0)
-    if not callable(penalty):
-        check_range("penalty", penalty, 0)
+    check_schedule("penalty", penalty, 0, None, steps=[0])
     if scope not in ("global", "layer"):
         raise ValueError(f'scope must be "global" or "layer", got {scope!r}')
     check_structure(structure)

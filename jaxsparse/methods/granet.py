@@ -148,7 +148,7 @@ def granet(
     last = steps * 11 // 16 if end is None else end  # type: ignore[operator]
     if _known(begin, last) and last < begin:  # type: ignore[operator]
         raise ValueError(f"end must be at least begin, {begin}, got {last}")
-    check_schedule("drop_fraction", drop_fraction, [step for step in (begin, last, steps) if step is not None])
+    check_schedule("drop_fraction", drop_fraction, steps=[s for s in (begin, last, steps) if s is not None])
     renewing = Renewing(False, bias_correction, update_every, track)
     renewing.check()
 

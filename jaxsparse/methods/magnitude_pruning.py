@@ -19,7 +19,7 @@ from jaxsparse.layouts import LayoutLike
 from jaxsparse.reductions import count_true
 from jaxsparse.saliency import lamp_scores
 from jaxsparse.structures import StructureLike, check_structure, unit_scores, weight
-from jaxsparse.transforms.checks import check_range, check_steps
+from jaxsparse.transforms.checks import check_range, check_schedule, check_steps
 from jaxsparse.transforms.layers import Layer, as_layers, counts, each
 from jaxsparse.transforms.mask_link import MaskState, dense_start, mask_link
 from jaxsparse.transforms.prune import counts_at, prune_globally, prune_layers, prune_outputs
@@ -126,10 +126,9 @@ def magnitude_pruning(
     """
     if end is None and not callable(sparsity) and schedule != "constant":
         end = begin
-    if not callable(sparsity):
-        check_range("sparsity", sparsity, 0, 1)
     for name, value, low in (("begin", begin, 0), ("end", end, 0), ("every", every, 1), ("at_least", at_least, 0)):
         check_steps(name, value, low)
+    check_schedule("sparsity", sparsity, steps=[begin if end is None else end])
     if end is not None and not any(isinstance(step, jax.core.Tracer) for step in (begin, end)) and end < begin:
         raise ValueError(f"end must be at least begin, {begin}, got {end}")
     for name, value, options in (("schedule", schedule, _POWERS), ("scope", scope, _SCOPES)):

@@ -132,7 +132,7 @@ def powerpropagation(
       Nothing may move the params after the wrapper, no link either: it goes inside. Methods that grow weights from 0
       do not work inside, for these weights stay 0.
     """
-    check_range("alpha", alpha, 1, math.inf, open_end=True)
+    check_range("alpha", alpha, 1, math.inf, open_end=True, required=True)
     inner = as_optimizer(inner, "inner", PowerpropagationState.method)
     if prune is not None:
         inner = chain(inner, as_optimizer(prune, "prune", PowerpropagationState.method))

@@ -19,9 +19,9 @@ from jaxsparse.layouts import LayoutLike, leaf_layouts
 from jaxsparse.placement import copied, zeros
 from jaxsparse.prunable import prunable_leaves
 from jaxsparse.structures import Structure, StructureLike, check_structure, leaf_structures
-from jaxsparse.transforms.checks import check_range, check_zeros, refuse_replicated, require_params
+from jaxsparse.transforms.checks import check_range, check_schedule, check_zeros, refuse_replicated, require_params
 from jaxsparse.transforms.rounding import check_state_dtype, rounded
-from jaxsparse.transforms.velocity import at_step, check_schedule, check_time
+from jaxsparse.transforms.velocity import at_step, check_time
 from jaxsparse.trees import by_path, is_masked_node, leaf_paths
 
 __all__ = ["ReweightedL1State", "reweighted_l1"]
@@ -162,9 +162,9 @@ def reweighted_l1(
       The link must stand last. Params are float32: the thresholds are thousandths of the weights. Compute in bfloat16
       if you like.
     """
-    check_schedule("step_size", step_size, 0)
-    check_schedule("l1", l1, 0)
-    check_schedule("averaging", averaging, 0, 1)
+    check_schedule("step_size", step_size, 0, None, steps=[0])
+    check_schedule("l1", l1, 0, None, steps=[0])
+    check_schedule("averaging", averaging, steps=[0])
     check_time("weight_time", weight_time)
     check_range("max_factor", max_factor, 1)
     check_state_dtype(state_dtype, "reweighted_l1")

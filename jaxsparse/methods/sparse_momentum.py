@@ -23,7 +23,7 @@ from jaxsparse.layouts import LayoutLike
 from jaxsparse.methods.momentum_regrowth import Growth, Prune, Redistribution, check_options, exchange
 from jaxsparse.structures import StructureLike
 from jaxsparse.transforms.chain import align_signal
-from jaxsparse.transforms.checks import check_range, check_steps
+from jaxsparse.transforms.checks import check_range, check_schedule, check_steps
 from jaxsparse.transforms.layers import on_units
 from jaxsparse.transforms.mask_link import MaskState, every, given_masks, mask_link, random_start
 from jaxsparse.trees import is_masked_node
@@ -166,8 +166,7 @@ def sparse_momentum(
     if masks is None:
         check_sparsities(sparsity)
     check_range("decay", decay, 0, 1, open_end=True)
-    if not callable(prune_rate):
-        check_range("prune_rate", prune_rate, 0, 1)
+    check_schedule("prune_rate", prune_rate, steps=[0] if stop_at is None else [0, stop_at])
 
     def signal(updates, own, extra_args):
         if decay is not None:

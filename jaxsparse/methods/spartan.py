@@ -114,7 +114,7 @@ def spartan(
       Every step until ``freeze_at`` ranks all weights, and runs a few rounds over them. Nothing may move the params
       after the wrapper.
     """
-    check_range("sparsity", sparsity, 0, 1, open_end=True)
+    check_range("sparsity", sparsity, 0, 1, open_end=True, required=True)
     check_steps("warmup", warmup, 1)
     check_steps("freeze_at", freeze_at, 1)
     check_range("sharpness", sharpness, 1)

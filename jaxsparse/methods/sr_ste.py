@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from jaxsparse.layouts import LayoutLike
 from jaxsparse.structures import n_of_m
-from jaxsparse.transforms.checks import check_range
+from jaxsparse.transforms.checks import check_schedule
 from jaxsparse.transforms.largest import n_largest
 from jaxsparse.transforms.latent import map_latents
 from jaxsparse.transforms.masked_latent import MaskedLatentState, masked_latent
@@ -102,8 +102,7 @@ def sr_ste(
     .. warning::
       Nothing may move the params after the wrapper: only :func:`jaxsparse.check` finds it.
     """
-    if not callable(decay):
-        check_range("decay", decay, 0)
+    check_schedule("decay", decay, 0, None, steps=[0])
 
     def pull(grads, weights, state):
         rate = decay(state.count) if callable(decay) else decay

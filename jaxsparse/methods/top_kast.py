@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxsparse.allocation import Allocation
 from jaxsparse.layouts import LayoutLike
 from jaxsparse.structures import StructureLike
-from jaxsparse.transforms.checks import check_budget, check_range
+from jaxsparse.transforms.checks import check_budget, check_range, check_schedule
 from jaxsparse.transforms.largest import Largest
 from jaxsparse.transforms.latent import map_latents
 from jaxsparse.transforms.masked_latent import MaskedLatentState, masked_latent
@@ -139,8 +139,7 @@ def top_kast(
             raise ValueError(f"{name} is one number for all leaves, or a schedule, got {value!r}")
         if not callable(value):
             check_range(name, value, 0, 1, open_end=True)
-    if not callable(decay):
-        check_range("decay", decay, 0)
+    check_schedule("decay", decay, 0, None, steps=[0])
     if penalty not in _SLOPES:
         raise ValueError(f"penalty must be one of {list(_SLOPES)}, got {penalty!r}")
     forward = Largest(sparsity, scope, allocation, 0, layout).checked()

@@ -24,9 +24,16 @@ __all__ = [
 ]
 
 
-def check_range(name: str, value: Any, low: float, high: float | None = None, open_end: bool = False) -> None:
-    """Raises a ValueError for a concrete value out of range, NaN or of low precision; None and traced values pass."""
+def check_range(
+    name: str, value: Any, low: float, high: float | None = None, open_end: bool = False, required: bool = False
+) -> None:
+    """Raises a ValueError for a concrete value out of range, NaN or of low precision; traced values pass.
+
+    None passes too, unless the method cannot do without the argument.
+    """
     check_precision(name, value)
+    if value is None and required:
+        raise ValueError(f"{name} must be a number, got None")
     if value is None or isinstance(value, jax.core.Tracer):
         return
     if callable(value):
@@ -36,14 +43,27 @@ def check_range(name: str, value: Any, low: float, high: float | None = None, op
         raise ValueError(f"{name} must be at least {low}{upper}, got {value}")
 
 
-def check_schedule(name: str, value: Any, steps: Iterable[Any] = (0, 1, 10, 100, 1000, 10_000)) -> None:
-    """Raises a ValueError for a number out of [0, 1], or a schedule that leaves it on one of some steps."""
+def check_schedule(
+    name: str,
+    value: Any,
+    low: float = 0,
+    high: float | None = 1,
+    steps: Iterable[Any] = (0, 1, 10, 100, 1000, 10_000),
+) -> None:
+    """Raises a ValueError for what is neither number nor schedule, or out of range, of a schedule on one of some steps.
+
+    None is neither: these are arguments that a method cannot do without.
+    """
+    fields = getattr(value, "_fields", ())  # of several schedules
+    if value is None or fields:
+        hint = f": it has {' and '.join(fields)}, hand over one of them" if fields else ""
+        raise ValueError(f"{name} must be a number or a schedule, got {type(value).__name__}{hint}")
     if not callable(value):
-        check_range(name, value, 0, 1)
+        check_range(name, value, low, high)
         return
     for step in steps:
         if not isinstance(step, jax.core.Tracer):
-            check_range(f"{name} of step {step}", value(jnp.asarray(step, jnp.int32)), 0, 1)
+            check_range(f"{name} of step {step}", value(jnp.asarray(step, jnp.int32)), low, high)
 
 
 def check_steps(name: str, value: Any, low: int) -> None:

@@ -8,9 +8,9 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from jaxsparse.transforms.checks import check_range
+from jaxsparse.transforms.checks import check_schedule
 
-__all__ = ["VelocityState", "at_step", "check_schedule", "check_time", "velocity"]
+__all__ = ["VelocityState", "at_step", "check_time", "velocity"]
 
 
 class VelocityState(NamedTuple):
@@ -61,7 +61,7 @@ def velocity(
       Siegel, Chen, Zhang and Xu, `Training Sparse Neural Networks using Compressed Sensing
       <https://arxiv.org/abs/2008.09661>`_, 2020.
     """
-    check_schedule("step_size", step_size, 0)
+    check_schedule("step_size", step_size, 0, None, steps=[0])
     check_time("momentum_time", momentum_time)
 
     def init_fn(params):
@@ -92,18 +92,6 @@ def velocity(
 def at_step(value: ArrayLike | optax.Schedule, count: jax.Array) -> jax.Array:
     """The value of a number or schedule at a step, float32."""
     return jnp.asarray(value(count) if callable(value) else value, jnp.float32)
-
-
-def check_schedule(name: str, value: Any, low: float, high: float | None = None) -> None:
-    """Raise a ValueError for a number out of range, or a schedule whose first value is."""
-    fields = getattr(value, "_fields", ())
-    if value is None or fields:
-        hint = f": it has {' and '.join(fields)}, hand over one of them" if fields else ""
-        raise ValueError(f"{name} must be a number or a schedule, got {type(value).__name__}{hint}")
-    if callable(value):
-        check_range(f"{name}(0)", value(np.int32(0)), low, high)
-    else:
-        check_range(name, value, low, high)
 
 
 def check_time(name: str, value: Any) -> None:

@@ -118,8 +118,10 @@ def test_layers_by_themselves_units_and_the_fewest():
 def test_what_goes_wrong_is_said():
     for options, message in (
         ({"sparsity": 1.5}, "sparsity must be at least 0 and at most 1, got 1.5"),
+        ({"sparsity": None}, "sparsity must be a number, got None"),
         ({"every": 0}, "every must be at least 1, got 0"),
         ({"penalty": -1.0}, "penalty must be at least 0, got -1.0"),
+        ({"penalty": None}, "penalty must be a number or a schedule, got NoneType"),
         ({"scope": "lamp"}, 'scope must be "global" or "layer", got \'lamp\''),
         ({"structure": "row"}, "structure must be one of"),
         ({"inner": 0.1}, "admm: inner must be an optimizer, .* got 0.1"),

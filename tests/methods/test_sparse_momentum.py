@@ -599,6 +599,7 @@ def test_given_masks_must_keep_whole_units():
         ({"sparsity": {"dense/kernel": 2.0}}, "got 2.0"),
         ({"update_every": 0}, "update_every must be at least 1, got 0"),
         ({"prune_rate": 1.5}, "prune_rate must be at least 0 and at most 1, got 1.5"),
+        ({"prune_rate": lambda step: 0.5 - step / 20, "stop_at": 20}, "prune_rate of step 20 must be at least 0"),
         ({"decay": 1.0}, "decay must be at least 0 and below 1, got 1.0"),
         ({"start_at": -1}, "start_at must be at least 0"),
         ({"growth": "momentun"}, r"growth must be one of \['momentum', 'random', 'momentum_neuron'\], got 'momentun'"),

@@ -92,6 +92,8 @@ def test_leaves_that_do_not_divide_are_named():
         ({"n": 5}, r"n_of_m needs 1 <= n <= m, got n_of_m\(5, 4"),
         ({"n": 0}, "n_of_m needs 1 <= n <= m"),
         ({"decay": -1e-4}, "decay must be at least 0, got -0.0001"),
+        ({"decay": None}, "decay must be a number or a schedule, got NoneType"),
+        ({"decay": lambda step: step - 1.0}, "decay of step 0 must be at least 0, got -1"),
         ({"axis": "rows"}, 'axis must be "inputs", "outputs" or the number of an axis'),
         ({"ragged": "pad"}, r"ragged must be one of \['warn', 'error'\], got 'pad'"),
         ({"every": 1.5}, "every must be a whole number of steps"),
