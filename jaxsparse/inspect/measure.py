@@ -14,7 +14,7 @@ from jaxsparse.groups import Group
 from jaxsparse.inspect.states import get_log_alpha, get_masks, open_channels
 from jaxsparse.masks import density
 from jaxsparse.transforms.protocols import HasGates, link_states
-from jaxsparse.trees import by_path
+from jaxsparse.trees import as_array, by_path
 
 __all__ = ["Measured", "current_masks", "measure"]
 
@@ -97,7 +97,7 @@ def measure(
       >>> print(found.density, {path: float(kept) for path, kept in found.layer_density.items()})
       0.25 {'kernel': 0.25}
     """
-    leaves = by_path(params)
+    leaves = {path: as_array(path, leaf) for path, leaf in by_path(params).items()}
     if unknown := sorted(set(positions or {}) - set(leaves)):
         raise ValueError(f"positions names {', '.join(unknown)}, which the params do not have")
     masks = {path: mask for path, mask in by_path(current_masks(opt_state, params)).items() if mask.ndim}

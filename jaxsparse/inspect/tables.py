@@ -13,7 +13,7 @@ from jaxsparse.inspect.attention import kept_by_head
 from jaxsparse.inspect.states import masks_for
 from jaxsparse.layouts import Layout, LayoutLike, leaf_layouts
 from jaxsparse.tables import Table, Tabular
-from jaxsparse.trees import align, by_path, natural_order
+from jaxsparse.trees import align, as_array, by_path, natural_order
 
 __all__ = ["LayerComparison", "LayerSummary", "MaskComparison", "Summary", "compare_masks", "show", "summary"]
 
@@ -145,7 +145,7 @@ def summary(
       all                         9     5   55.56%                               2 (33.3%)
     """
     masks = masks_for(opt_state_or_masks, params)
-    leaves = by_path(params)
+    leaves = {path: as_array(path, leaf) for path, leaf in by_path(params).items()}
     positions = positions or {}
     if unknown := sorted(set(positions) - set(leaves)):
         raise ValueError(

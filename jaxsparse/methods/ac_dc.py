@@ -73,9 +73,10 @@ def ac_dc(
 
     with c the first step of the phase and u the proposed update. On a step of ``decompress_at`` all weights are there
     again: those that return start at exactly 0 and move by the gradient of this very step, and the optimizer starts
-    anew: its averages of gradients and of their squares (``trace``, ``mu``, ``nu``, ``ema``) are set to 0 for all
-    params, those without masks too, ahead of the step, and Adam's count, which corrects their bias. (Schedules of the
-    learning rate go on.) The last phase is compressed. Counts are exact, ties included (the lowest indices stay).
+    anew: its averages of gradients and of their squares (``trace``, ``mu``, ``nu``, and what else Optax's optimizers
+    call them) are set to 0 for all params, those without masks too, ahead of the step, and Adam's count, which corrects
+    their bias. (Schedules of the learning rate go on. Of other arrays in its state, which stay, a warning tells.) The
+    last phase is compressed. Counts are exact, ties included (the lowest indices stay).
 
     Args:
       sparsity: the fraction of zeros of a compressed phase, in [0, 1]; or a schedule, step -> fraction, which is read

@@ -143,11 +143,20 @@ def granet(
             "granet needs steps, the number of all steps of the run: its drop_fraction falls until then, and without "
             "an end the sparsity rises in the first 11/16 of them"
         )
-    for name, value, low in (("steps", steps, 1), ("begin", begin, 0), ("end", end, 0), ("at_least", at_least, 0)):
+    lowest = (("steps", steps, 1), ("begin", begin, 0), ("end", end, 0), ("at_least", at_least, 0))
+    for name, value, low in (("update_every", update_every, 1), *lowest):
         check_steps(name, value, low)
     last = steps * 11 // 16 if end is None else end  # type: ignore[operator]
     if _known(begin, last) and last < begin:  # type: ignore[operator]
         raise ValueError(f"end must be at least begin, {begin}, got {last}")
+    if steps is not None and _known(begin, last, steps, update_every):
+        interval = int(update_every)  # type: ignore[arg-type]
+        reached = max(1, int(last) // interval, -(-int(begin) // interval)) * interval  # type: ignore[arg-type]
+        if reached >= int(steps):  # type: ignore[arg-type]
+            raise ValueError(
+                f"granet would reach its sparsity on step {reached}, but steps says that the run has {steps}: masks "
+                f"change on the multiples of update_every, {update_every}, which must be smaller"
+            )
     check_schedule("drop_fraction", drop_fraction, steps=[s for s in (begin, last, steps) if s is not None])
     renewing = Renewing(False, bias_correction, update_every, track)
     renewing.check()

@@ -86,8 +86,8 @@ def rigl(
       masks: start from these instead of random ones, as for :func:`jaxsparse.sparse_momentum`.
       start_at: the first step on which masks may change.
       accumulate: grow by the sum of the gradients of this many steps, the last up to and including the mask update, int
-        in [1, update_every]. Costs a copy of the sparse leaves. (SRigL: 8 on ImageNet at a batch of 512.) None: by the
-        gradient of that step alone, which is not stored.
+        in [1, update_every]. Costs a float32 copy of the sparse leaves. (SRigL: 8 on ImageNet at a batch of 512.) None:
+        by the gradient of that step alone, which is not stored.
       hold: on the steps on which masks change the optimizer takes no step, as in the paper and the authors' code: its
         states stay, schedules and counts among them. False: all weights that stay take their step.
       bias_correction: the decays :math:`(\beta_1, \beta_2)` of an Adam-like optimizer. Adam corrects the bias of its

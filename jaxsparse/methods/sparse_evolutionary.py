@@ -106,7 +106,7 @@ def sparse_evolutionary(
         raise ValueError(f'drop must be "sign" or "magnitude", got {drop!r}')
     if drop == "sign":
         require_signs(structure, 'drop="sign" tells positive weights from negative ones')
-    check_schedule("drop_fraction", drop_fraction)
+    check_schedule("drop_fraction", drop_fraction, steps=[0] if stop_at is None else [0, stop_at])
 
     def rule(state):
         fraction = drop_fraction(state.count) if callable(drop_fraction) else drop_fraction

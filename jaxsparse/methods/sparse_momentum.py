@@ -24,6 +24,7 @@ from jaxsparse.methods.momentum_regrowth import Growth, Prune, Redistribution, c
 from jaxsparse.structures import StructureLike
 from jaxsparse.transforms.chain import align_signal
 from jaxsparse.transforms.checks import check_range, check_schedule, check_steps
+from jaxsparse.transforms.exchange import zeros_to_add_to
 from jaxsparse.transforms.layers import on_units
 from jaxsparse.transforms.mask_link import MaskState, every, given_masks, mask_link, random_start
 from jaxsparse.trees import is_masked_node
@@ -113,7 +114,8 @@ def sparse_momentum(
         scalar True for dense leaves. They set the budget and the sparse leaves; ``sparsity``, ``allocation`` and
         ``prunable`` are then not used. With a ``structure`` they keep whole units (and n of every m).
       decay: keep an own exponential average of the gradients with this decay, in [0, 1), and use it as the momentum.
-        Costs a copy of the sparse leaves. For optimizers without momentum.
+        Costs a float32 copy of the sparse leaves. For optimizers without momentum, in a :func:`jaxsparse.chain`, which
+        hands on the gradient.
       start_at, stop_at: mask updates happen only on steps in [start_at, stop_at).
       structure: what is kept or dropped as one, see :mod:`jaxsparse.structures`: "weight", "kernel", "channel",
         :func:`jaxsparse.block`, :func:`jaxsparse.n_of_m`, or a mapping from path to these. Everything is then counted
@@ -184,6 +186,12 @@ def sparse_momentum(
 
     def averaged(state, updates, params, extra_args):
         grad = extra_args.get("grad")
+        if grad is None:
+            warnings.warn(
+                "sparse_momentum(decay=...) is handed no gradient and averages what it gets, which behind an optimizer "
+                "is its update: use jaxsparse.chain in place of optax.chain, or pass grad= to update",
+                stacklevel=3,
+            )
         return _averaged(state.own, align_signal(updates if grad is None else grad, params, "grad"), decay, params)
 
     def change(layers, state):
@@ -212,8 +220,11 @@ def sparse_momentum(
 
 def _averaged(average: Any, gradients: list[Any], decay: ArrayLike, params: Any) -> Any:
     def step(old, g):
-        g = 0 if g is None else g  # no gradient
-        return old if is_masked_node(old) else (decay * old + (1 - decay) * g).astype(old.dtype)
+        if is_masked_node(old):
+            return old
+        g = jnp.zeros_like(old) if g is None else g.astype(old.dtype)
+        # A step whose gradient overflowed, which an optimizer may skip, does not count: nothing would take its NaN out.
+        return jnp.where(jnp.isfinite(g), (decay * old + (1 - decay) * g).astype(old.dtype), old)
 
     treedef = jax.tree.structure(params)
     olds = treedef.flatten_up_to(average)
@@ -223,4 +234,4 @@ def _averaged(average: Any, gradients: list[Any], decay: ArrayLike, params: Any)
 def _sparse_zeros(params: Any, masks: Any) -> Any:
     leaves, treedef = jax.tree.flatten(params)
     flat = zip(leaves, treedef.flatten_up_to(masks), strict=True)
-    return treedef.unflatten([m if is_masked_node(m) else jnp.zeros_like(p) for p, m in flat])
+    return treedef.unflatten([m if is_masked_node(m) else zeros_to_add_to(p) for p, m in flat])

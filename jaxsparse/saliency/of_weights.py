@@ -122,8 +122,9 @@ def lamp_scores(weights: jax.Array, mask: jax.Array | None = None) -> jax.Array:
 
     .. math:: \frac{w_i^2}{\sum_{j:\, w_j^2 \ge w_i^2} w_j^2}
 
-    over the weights of one layer. The largest of every layer has the score 1, so no layer is lost. (A leaf counts as
-    one layer, also if it is a stack of several.)
+    over the weights of one layer. The largest of every layer has the score 1, so no layer is lost. Of equal
+    weights, each one's sum has those of lower index and itself: they rank one after another, the lowest index highest.
+    (A leaf counts as one layer, also if it is a stack of several.)
 
     Args:
       weights: floats of any shape.

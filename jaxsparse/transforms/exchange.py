@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -21,7 +22,7 @@ from jaxsparse.transforms.mask_link import MaskState, every, given_masks, mask_l
 from jaxsparse.transforms.renewal import Renewing
 from jaxsparse.trees import is_masked_node
 
-__all__ = ["drop_and_grow", "exchange_link", "exchanged_masks", "gradient_of"]
+__all__ = ["drop_and_grow", "exchange_link", "exchanged_masks", "gradient_of", "zeros_to_add_to"]
 
 Drop = Callable[[Sequence[Layer], jax.Array, jax.Array], Sequence[jax.Array]]
 Grow = Callable[[Sequence[Layer], Sequence[jax.Array], jax.Array], Sequence[jax.Array]]
@@ -146,7 +147,7 @@ def check_fraction(fraction: Any, stop_at: Any, who: str) -> optax.Schedule:
       ValueError: for a number or a schedule out of [0, 1], or a number without a ``stop_at``.
     """
     if callable(fraction):
-        check_schedule("drop_fraction", fraction)
+        check_schedule("drop_fraction", fraction, steps=[0] if stop_at is None else [0, stop_at])
         return fraction
     check_range("drop_fraction", fraction, 0, 1)
     if stop_at is None:
@@ -160,6 +161,11 @@ def check_fraction(fraction: Any, stop_at: Any, who: str) -> optax.Schedule:
         return fraction * 0.5 * (1 + jnp.cos(jnp.pi * time))
 
     return cosine
+
+
+def zeros_to_add_to(param: Any) -> jax.Array:
+    """Zeros like a param for sums and averages of its gradients: in float32, or what is wider."""
+    return jnp.zeros_like(param, dtype=np.promote_types(jnp.result_type(param), jnp.float32))
 
 
 def gradient_of(extra_args: dict[str, Any], who: str) -> Any:
@@ -197,7 +203,7 @@ def sums_of_gradients(window: int, update_every: ArrayLike, who: str) -> tuple[C
     def own(params, masks):
         leaves, treedef = jax.tree.flatten(params)
         flat = zip(leaves, treedef.flatten_up_to(masks), strict=True)
-        return treedef.unflatten([mask if is_masked_node(mask) else jnp.zeros_like(p) for p, mask in flat])
+        return treedef.unflatten([mask if is_masked_node(mask) else zeros_to_add_to(p) for p, mask in flat])
 
     def own_update(state, updates, params, extra_args):
         del updates

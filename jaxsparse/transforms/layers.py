@@ -218,21 +218,29 @@ def layers_of(
     Raises:
       ValueError: for a signal that lacks one of these leaves or has another shape there.
     """
-    leaves, treedef = jax.tree.flatten(params)
-    named = zip(leaf_paths(params), leaves, signals_of(signal, params, what), treedef.flatten_up_to(masks), strict=True)
-    sparse = [leaf for leaf in named if not is_masked_node(leaf[3])]
+    sparse = with_signals(params, signal, masks, what)
     units = jax.tree.leaves(mask_structures(structure, params, masks, layout=layout, quiet=True))
     layouts = leaf_layouts(params, layout)
     layers = []
     for i, ((path, weight, given, mask), unit) in enumerate(zip(sparse, units, strict=True)):
-        if signal is not None and given is None:
-            hint = ": use an optimizer that stores one, or decay=" if what == "momentum" else ""
-            raise ValueError(f"there is no {what} of {path}{hint}")
-        if given is not None and given.parts[0].shape != weight.shape:
-            raise ValueError(f"{what} of {path}: expected shape {weight.shape}, got {given.parts[0].shape}")
         odd = unit.unit_size(weight.shape) == 1 and not layouts[path].is_plain(weight.ndim)
         layers.append(Layer(path, weight, given, mask, unit, layouts[path] if odd else None, i, key))
     return Layers(layers)
+
+
+def with_signals(params: Any, signal: Any, masks: Any, what: str) -> list[tuple[str, Any, Signal | None, Any]]:
+    """The leaves that have masks: path, weight, signal and mask. The arguments and errors of :func:`layers_of`."""
+    leaves, treedef = jax.tree.flatten(params)
+    named = zip(leaf_paths(params), leaves, signals_of(signal, params, what), treedef.flatten_up_to(masks), strict=True)
+    sparse = [leaf for leaf in named if not is_masked_node(leaf[3])]
+    for path, weight, given, _ in sparse:
+        if signal is not None and given is None:
+            hint = ": use an optimizer that stores one, or decay=" if what == "momentum" else (
+                f": if it is not trained, leave it out by prunable=jaxsparse.all_but({path!r})")  # fmt: skip
+            raise ValueError(f"there is no {what} of {path}{hint}")
+        if given is not None and given.parts[0].shape != weight.shape:
+            raise ValueError(f"{what} of {path}: expected shape {weight.shape}, got {given.parts[0].shape}")
+    return sparse
 
 
 def on_units(layers: Layers, rule: Rule, *columns: jax.Array) -> tuple[Column, jax.Array]:

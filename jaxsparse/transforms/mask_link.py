@@ -32,9 +32,9 @@ from jaxsparse.transforms.checks import (
     whole_steps,
 )
 from jaxsparse.transforms.landing import land_on_masks, on_update_steps
-from jaxsparse.transforms.layers import Layer, Layers, each, layers_of
+from jaxsparse.transforms.layers import Layer, Layers, each, layers_of, with_signals
 from jaxsparse.transforms.renewal import Renewing, Restarting
-from jaxsparse.trees import is_masked_node, leaf_paths
+from jaxsparse.trees import is_function, is_masked_node, leaf_paths
 
 __all__ = ["MaskState", "Watched", "dense_start", "every", "given_masks", "mask_link", "random_start"]
 
@@ -48,8 +48,8 @@ class Watched(NamedTuple):
     Attributes:
       fingerprints: (sparse leaves,), uint32: of each one's weights when its mask was last chosen. One that still has
         the same weights at the next mask update is frozen.
-      resting: (sparse leaves,), bool: which kept their masks in the last mask update, since they are frozen or
-        without any signal.
+      resting: (sparse leaves,), bool: which kept their masks in the last mask update, since they are frozen, or
+        without any signal, or have one that is not finite.
     """
 
     fingerprints: jax.Array
@@ -112,8 +112,9 @@ class MaskState(_Fields):
         resting = resting.any(axis=tuple(range(resting.ndim - 1)))
         return [
             f"{self.method}: {path} kept its mask in the last mask update, because it does not move or has no "
-            "momentum: it is frozen, or no gradient reaches it. If it is meant to be frozen, leave it out, or it stays "
-            f"as sparse as it was at the start: prunable=jaxsparse.all_but({path!r})"
+            "momentum: it is frozen, or no gradient reaches it, or a gradient was not finite on that step. If it is "
+            "meant to be frozen, leave it out, or it stays as sparse as it was at the start: "
+            f"prunable=jaxsparse.all_but({path!r})"
             for path, rests in zip(leaf_paths(self.masks), resting, strict=True)
             if rests
         ]
@@ -132,6 +133,9 @@ def every(steps: ArrayLike, *, start_at: ArrayLike = 0, stop_at: ArrayLike | Non
     Raises:
       ValueError: for what is not a whole number of steps, or out of range.
 
+    Warns:
+      UserWarning: if there is no such step, but for ``stop_at=0``, which says so.
+
     Examples:
       >>> due = every(10, stop_at=30)
       >>> [step for step in range(50) if due(step)]
@@ -140,6 +144,14 @@ def every(steps: ArrayLike, *, start_at: ArrayLike = 0, stop_at: ArrayLike | Non
     steps = whole_steps("update_every", steps, 1)
     check_steps("start_at", start_at, 0)
     check_steps("stop_at", stop_at, 0)
+    if stop_at is not None and not any(isinstance(step, jax.core.Tracer) for step in (steps, start_at, stop_at)):
+        interval = int(steps)
+        if 0 < int(stop_at) <= max(1, -(-int(start_at) // interval)) * interval:  # type: ignore[arg-type]
+            warnings.warn(
+                f"masks never change: no multiple of update_every, {steps}, is in [start_at, stop_at), which is "
+                f"[{start_at}, {stop_at})",
+                stacklevel=3,
+            )
 
     def due(count):
         now = (count > 0) & (count % steps == 0) & (count >= start_at)
@@ -225,7 +237,7 @@ def mask_link(
         function that makes one. It is made on the steps on which masks change, only.
       own: (params, masks) -> the first ``MaskState.own``.
       own_update: (state, updates, params, extra args) -> the next one, on every step.
-      watch: keep track of the layers that do not move, in ``MaskState.watched``.
+      watch: keep track of the layers that do not move, or whose signal is not finite, in ``MaskState.watched``.
       structure, layout: as the method got them.
       key: an int or PRNG key; None for a method that makes no random choice.
       renewing: how regrown weights start, with an optimizer state of zeros; None: with the state that they have. Only
@@ -273,6 +285,8 @@ def mask_link(
         landed = None
         if change is not None and when is not None:
             seen = None if signal is None else signal(updates, state.own, extra_args)
+            if not isinstance(state.count, jax.core.Tracer) and not is_function(seen):
+                with_signals(params, seen, state.masks, what)  # outside jit, errors would come on a mask update alone
             old = state.masks, state.kept, state.nan_scores, state.watched, state.renewal
 
             def changed(old):
@@ -281,10 +295,11 @@ def mask_link(
                 weights = _moved(params, updates, masks) if proposed else params
                 layers = layers_of(weights, seen, masks, structure=structure, layout=layout, key=draw, what=what)
                 layers = Layers(layers, flat=False) if shaped else layers
-                nans, *prints = each(layers, _looked_at if watch else _nans)
+                nans, *looks = each(layers, _looked_at if watch else _nans)
                 nan_scores += jnp.sum(nans, dtype=jnp.int32)
-                if watch:
-                    watched = Watched(prints[0], prints[0] == watched.fingerprints)
+                if watch:  # a step whose gradient overflowed, which an optimizer may skip, chooses no masks
+                    prints, lost = looks
+                    watched = Watched(prints, (prints == watched.fingerprints) | (lost > 0))
                 new, kept, resting, *of_scores = change(layers, state._replace(kept=kept, watched=watched))
                 nan_scores += sum(of_scores)
                 if watch:
@@ -345,11 +360,14 @@ def _prints_and_counts(weights: list[jax.Array], masks: list[jax.Array]) -> tupl
     return _of_layers(found, jnp.uint32, jnp.int32)
 
 
-def _looked_at(layers: list[Layer]) -> tuple[jax.Array, jax.Array]:
-    """:func:`_nans` and :func:`fingerprints`, in one pass."""
-    return _of_layers(
-        [sums([_is_nan(layer), _terms(layer.weight, layer.mask)]) for layer in layers], jnp.int32, jnp.uint32
-    )
+def _looked_at(layers: list[Layer]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """How many weights are NaN, :func:`fingerprints`, and how many signals are not finite, in one pass."""
+
+    def lost(layer):
+        return jnp.zeros_like(layer.mask) if layer.given is None else ~jnp.isfinite(layer.signal)
+
+    found = [sums([jnp.isnan(layer.weight), _terms(layer.weight, layer.mask), lost(layer)]) for layer in layers]
+    return _of_layers(found, jnp.int32, jnp.uint32, jnp.int32)
 
 
 def _looked_at_anew(layers: list[Layer], masks: list[jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsparse.layouts import Layout
 from jaxsparse.transforms.layers import Column, Layer, Layers
@@ -83,7 +84,7 @@ def kept_then_largest(kept: jax.Array, weight: jax.Array, signal: jax.Array) -> 
     Those of the others are negative floats that grow with the signal: their bits say how many floats lie between its
     magnitude and infinity.
     """
-    dtype = jnp.promote_types(weight.dtype, signal.dtype)
+    dtype = np.promote_types(weight.dtype, signal.dtype)
     integer = jnp.dtype(f"int{8 * dtype.itemsize}")
     infinity = jax.lax.bitcast_convert_type(jnp.asarray(jnp.inf, dtype), integer)
     size = jnp.abs(signal).astype(dtype)

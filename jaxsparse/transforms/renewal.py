@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -63,8 +64,8 @@ class Renewing(NamedTuple):
 
     @property
     def always(self) -> bool:
-        """Whether masks are known to change on every step, inside of jit too."""
-        return not isinstance(self.every, jax.Array) and bool(self.every == 1)
+        """Whether masks may change on every step, inside of jit too."""
+        return isinstance(self.every, jax.core.Tracer) or bool(np.asarray(self.every) == 1)
 
     def check(self) -> None:
         """Raises a ValueError for betas that are none."""
@@ -108,12 +109,16 @@ class Renewing(NamedTuple):
         """The proposed update, with steps for the age of regrown weights, and none for an optimizer that is held."""
         if self.betas is not None:
             aged = self._corrections(renewal, count)
+
+            def corrected(u, since):
+                dtype = np.promote_types(u.dtype, jnp.float32)
+                return (u.astype(dtype) * aged(since).astype(dtype)).astype(u.dtype)
+
             treedef = jax.tree.structure(params)
             rows = zip(treedef.flatten_up_to(updates), treedef.flatten_up_to(renewal.since), strict=True)
-            updates = treedef.unflatten([
-                u if u is None or is_masked_node(since) else (u.astype(jnp.float32) * aged(since)).astype(u.dtype)
-                for u, since in rows
-            ])  # fmt: skip
+            updates = treedef.unflatten(
+                [u if u is None or is_masked_node(since) else corrected(u, since) for u, since in rows]
+            )
         if self.hold:
             updates = jax.tree.map(lambda u: jnp.where(renewal.now, jnp.zeros_like(u), u), updates)
         return updates
@@ -235,7 +240,7 @@ def restarted(states: Any, params: Any) -> Any:
                 continue
             if getattr(link, "restarts_all", False):
                 # Of averages that begin anew, the bias is that of their first steps: the counts beside them too.
-                done = [_map_averages(functools.partial(_zero_if, link.renewal.now), state) for state in done]
+                done = [_map_averages(functools.partial(_zero_if, link.renewal.now), state, params) for state in done]
             else:
                 done = _zeroed_where_regrown(done, link, params)
         done.append(member)
@@ -356,21 +361,38 @@ def _map_outside_links(function: Callable[[Any, Any], Any], states: list[Any]) -
     return jax.tree_util.tree_map_with_path(outside, states, is_leaf=is_link_state)
 
 
-def _map_averages(function: Callable[[Any], Any], states: Any) -> Any:
+# Of Optax's optimizers; the averages of Adan have single letters, which say something only together.
+_AVERAGES = ("trace", "mu", "nu", "ema", "nu_max", "m1", "m2", "e_g", "e_x", "sum_of_squares", "v_row", "v_col")
+_LETTERS = ("m", "v", "n", "g")
+
+
+def _has_averages(node: Any) -> bool:
+    fields = getattr(node, "_fields", ())
+    return any(name in fields for name in _AVERAGES) or set(_LETTERS) <= set(fields)
+
+
+def _map_averages(function: Callable[[Any], Any], states: Any, params: Any) -> Any:
     """Maps over the averages that optimizers keep of gradients and their squares, and over the counts beside them.
 
-    By name, for other arrays of the params' shapes may be copies of the params.
+    By name, for other arrays of the params' shapes may be copies of the params. It warns of those.
     """
-    averages = ("trace", "mu", "nu", "ema", "nu_max", "m1", "m2")
-
-    def has_averages(node):
-        return any(name in getattr(node, "_fields", ()) for name in averages)
 
     def of_state(node):
-        if not has_averages(node):
+        if not _has_averages(node):
             return node
-        counts = () if getattr(node, "counts_for_schedule", False) else ("count", "count_m2")
-        fields = [name for name in (*averages, *counts) if name in node._fields]
+        counts = () if getattr(node, "counts_for_schedule", False) else ("count", "count_m2", "t")
+        fields = [name for name in (*_AVERAGES, *_LETTERS, *counts) if name in node._fields]
         return node._replace(**{name: jax.tree.map(function, getattr(node, name)) for name in fields})
 
-    return jax.tree.map(of_state, states, is_leaf=has_averages)
+    weights = by_path(params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+        states, is_leaf=lambda node: _has_averages(node) or is_link_state(node)
+    ):
+        if not _has_averages(leaf) and not is_link_state(leaf) and _owner(path, leaf, weights):
+            warnings.warn(
+                f"the optimizer is to start anew, but what {path_name(path)} in its state is, is not known: it stays "
+                "as it is",
+                stacklevel=5,
+            )
+            break
+    return jax.tree.map(of_state, states, is_leaf=_has_averages)

@@ -43,6 +43,13 @@ def test_summary_counts_and_prints():
     assert lines[-2].split()[-3:] == ["784", "196", "25.00%"]
 
 
+def test_a_python_number_among_the_params_counts_as_one_dense_weight():
+    params, masks = {"kernel": jnp.ones((2, 2)), "scale": 2.0}, {"kernel": jnp.eye(2, dtype=bool), "scale": True}
+    rows = {row.path: row for row in jaxsparse.summary(masks, params).layers}
+    assert (rows["scale"].shape, rows["scale"].kept, rows["scale"].mean_abs) == ((), 1, 2.0)
+    assert rows["kernel"].kept == 2
+
+
 def test_summary_of_shapes_counts_the_same_and_has_no_means():
     state = sparse_state()
     table, of_shapes = jaxsparse.summary(state, make_params()), jaxsparse.summary(state, jax.eval_shape(make_params))

@@ -78,6 +78,28 @@ def test_adam_starts_anew_with_its_count():
     assert int(opt_state[1].count) == 6
 
 
+@pytest.mark.parametrize(
+    "optimizer", [optax.adan(0.1), optax.adagrad(0.1, 0.0), optax.adadelta(0.1), optax.adafactor(0.1)]
+)
+def test_optimizers_with_other_names_for_their_averages_start_anew(optimizer):
+    params = {"w": jnp.ones((2, 2))}
+    tx = jaxsparse.chain(optimizer, jaxsparse.ac_dc(0.5, [1, 5], [3]))
+    opt_state = tx.init(params)
+    for _ in range(4):
+        _, opt_state = tx.update(params, opt_state, params)
+    _, opt_state = tx.update({"w": jnp.zeros((2, 2))}, opt_state, params)  # which is after the step of decompression
+    _, fresh = tx.update(params, tx.init(params), params)
+    _, fresh = tx.update({"w": jnp.zeros((2, 2))}, fresh, params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), opt_state[0][0], fresh[0][0])
+
+
+def test_what_of_an_optimizer_does_not_start_anew_is_told():
+    params = {"w": jnp.ones((2, 2))}
+    tx = jaxsparse.chain(optax.rprop(0.1), jaxsparse.ac_dc(0.5, [1, 5], [3]))
+    with pytest.warns(UserWarning, match="start anew, but what 0/step_sizes/w in its state is"):
+        tx.update(params, tx.init(params), params)
+
+
 def test_phases_keep_their_masks_and_scopes_their_shares():
     sizes, schedule = np.array([256, 144, 384]), optax.piecewise_constant_schedule(0.5, {4: 1.8})
     for scope, sparsity in (("global", 0.75), ("layer", schedule)):

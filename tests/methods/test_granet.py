@@ -163,6 +163,8 @@ def test_bad_options_are_named():
         ({"begin": 900}, "end must be at least begin, 900, got 687"),
         ({"steps": 10.5}, "steps must be a whole number of steps"),
         ({"update_every": 0}, "update_every must be at least 1"),
+        ({"update_every": 1000}, "granet would reach its sparsity on step 1000, but steps says that the run has 1000"),
+        ({"steps": 90, "begin": 10, "end": 20}, "granet would reach its sparsity on step 100, .* the run has 90"),
         ({"drop_fraction": 1.5}, "drop_fraction must be at least 0 and at most 1, got 1.5"),
         ({"drop_fraction": lambda t: 2 - t / 100}, "drop_fraction of step 0 must be at least 0 and at most 1, got 2"),
         (
@@ -174,8 +176,8 @@ def test_bad_options_are_named():
         ({"structure": "row"}, "structure"),
     ):
         with pytest.raises(ValueError, match=words):
-            jaxsparse.granet(**{"sparsity": 0.9, "steps": 1000, **options})
+            jaxsparse.granet(**{"sparsity": 0.9, "steps": 1000, "update_every": 100, **options})
     params = {"w": jnp.ones(4)}
-    tx = optax.chain(optax.sgd(0.1), jaxsparse.granet(0.9, steps=1000, masks={"w": jnp.ones(4, bool)}))
+    tx = optax.chain(optax.sgd(0.1), jaxsparse.granet(0.9, steps=2000, masks={"w": jnp.ones(4, bool)}))
     with pytest.raises(ValueError, match="granet grows weights by their gradients and is handed none"):
         jax.eval_shape(tx.update, params, jax.eval_shape(tx.init, params), params)

@@ -1,3 +1,4 @@
+import itertools
 import json
 import pathlib
 
@@ -338,6 +339,7 @@ def test_the_state_of_a_dense_leaf_whose_path_ends_like_that_of_a_sparse_one_goe
     "link",
     [
         jaxsparse.rigl(0.5, 1, drop_fraction=optax.constant_schedule(0.2), allocation="uniform"),
+        jaxsparse.rigl(0.5, jnp.int32(1), drop_fraction=optax.constant_schedule(0.2), allocation="uniform"),
         jaxsparse.sparse_evolutionary(0.5, 1, drop_fraction=0.2, drop="magnitude", allocation="uniform"),
     ],
 )
@@ -372,6 +374,56 @@ def test_accumulate_may_be_injected():
     for _ in range(3):
         _updates, opt_state = jax.jit(tx.update)(params, opt_state, params)
     assert int(jaxsparse.count(jaxsparse.get_masks(opt_state))) == 8
+
+
+def test_sums_of_gradients_in_bfloat16_are_float32():
+    params = {"w": jnp.ones((2, 4), jnp.bfloat16)}
+    tx = jaxsparse.chain(optax.sgd(0.1), jaxsparse.rigl(0.5, 8, stop_at=100, accumulate=8))
+    opt_state, update = tx.init(params), jax.jit(tx.update)
+    for value in (0.0, 256.0, *[1.0] * 7):
+        _, opt_state = update({"w": jnp.full((2, 4), value, jnp.bfloat16)}, opt_state, params)
+    np.testing.assert_array_equal(opt_state[1].own["w"], jnp.full((2, 4), 263.0))
+
+
+def test_a_step_whose_gradient_overflows_changes_no_mask():
+    params = {"w": jnp.arange(1.0, 9).reshape(2, 4), "v": jnp.arange(2.0, 10).reshape(2, 4)}
+    link = jaxsparse.rigl(0.5, 2, drop_fraction=optax.constant_schedule(0.5))
+    tx = jaxsparse.chain(optax.apply_if_finite(optax.sgd(0.1), 5), link)
+    opt_state, update = tx.init(params), jax.jit(tx.update)
+    params, seen = jaxsparse.sparsify(opt_state, params), []
+    for count in range(5):
+        grads = jax.tree.map(lambda p: jnp.where(p == 0, 1.0, 0.1), params)
+        if count == 2:
+            grads["w"] = grads["w"].at[1, 2].set(jnp.inf)
+        updates, opt_state = update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        seen.append(jaxsparse.get_masks(opt_state))
+        if count == 2:
+            with pytest.warns(UserWarning, match="w kept its mask .* a gradient was not finite on that step"):
+                jaxsparse.check(opt_state, params)
+    jaxsparse.check(opt_state, params)
+    changes = [{name: bool((a[name] != b[name]).any()) for name in a} for a, b in itertools.pairwise(seen)]
+    assert [change["w"] for change in changes] == [False, False, False, True]
+    assert [change["v"] for change in changes] == [False, True, False, True]
+
+
+def test_a_leaf_without_gradient_is_named_on_the_first_step():
+    params = {"w": jnp.ones((2, 4)), "v": jnp.ones((2, 4))}
+    tx = jaxsparse.chain(optax.sgd(0.1), jaxsparse.rigl(0.5, 100, stop_at=1000))
+    with pytest.raises(ValueError, match=r"no gradient of v: .* leave it out by prunable=jaxsparse.all_but\('v'\)"):
+        tx.update({"w": params["w"], "v": None}, tx.init(params), params)
+
+
+@pytest.mark.parametrize("method", [jaxsparse.rigl, jaxsparse.sparse_evolutionary])
+def test_masks_that_would_never_change_are_warned_of(method):
+    with pytest.warns(UserWarning, match=r"no multiple of update_every, 100, is in .*\[0, 75\)"):
+        method(0.5, 100, stop_at=75)
+
+
+def test_drop_fractions_are_read_until_masks_stay():
+    jaxsparse.rigl(0.5, 100, stop_at=5000, drop_fraction=lambda step: 0.3 * (1 - step / 5000))
+    with pytest.raises(ValueError, match="drop_fraction of step 5000 must be at least 0 .*, got -0.3"):
+        jaxsparse.rigl(0.5, 100, stop_at=5000, drop_fraction=lambda step: 0.3 * (1 - step / 2500))
 
 
 @pytest.mark.parametrize("method", [jaxsparse.rigl, jaxsparse.sparse_evolutionary])

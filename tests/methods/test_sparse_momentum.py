@@ -280,6 +280,9 @@ def test_nan_scores_are_counted_and_reported():
     poisoned = jax.tree.map(lambda t: t.at[0].set(jnp.nan) if t.ndim > 1 else t, opt_state[0][0].trace)
     opt_state = ((opt_state[0][0]._replace(trace=poisoned), opt_state[0][1]), opt_state[1])
     params, opt_state = step(params, opt_state, 1)
+    with pytest.warns(UserWarning, match="kept its mask in the last mask update"):
+        jaxsparse.check(opt_state)
+    params, opt_state = step(params, opt_state, 2)  # now there are NaN in the weights
     with pytest.raises(jaxsparse.SparsityError, match=r"\d+ NaN"):
         jaxsparse.check(opt_state)
     assert total(jaxsparse.get_masks(opt_state)) == SPARSE_SIZE // 4
@@ -409,7 +412,23 @@ def test_no_step_copies_the_masks():
 def test_a_copy_of_the_weights_only_with_decay():
     params = {"kernel": jnp.ones((512, 256), jnp.bfloat16), "bias": jnp.ones(256)}
     state = jaxsparse.sparse_momentum(0.9, 10, decay=0.9).init(params)
-    assert [x.dtype for x in jax.tree.leaves(state.own)] == [jnp.bfloat16]
+    assert [x.dtype for x in jax.tree.leaves(state.own)] == [jnp.float32]  # bfloat16(0.999) is 1
+
+
+def test_a_gradient_that_overflows_is_no_part_of_the_average():
+    params = {"w": jnp.ones((2, 2))}
+    tx = jaxsparse.chain(optax.apply_if_finite(optax.sgd(0.1), 3), jaxsparse.sparse_momentum(0.5, 2, decay=0.5))
+    state = tx.init(params)
+    for value in (1.0, jnp.inf, 3.0):
+        _, state = tx.update({"w": jnp.full((2, 2), value)}, state, params)
+    np.testing.assert_array_equal(state[1].own["w"], jnp.full((2, 2), 0.25 + 1.5))
+
+
+def test_an_average_of_updates_is_warned_of():
+    params = {"w": jnp.ones((2, 2))}
+    tx = optax.chain(optax.adam(1e-3), jaxsparse.sparse_momentum(0.5, 10, decay=0.9))
+    with pytest.warns(UserWarning, match=r"decay=\.\.\.\) is handed no gradient and averages what it gets"):
+        tx.update(params, tx.init(params), params)
 
 
 def test_own_momentum_is_the_average_of_the_gradients():

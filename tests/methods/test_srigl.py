@@ -259,7 +259,7 @@ def test_the_last_layer_is_given_or_a_guess_that_is_told():
     for tree, options, words in cases:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            jax.eval_shape(jaxsparse.srigl(0.5, stop_at=9, **options).init, tree)
+            jax.eval_shape(jaxsparse.srigl(0.5, stop_at=900, **options).init, tree)
         assert [str(w.message) for w in caught if "never ablates" in str(w.message)] == [
             str(w.message) for w in caught if words and words in str(w.message)
         ]
