@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsparse.trees import by_path, is_masked_node
+from jaxsparse.trees import as_array, by_path, is_masked_node
 
 __all__ = ["Group", "Slice", "entries", "group_sizes"]
 
@@ -156,7 +156,7 @@ def group_sizes(groups: Sequence[Group], params: Any) -> tuple[int, ...]:
     groups = tuple(groups)
     if not groups or not all(isinstance(group, Group) for group in groups):
         raise ValueError(f"groups must be one or more jaxsparse.Group, got {groups!r}")
-    leaves = by_path(params)
+    leaves = {path: as_array(path, leaf) for path, leaf in by_path(params).items()}
     partial = any(map(is_masked_node, jax.tree.leaves(params, is_leaf=is_masked_node)))
     names = [group.name for group in groups]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -210,11 +210,13 @@ def _size(group: Group, leaves: Mapping[str, Any], who: str) -> int:
 def _check_channels(which: Slice, leaves: Mapping[str, Any], size: int, who: str, where: str) -> None:
     """Refuse channel numbers that do not fit the leaf or the size of the group."""
     length, channels = math.prod(_lengths(leaves, which, who)), which.channels
-    if channels is not None and (len(channels) != length or min(channels) < -1 or max(channels) >= size):
-        raise ValueError(
-            f"{who}: axis {which.axis} of {which.path} has {length} entries, so it needs {length} channel numbers "
-            f"from 0 to {size - 1}, got {len(channels)} from {min(channels)} to {max(channels)} (-1: no channel)"
-        )
+    if channels is not None:
+        least, largest = min(channels, default=0), max(channels, default=0)
+        if len(channels) != length or least < -1 or largest >= size:
+            raise ValueError(
+                f"{who}: axis {which.axis} of {which.path} has {length} entries, so it needs {length} channel numbers "
+                f"from 0 to {size - 1}, got {len(channels)} from {least} to {largest} (-1: no channel)"
+            )
     if channels is None and length % size:
         raise ValueError(
             f"{who} has {size} channels, but axis {which.axis} of {which.path}{where} has length {length}, which is "

@@ -21,7 +21,8 @@ __all__ = ["Axes", "Leaf", "Rules", "described", "is_attention_output"]
 # Names of leaves that multiply, wherever they lie. (``weight`` does not: it may be a normalisation's.)
 _MATRIX_NAMES = {"kernel", "w", "embedding", "embeddings"}
 _GENERIC_NAMES = _MATRIX_NAMES | {"weight", "weights"}
-_LAYER_WORDS = {"proj", "projection", "kernel", "w", "mlp", "net", "linear", "dense"}
+_LAYER_WORDS = {"proj", "projection", "kernel", "w", "mlp", "net", "linear", "dense", "conv"}
+_LAYER = re.compile(r"(^|_)(proj|projection|linear|dense|conv)(_?\d+)?$")
 _GAINS = {"weight", "weights", "scale", "g", "gain", "gamma", "beta", "b", "bias", "offset", "shift"}
 _VECTOR = re.compile(r"(^|_)(bias|biases|scale|offset|gamma|beta|gain|shift)(_|\d|$)|bias$")
 _NORM = re.compile(r"norm(?!al(?!i))|(^|_)(ln|bn|gn)(_|\d|$)")  # not "normal", but "normalization"
@@ -75,7 +76,8 @@ class Leaf:
         if last not in _GENERIC_NAMES and _VECTOR.search(self.name):
             return "bias"
         in_norm = self.name in _GAINS and (_NORM.search(self.module) or _NORM.search(self.kind))
-        return "norm" if in_norm or _NORM.search(self.name) else ""
+        of_layer = _LAYER.search(self.module) or _LAYER.search(self.kind)  # norm_proj is a layer, proj_norm is none
+        return "norm" if (in_norm and not of_layer) or _NORM.search(self.name) else ""
 
     def named(self, pattern: re.Pattern) -> bool:
         """Whether the leaf's label, or the class of its module, is called so."""
@@ -136,7 +138,9 @@ class Rules:
         vector = self._is_vector(leaf) or _is_thin(leaf)
         if vector or rank - stack < 2:  # of a stack, each layer has one axis
             stack = max(min(stack, rank - 1), 0)
-            return Axes((), tuple(range(stack, rank)), tuple(range(stack)))
+            return Axes((), tuple(range(stack, rank)), tuple(range(stack)), self._doubtful(leaf))
+        if not stack and self._ends_stacked(leaf):
+            return Axes((), (1,), (0,), "taken for biases of the stacked layers beside it")
         found = self._matrix(leaf, stack)
         hidden = self._partial and rank > 2 and not self._bias(leaf) and not leaf.named(_CONVOLUTION)
         guess = guess or found.guess or ("the leaves around it are hidden from this transformation" if hidden else "")
@@ -158,6 +162,19 @@ class Rules:
         return leaf in self._called_vectors or any(
             other.shape == leaf.shape for other in self._beside[leaf.modules] if other in self._called_vectors
         )
+
+    def _doubtful(self, leaf: Leaf) -> str:
+        """What is in doubt about a vector that has the shape of a matrix, and the name of one."""
+        known = leaf in self._called_vectors or _NORM.search(leaf.module) or _NORM.search(leaf.kind)
+        if known or leaf.name.rstrip("0123456789") not in _GENERIC_NAMES or sum(size > 1 for size in leaf.shape) < 2:
+            return ""
+        beside = [other.name for other in self._beside[leaf.modules] if other in self._called_vectors]
+        return f"taken for no matrix, as {beside[0]} beside it has its shape" if beside else ""
+
+    def _ends_stacked(self, leaf: Leaf) -> bool:
+        """Whether a leaf without a name has axes (layers, outputs) of one of (layers, inputs, outputs) beside it."""
+        kernels = [other.shape for other in self._beside[leaf.modules] if len(other.shape) == 3]
+        return leaf.name.isdecimal() and leaf.shape in [(shape[0], shape[2]) for shape in kernels]
 
     def _bias(self, leaf: Leaf) -> tuple[int, ...]:
         """The shape of the bias of the layer whose kernel a leaf is; () if there is none."""

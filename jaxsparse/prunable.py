@@ -90,7 +90,8 @@ def prunable_leaves(params: Any, prunable: Any = None, *, layout: LayoutLike = N
         cover the params.
 
     Warns:
-      UserWarning: if a predicate chooses leaves that look like biases or gains, naming them.
+      UserWarning: if a predicate chooses leaves that look like biases or gains, or the default choice leaves some out
+        that may be matrices, naming them.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -140,7 +141,15 @@ def prunable_leaves(params: Any, prunable: Any = None, *, layout: LayoutLike = N
 def default_choice(params: Any, layout: LayoutLike = None) -> dict[str, bool]:
     """The default choice of :func:`prunable_leaves`, by path: floating-point leaves that are matrices."""
     layouts = leaf_layouts(params, layout)
-    return {path: layouts[path].is_matrix and _is_float(leaf) for path, leaf in by_path(params).items()}
+    floats = {path: layouts[path] for path, leaf in by_path(params).items() if _is_float(leaf)}
+    if doubts := [f"{path} ({at.guess})" for path, at in floats.items() if at.guess and not at.is_matrix]:
+        warnings.warn(
+            f"these leaves stay dense, which is a guess: {', '.join(doubts)}. Those that are matrices can be told by "
+            'layout={"path or pattern": jaxsparse.Layout(inputs=..., outputs=..., stack=...)}',
+            UserWarning,
+            stacklevel=3,
+        )
+    return {path: path in floats and at.is_matrix for path, at in layouts.items()}
 
 
 def _by_patterns(

@@ -216,3 +216,11 @@ def test_bad_slices_are_refused(groups, message):
 def test_what_is_no_slice_is_refused():
     with pytest.raises(ValueError, match=r"group 'a': multiplies must map paths to axes.*got 'kernel'"):
         Group("a", ["kernel"])
+
+
+def test_numbers_and_leaves_without_channels_among_the_params_are_no_crash():
+    assert group_sizes([Group("a", {"a": 0})], {"a": jnp.ones(3), "s": 1.0}) == (3,)
+    with pytest.raises(ValueError, match="group 'a' names axis 0 of s, whose shape is"):
+        group_sizes([Group("a", {"a": 0, "s": 0})], {"a": jnp.ones(3), "s": 1.0})
+    group = Group("a", {"a": 0}, [Slice("z", 0, ())])
+    assert group_sizes([group], {"a": jnp.ones(3), "z": jnp.ones((0, 2))}) == (3,)

@@ -139,3 +139,38 @@ def test_stacked_norms_and_biases_stay_dense():
         rda = jaxsparse.rda(0.1, l1=0.1).init(params)
         shrunk = names(jax.tree.map(lambda mask: mask.ndim > 0, jaxsparse.get_masks(rda, params)))
         assert shrunk == {"conv/weight", "fc/weight"}
+
+
+def test_layers_that_are_called_after_a_norm_are_pruned():
+    params = {"norm_proj": {"weight": jnp.ones((8, 8))}, "ln_out_linear": {"weight": jnp.ones((8, 8))}}
+    params |= {
+        "proj_norm": {"weight": jnp.ones((8, 8)), "bias": jnp.ones((8, 8))},
+        "shift_conv": jnp.ones((3, 3, 8, 8)),
+    }
+    assert names(prunable_leaves(params)) == {"norm_proj/weight", "ln_out_linear/weight", "shift_conv"}
+
+
+@pytest.mark.parametrize(
+    ("params", "told"),
+    [
+        (
+            {"m": {"w1": jnp.ones((8, 8)), "rel_bias": jnp.ones((8, 8))}, "fc": {"w": jnp.ones((8, 8))}},
+            "m/w1 .*rel_bias",
+        ),
+        ({"l": {"w": jnp.ones((8, 8)), "b": jnp.ones((8, 8))}, "fc": {"w": jnp.ones((8, 8))}}, "l/w .*as b beside it"),
+        ([(jnp.ones((3, 4, 5)), jnp.ones((3, 5)))], "0/1 .*biases of the stacked layers"),
+    ],
+)
+def test_what_stays_dense_by_a_guess_is_told(params, told):
+    with pytest.warns(UserWarning, match=f"stay dense, which is a guess: {told}.*layout="):
+        prunable_leaves(params)
+
+
+def test_gains_of_stacked_norms_are_no_guess():
+    layers = {
+        "ln": {"w": jnp.ones((3, 8)), "b": jnp.ones((3, 8))},
+        "fc": {"w": jnp.ones((3, 8, 8)), "b": jnp.ones((3, 8))},
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert names(prunable_leaves({"layers": layers})) == {"layers/fc/w"}

@@ -60,9 +60,9 @@ class SparseDense(nn.Module):
     """A dense layer with a mask, ``x @ (kernel * mask) + bias``, that can skip dead blocks.
 
     The mask is an argument, or "kernel" of this layer in the collection "masks", where the scalar True or a missing
-    mask means dense. With ``block``, a block is live if any of its weights is. Pruned weights in live blocks are not
-    masked but expected to be zero, as all methods of jaxsparse leave them. So results are right for all masks, and
-    masks of whole blocks are fast.
+    mask means dense. (Within jit any scalar does: its value is not known there.) With ``block``, a block is live if any
+    of its weights is. Pruned weights in live blocks are not masked but expected to be zero, as all methods of jaxsparse
+    leave them. So results are right for all masks, and masks of whole blocks are fast.
 
     Take :func:`jaxsparse.trace.sparse_apply` first: it runs any model on the same kernels, as it is. Take this layer in
     functions with derivatives of their own (``jax.custom_vjp``, as of reversible blocks), where ``sparse_apply`` leaves

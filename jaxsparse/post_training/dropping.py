@@ -1,7 +1,8 @@
 """Params and states of optimizers without some blocks."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -119,7 +120,7 @@ def _numbered(tree: Any, blocks: str, gone: Sequence[int]) -> Any:
         inside = [walked(value, f"{path}{key}/") for key, value in zip(keys, values, strict=True)]
         numbers = sorted({one[0] for one in found if one})
         if not numbers:
-            return type(node)(dict(zip(keys, inside, strict=True))) if named else treedef.unflatten(inside)
+            return _like(node, zip(keys, inside, strict=True)) if named else treedef.unflatten(inside)
         if numbers != list(range(len(numbers))):
             raise ValueError(f"{path or 'the tree'} must have the blocks 0, 1, ..., and has {numbers}")
         counts[path] = len(numbers)
@@ -131,7 +132,7 @@ def _numbered(tree: Any, blocks: str, gone: Sequence[int]) -> Any:
             texts = [key[slice(*one[1:])] for key, one, _ in kept if one and isinstance(key, str)]
             padded = any(len(text) > 1 and text[0] == "0" for text in texts)  # layer_00, layer_01, ..., layer_11
             width = max(map(len, texts)) if padded else 1
-            return type(node)({_renamed(key, one, stays, width): value for key, one, value in kept})
+            return _like(node, [(_renamed(key, one, stays, width), value) for key, one, value in kept])
         if isinstance(node, list | tuple) and not hasattr(node, "_fields"):
             return type(node)([value for _, _, value in kept])
         raise ValueError(f"the blocks of {path or 'the tree'} are attributes of {type(node).__name__}, which stay")
@@ -161,6 +162,13 @@ def _paths(node: Any, path: str = "") -> Iterator[str]:
     for key, value in zip(keys, values, strict=True):
         yield f"{path}{key}"
         yield from _paths(value, f"{path}{key}/")
+
+
+def _like(node: Mapping[Any, Any], items: Iterable[tuple[Any, Any]]) -> Any:
+    """A mapping of a node's type with other items."""
+    if isinstance(node, defaultdict):
+        return defaultdict(node.default_factory, items)
+    return type(node)(dict(items))  # type: ignore[call-arg]
 
 
 def _renamed(key: Any, one: tuple[int, int, int] | None, stays: np.ndarray, width: int) -> Any:

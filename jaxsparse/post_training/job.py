@@ -226,7 +226,8 @@ class Job:
                 UserWarning,
                 stacklevel=stacklevel,
             )
-        whole = [path for path, mask in self.masks.items() if np.all(self.shares[path] > 0) and bool(mask.all())]
+        asked = [path for path, mask in self.masks.items() if mask.size and np.all(self.shares[path] > 0)]
+        whole = [path for path in asked if bool(self.masks[path].all())]
         if whole:
             warnings.warn(
                 f"no weight of {listed(whole)} is pruned: the sparsity rounds down to none of so few",

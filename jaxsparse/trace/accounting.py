@@ -103,6 +103,8 @@ class MultiplyAdds(Tabular):
         if unknown := sorted(set(kept) - set(self.shapes)):
             raise ValueError(f"masks have {listed(unknown)}, which the params lack; they have {listed([*self.shapes])}")
         for path, mask in kept.items():
+            if not mask.ndim and not mask:
+                raise ValueError(f"the mask of {path} is the scalar False: a scalar can only be True, for a dense leaf")
             if mask.ndim and mask.shape != self.shapes[path]:
                 raise ValueError(f"the mask of {path} must have shape {self.shapes[path]}, got {mask.shape}")
         counts = {path: int(np.count_nonzero(mask)) for path, mask in kept.items() if mask.ndim}
@@ -135,7 +137,8 @@ def multiply_adds(apply: Callable[..., Any], params: Any, *args: Any) -> Multipl
     Counted are matrix products and convolutions wherever they stand in the program: a layer that is called several
     times counts each time, one in a scan every round, one under ``vmap`` every example. Nothing is computed. Lookups
     (embeddings) and elementwise operations have no multiply-adds. Matrices that are made one before a product, such as
-    three that are concatenated, share its multiply-adds by their sizes.
+    three that are concatenated, share its multiply-adds by their sizes. A matrix that is multiplied by an argument
+    before, such as a mask, is itself an activation here: multiply params by masks outside of ``apply``.
 
     Args:
       apply: a function of params and further arguments, such as ``lambda p, x: model.apply({"params": p}, x)``.
@@ -208,7 +211,9 @@ def _parts(shapes: dict[str, tuple[int, ...]]) -> dict[str, Fraction]:
 
 
 def _ratio(number: int | float, by: int) -> int | float:
-    """A quotient, as an int if it is one."""
+    """A quotient, as an int if it is one; 0 for a leaf that has no weights."""
+    if not by:
+        return 0
     return number / by if number % by else int(number // by)
 
 

@@ -78,6 +78,9 @@ class Analysis:
         while True:  # what comes out as a state goes in at the next call
             mark = self.mark()
             outs = self.run(jaxpr, consts, [dataclasses.replace(val, zero=list(val.zero)) for val in ins], self.root)
+            # (No kernel is a state. An output may bear its name and have its shape: features, of as many examples.)
+            kernels = {path for site in self.sites for path in site.leaves}
+            states = [None if s in kernels else s for s in states]
             pairs = [(leaves[s], out) for s, out in zip(states, outs, strict=True) if s is not None and s in out.leaves]
             if not any([self._alike(a, b, "a state that the function hands on") for a, b in pairs]):
                 break
@@ -100,8 +103,9 @@ class Analysis:
     @staticmethod
     def _state_of(name: str, aval: Any, leaves: dict[str, Val]) -> str | None:
         """The leaf whose place an output takes: batch statistics and the like."""
-        # (Params that are one array have no path to tell an output by.)
-        ends = [path for path in leaves if path and (path == name or name.endswith("/" + path))]
+        # (Params that are one array have no path to tell an output by, and places in lists say nothing.)
+        named = [path for path in leaves if path and not path.rpartition("/")[2].isdecimal()]
+        ends = [path for path in named if path == name or name.endswith("/" + path)]
         path = max(ends, key=len, default=None)
         return path if path is not None and leaves[path].shape == tuple(aval.shape) else None
 

@@ -86,8 +86,8 @@ class Moments(_OfInputs):
 
     @property
     def mean(self) -> jax.Array:
-        """The mean row, ``(*leading, inputs)``."""
-        return self.first / self.rows[..., None]
+        """The mean row, ``(*leading, inputs)``; 0 where there were none, as for an expert that nothing goes to."""
+        return self.first / jnp.maximum(self.rows, 1)[..., None]
 
     @property
     def norm(self) -> jax.Array:
@@ -96,8 +96,8 @@ class Moments(_OfInputs):
 
     @property
     def variance(self) -> jax.Array:
-        """The variance of every input, ``(*leading, inputs)``, not below 0."""
-        return jnp.maximum(self.squares / self.rows[..., None] - jnp.square(self.mean), 0)
+        """The variance of every input, ``(*leading, inputs)``, not below 0; 0 where there were no rows."""
+        return jnp.maximum(self.squares / jnp.maximum(self.rows, 1)[..., None] - jnp.square(self.mean), 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -166,3 +166,11 @@ def test_numbers_with_zeros_in_front_keep_their_digits():
     left = drop_blocks(layers, "layer_*", [1])
     assert sorted(left) == [f"layer_{i:02d}" for i in range(11)]
     assert [int(left[name]["w"][0]) for name in sorted(left)] == [0, *range(2, 12)]
+
+
+def test_default_dicts_stay_what_they_are():
+    params = collections.defaultdict(dict, {f"layers_{i}": {"w": jnp.full(2, i)} for i in range(3)})
+    small = drop_blocks({"model": params}, "model/layers_*", [1])["model"]
+    assert type(small) is collections.defaultdict
+    assert small.default_factory is dict
+    assert {name: int(block["w"][0]) for name, block in small.items()} == {"layers_0": 0, "layers_1": 2}

@@ -280,3 +280,17 @@ def test_matrices_that_are_one_in_a_product_share_its_multiply_adds():
     counts = multiply_adds(apply, params, jnp.ones((4, 8)))
     assert {path: leaf.macs for path, leaf in counts.leaves.items()} == {"wk": 192, "wq": 192, "wv": 384}
     assert counts.positions(batch=4) == {"wk": 1, "wq": 1, "wv": 1}
+
+
+def test_a_leaf_without_weights_counts_nothing():
+    params = {"a": jnp.ones((4, 0)), "b": jnp.ones((0, 3)), "c": jnp.ones((4, 3))}
+    counts = multiply_adds(lambda p, x: x @ p["a"] @ p["b"] + x @ p["c"], params, jnp.ones((2, 4)))
+    assert {path: leaf.uses for path, leaf in counts.leaves.items()} == {"a": 0, "b": 0, "c": 2}
+    assert counts.total == 24
+
+
+def test_a_scalar_mask_can_only_be_true():
+    counts = multiply_adds(lambda p, x: x @ p["a"], {"a": jnp.ones((4, 5))}, jnp.ones((2, 4)))
+    assert counts.under({"a": jnp.array(True)}) == {"a": 40}
+    with pytest.raises(ValueError, match="the mask of a is the scalar False"):
+        counts.under({"a": jnp.array(False)})

@@ -8,7 +8,7 @@ import jaxsparse
 from jaxsparse import trace
 from jaxsparse.trace.slim import kept_entries
 from jaxsparse.trace.states import cut_params
-from tests.trace.models import MODELS, mlp
+from tests.trace.models import MODELS, mlp, rand
 from tests.trace.slimming import floats_of, gate_masks, masked, outputs_and_gradients, relative, some_closed
 
 FAST = ["mlp"]
@@ -217,3 +217,31 @@ def test_params_that_do_not_fit_the_small_function():
         small.apply(params, x)
     with pytest.raises(ValueError, match="only one of the two has fc1/bias, fc1/kernel"):
         small.apply({"fc2": small.params["fc2"], "fc3": small.params["fc3"]}, x)
+
+
+@pytest.mark.parametrize("batch", [7, 8])
+def test_features_that_are_put_out_under_the_name_of_a_kernel_are_no_state(batch):
+    params = {"h": rand(8, 8), "o": rand(8, 2)}
+    groups = trace.channel_groups(
+        lambda p, x: {"h": jnp.tanh(x @ p["h"]), "y": x @ p["h"] @ p["o"]}, params, rand(batch, 8)
+    )
+    assert len(groups) == 0
+    assert groups.frozen["h", 1] == ("output h of the function",)
+
+
+def test_places_in_tuples_make_no_states_of_outputs():
+    params = [rand(8, 8), rand(8)]
+    groups = trace.channel_groups(lambda p, x: (x.sum(), jnp.tanh(x @ p[0] + p[1][None]).sum(0)), params, rand(3, 8))
+    assert len(groups) == 0
+
+
+def test_a_state_beside_a_kernel_shrinks():
+    params = {"h": rand(8, 6), "mean": rand(6), "o": rand(6, 2)}
+
+    def apply(p, x):
+        y = jnp.tanh(x @ p["h"])
+        return (y - p["mean"][None]) @ p["o"], {"mean": 0.9 * p["mean"] + 0.1 * y.mean(0)}
+
+    small = trace.slim(apply, params, {"h": np.arange(6) < 2}, rand(3, 8))
+    out, state = small.apply(small.params, rand(3, 8))
+    assert (out.shape, state["mean"].shape) == ((3, 2), (4,))
