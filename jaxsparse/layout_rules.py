@@ -76,7 +76,8 @@ class Leaf:
         if last not in _GENERIC_NAMES and _VECTOR.search(self.name):
             return "bias"
         in_norm = self.name in _GAINS and (_NORM.search(self.module) or _NORM.search(self.kind))
-        of_layer = _LAYER.search(self.module) or _LAYER.search(self.kind)  # norm_proj is a layer, proj_norm is none
+        # The weight of norm_proj is a layer's, that of proj_norm is none.
+        of_layer = self.name in _GENERIC_NAMES and (_LAYER.search(self.module) or _LAYER.search(self.kind))
         return "norm" if (in_norm and not of_layer) or _NORM.search(self.name) else ""
 
     def named(self, pattern: re.Pattern) -> bool:

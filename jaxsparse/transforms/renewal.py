@@ -390,8 +390,8 @@ def _map_averages(function: Callable[[Any], Any], states: Any, params: Any) -> A
     ):
         if not _has_averages(leaf) and not is_link_state(leaf) and _owner(path, leaf, weights):
             warnings.warn(
-                f"the optimizer is to start anew, but what {path_name(path)} in its state is, is not known: it stays "
-                "as it is",
+                f"the optimizer starts anew, but {path_name(path)} in its state is of a kind that is not known, and "
+                "stays as it is",
                 stacklevel=5,
             )
             break

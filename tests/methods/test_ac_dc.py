@@ -96,7 +96,7 @@ def test_optimizers_with_other_names_for_their_averages_start_anew(optimizer):
 def test_what_of_an_optimizer_does_not_start_anew_is_told():
     params = {"w": jnp.ones((2, 2))}
     tx = jaxsparse.chain(optax.rprop(0.1), jaxsparse.ac_dc(0.5, [1, 5], [3]))
-    with pytest.warns(UserWarning, match="start anew, but what 0/step_sizes/w in its state is"):
+    with pytest.warns(UserWarning, match="starts anew, but 0/step_sizes/w in its state is of a kind"):
         tx.update(params, tx.init(params), params)
 
 
