@@ -156,7 +156,10 @@ def group_sizes(groups: Sequence[Group], params: Any) -> tuple[int, ...]:
     groups = tuple(groups)
     if not groups or not all(isinstance(group, Group) for group in groups):
         raise ValueError(f"groups must be one or more jaxsparse.Group, got {groups!r}")
-    leaves = {path: as_array(path, leaf) for path, leaf in by_path(params).items()}
+    leaves = {  # functions may be among them, as in Equinox modules
+        path: as_array(path, leaf) if isinstance(leaf, bool | int | float | complex) else leaf
+        for path, leaf in by_path(params).items()
+    }
     partial = any(map(is_masked_node, jax.tree.leaves(params, is_leaf=is_masked_node)))
     names = [group.name for group in groups]
     if twice := sorted({name for name in names if names.count(name) > 1}):

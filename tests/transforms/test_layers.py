@@ -112,7 +112,7 @@ RULES = [
     lambda: jaxsparse.magnitude_pruning(0.7, begin=1),
     lambda: jaxsparse.magnitude_pruning(0.7, begin=1, scope="lamp", structure={"*/in/*": "channel"}),
     lambda: jaxsparse.magnitude_pruning(0.7, begin=1, score=jaxsparse.saliency.movement),
-    lambda: jaxsparse.granet(0.7, 1, steps=2, end=2, drop_fraction=0.4, structure={"*/in/*": jaxsparse.block(4, 2)}),
+    lambda: jaxsparse.granet(0.7, 1, steps=3, end=2, drop_fraction=0.4, structure={"*/in/*": jaxsparse.block(4, 2)}),
     lambda: jaxsparse.ac_dc(0.7, [0, 2], [1], scope="layer"),
     lambda: jaxsparse.iterative_hard_thresholding(0.7, scope="global", at_least=30),
 ]
