@@ -21,8 +21,9 @@ __all__ = ["Axes", "Leaf", "Rules", "described", "is_attention_output"]
 # Names of leaves that multiply, wherever they lie. (``weight`` does not: it may be a normalisation's.)
 _MATRIX_NAMES = {"kernel", "w", "embedding", "embeddings"}
 _GENERIC_NAMES = _MATRIX_NAMES | {"weight", "weights"}
-_LAYER_WORDS = {"proj", "projection", "kernel", "w", "mlp", "net", "linear", "dense", "conv"}
-_LAYER = re.compile(r"(^|_)(proj|projection|linear|dense|conv)(_?\d+)?$")
+_LAYERS_OF_WEIGHTS = ("proj", "projection", "linear", "dense", "conv")
+_LAYER_WORDS = {*_LAYERS_OF_WEIGHTS, "kernel", "w", "mlp", "net"}
+_LAYER = re.compile(rf"(^|_)({'|'.join(_LAYERS_OF_WEIGHTS)})(_?\d+)?$")  # a norm_mlp may be the norm before an mlp
 _GAINS = {"weight", "weights", "scale", "g", "gain", "gamma", "beta", "b", "bias", "offset", "shift"}
 _VECTOR = re.compile(r"(^|_)(bias|biases|scale|offset|gamma|beta|gain|shift)(_|\d|$)|bias$")
 _NORM = re.compile(r"norm(?!al(?!i))|(^|_)(ln|bn|gn)(_|\d|$)")  # not "normal", but "normalization"
@@ -165,7 +166,7 @@ class Rules:
         )
 
     def _doubtful(self, leaf: Leaf) -> str:
-        """What is in doubt about a vector that has the shape of a matrix, and the name of one."""
+        """The doubt, in words, about a leaf taken for a vector that has the name and shape of a matrix; "" for none."""
         known = leaf in self._called_vectors or _NORM.search(leaf.module) or _NORM.search(leaf.kind)
         if known or leaf.name.rstrip("0123456789") not in _GENERIC_NAMES or sum(size > 1 for size in leaf.shape) < 2:
             return ""

@@ -327,8 +327,8 @@ def mask_link(
                     )
                 state = state._replace(renewal=renewing.at(state.renewal, due, state.count))
                 updates = renewing.updates(updates, state.renewal, params, state.count)
-        # What has just been regrown stays at 0. It is told by its weight of 0, unless masks change on every step, when
-        # that would hold what was regrown on the last one too: then by the masks of before, at the cost of a copy.
+        # What has just been regrown stays at 0. It is told by its weight of 0, unless masks may change on every step,
+        # when that would hold what was regrown on the last one too: then by the masks of before, at the cost of a copy.
         if landed is not None:
             landing = land_on_masks(updates, params, jax.tree.map(jnp.logical_and, landed, state.masks))
         else:
