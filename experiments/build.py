@@ -1,7 +1,7 @@
 """Build the optimizer and the method of a run from the names that its config gives.
 
 ``config.optimizer`` and ``config.method`` are calls: ``name`` is looked up in jaxsparse, experiments.learning_rates,
-experiments.prune_at_init and optax, the other keys are the arguments. Among these
+experiments.optimizers, experiments.prune_at_init and optax, the other keys are the arguments. Among these
 
 * a mapping with a ``name`` is a call itself, such as a schedule. If it gives several values by name, as
   :func:`jaxsparse.rda_cosine` does, they become the arguments of these names;
@@ -22,10 +22,10 @@ import optax.contrib
 from ml_collections import ConfigDict
 
 import jaxsparse
-from experiments import learning_rates, prune_at_init
+from experiments import learning_rates, optimizers, prune_at_init
 from jaxsparse import models
 
-ROOMS = (jaxsparse, learning_rates, prune_at_init, optax, optax.contrib)
+ROOMS = (jaxsparse, learning_rates, optimizers, prune_at_init, optax, optax.contrib)
 RATE = "config.optimizer.learning_rate"
 FROM_TRAINER = ("inner", "groups", "key")  # arguments of a method that the trainer gives
 
