@@ -26,7 +26,7 @@ from tests.soak import hostile, kills
 ROOT = Path(__file__).parents[2]
 EACH = 4  # kills of a run
 KILLED = "at random moments, the start included; at its end the run has the bits of one that was not killed"
-ABOUT = {  # name -> how many trials, and what they are
+ABOUT = {  # name -> how many trials, 0 if that shows only once they are prepared, and what they are
     "resident": (5, f"digits in memory, sparse momentum: killed {KILLED}"),
     "streamed": (5, "the same of a ResNet on JPEG files"),
     "gated": (5, "the same with dependent gates on channels (`dep_l0`)"),
@@ -72,7 +72,8 @@ def make(name: str, folder: Path, log: Path, again: bool) -> bool:
         log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
     made = lines_of(log)
     done = {trial for (other, trial), line in made.items() if other == name and not (again and "lost" in line)}
-    left = [] if len(done) == ABOUT[name][0] else attempts(name, folder)  # which prepares them
+    count, _ = ABOUT[name]
+    left = [] if count and len(done) == count else attempts(name, folder)  # which prepares them
     for trial, attempt in enumerate(rich.progress.track(left, name)):
         if trial in done:
             continue

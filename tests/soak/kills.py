@@ -70,7 +70,13 @@ class Kind:
             return test_processes.start(workdir, list(self.arguments))
         command = [sys.executable, "-m", "experiments.train", f"--workdir={workdir}", *self.arguments]
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return [subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, **pipes)]
+        # They compile the same few programs, again and again: killed while they train, they tell more. Two processes do
+        # not: the second would not find its programs, and the first waits for half a minute, then takes it for dead.
+        compiled = {
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder.parent / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        }
+        return [subprocess.Popen(command, cwd=ROOT, env=os.environ | compiled | environment, **pipes)]
 
     def finish(self, workdir: Path) -> None:
         """Lets the run come to its end."""

@@ -52,6 +52,9 @@ def test_trials_are_made_once_and_those_that_failed_again(tmp_path, monkeypatch)
     assert [line.get("lost") for line in soak.lines_of(log).values()] == [None, "RuntimeError: lost", None]
     assert soak.make("text", tmp_path, log, again=True)
     assert made == [0, 1, 2, 1]
+    assert soak.make("full disk", tmp_path, log, again=False)  # whose number shows only then
+    assert soak.make("full disk", tmp_path, log, again=False)
+    assert made == [0, 1, 2, 1, 0, 1, 2]
 
 
 def test_the_page_counts_what_was_done_and_lost(tmp_path, monkeypatch):
