@@ -36,7 +36,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ from ml_collections import ConfigDict, config_flags
 
 from experiments import command_line, data, processes
 from experiments.build import update_every
-from experiments.checkpoints import KEPT, Checkpoints, size_in_bytes
+from experiments.checkpoints import KEPT, size_in_bytes
 from experiments.inputs import open_dataset, open_source, report_replaced
 from experiments.measures import measure_of
 from experiments.options import as_seeds, check_config, for_run, refuse_idle, with_seed
@@ -58,7 +58,7 @@ from experiments.prune_while_training import Gain, check_pruning, open_gates, wi
 from experiments.results.table import mean_and_error
 from experiments.speed import speedometer
 from experiments.stopping import Stopped, stop_signals, stop_unless_finite
-from experiments.workdir import WorkdirError, open_runs, require_space, write_json, writing
+from experiments.workdir import WorkdirError, open_checkpoints, open_runs, require_space, write_json, writing
 from jaxsparse.parallel import ElsewhereError, any_process, of_processes, together
 
 FLAGS = flags.FLAGS
@@ -132,7 +132,7 @@ def train(
     with ExitStack() as stack:
         with together():
             runs = open_runs(stack, config, workdir, seeds)
-        checkpoints = stack.enter_context(closing(Checkpoints(workdir / "checkpoints")))
+        checkpoints = stack.enter_context(open_checkpoints(workdir))
         with together():
             if leads:
                 require_space(workdir, (KEPT + 1 - len(checkpoints.steps())) * size_in_bytes(shapes) + 2**20)

@@ -187,6 +187,18 @@ def writing(path: Path, checkpoints: Checkpoints | None = None) -> Iterator[None
         raise WorkdirError(f"workdir {str(path)!r} {what}: {error.strerror or error}{safe}") from error
 
 
+@contextmanager
+def open_checkpoints(path: Path) -> Iterator[Checkpoints]:
+    """The checkpoints of a run's folder, closed in the end: what the last of them could not write shows then."""
+    with writing(path):
+        checkpoints = Checkpoints(path / "checkpoints")
+    try:
+        yield checkpoints
+    finally:
+        with writing(path, checkpoints):
+            checkpoints.close()
+
+
 def require_space(path: Path, needed: int) -> None:
     """Raises a WorkdirError if the disk of a folder has fewer bytes left than will be needed."""
     free = shutil.disk_usage(path).free

@@ -110,3 +110,13 @@ def test_full_disk_is_said_and_what_is_safe(tmp_path, number):
     message = "is on a disk that is full: .*The last checkpoint is of step 80; the same command goes on from there"
     with pytest.raises(WorkdirError, match=message), workdir.writing(tmp_path, TwoCheckpoints()):
         raise OSError(number, "no room")
+
+
+@pytest.mark.parametrize("fails", ["__init__", "close"])  # the last save may only fail when it is closed
+def test_full_disk_is_said_by_checkpoints_that_open_or_close(tmp_path, monkeypatch, fails):
+    def no_room(*args):
+        raise OSError(errno.ENOSPC, "no room")
+
+    monkeypatch.setattr(workdir.Checkpoints, fails, no_room)
+    with pytest.raises(WorkdirError, match="is on a disk that is full: no room"), workdir.open_checkpoints(tmp_path):
+        assert fails == "close"
