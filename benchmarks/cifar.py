@@ -3,7 +3,7 @@
 The trainer's own program, augmentation included, on random images, each network and method in a process of its own, so
 that the peak of its memory is seen. The alternatives do not take turns: compare rows that differ a lot.
 
-Usage: ``python -m benchmarks.cifar [--networks vgg16 resnet20] [--steps 10] [--batch 128] [--dtype bfloat16]``;
+Usage: ``python -m benchmarks.cifar [--networks vgg16 resnet20] [--steps 10] [--batch 128] [--dtype float32]``;
 ``taskset -c 0 python -m benchmarks.cifar --cores=1`` for one core.
 """
 

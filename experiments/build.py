@@ -27,6 +27,7 @@ from jaxsparse import models
 
 ROOMS = (jaxsparse, learning_rates, optimizers, prune_at_init, optax, optax.contrib)
 RATE = "config.optimizer.learning_rate"
+CHECKED_STEPS = 50_400  # of an epoch, where a config is checked without its data; any usual part of it is whole
 FROM_TRAINER = ("inner", "groups", "key")  # arguments of a method that the trainer gives
 
 
@@ -116,11 +117,14 @@ def make_optimizer(config: ConfigDict, steps_per_epoch: int, model: Any = None) 
 
 def update_every(config: ConfigDict, steps_per_epoch: int) -> int:
     """The steps between two changes of masks; 1 for a method that does not say."""
+    calls = Calls(config, steps_per_epoch)
     for name in ("update_every", "every"):
-        if f"{name}_epochs" in config.method:
-            return in_steps(config.method[f"{name}_epochs"], steps_per_epoch, f"config.method.{name}_epochs")
-        if name in config.method:
-            return config.method[name]
+        for key in (f"{name}_epochs", name):
+            if key in config.method:
+                where = f"config.method.{key}"
+                value = calls.value(config.method[key], where)
+                steps = in_steps(value, steps_per_epoch, where) if key != name else value
+                return 1 if steps is None else steps
     return 1
 
 
@@ -210,6 +214,9 @@ class Calls:
 
 def times(rate: Any, factor: float) -> Any:
     """A learning rate times a factor; of a schedule all arguments whose name ends in "value"."""
+    rate = from_text(rate) if isinstance(rate, str) else rate
+    if isinstance(rate, str):
+        raise ValueError(f"{RATE}={rate!r} cannot be scaled: give the number or the schedule itself")
     if not isinstance(rate, (Mapping, ConfigDict)):
         return rate * factor
     values = {name: value * factor for name, value in rate.items() if name.endswith("value")}

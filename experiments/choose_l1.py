@@ -150,16 +150,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="how many (%(default)s)")
     parser.add_argument("--only", default="", metavar="TEXT", help="print what has it in its name, and write nothing")
     args = parser.parse_args(argv)
+    if args.seeds < 1:
+        parser.error(f"--seeds is at least 1, got {args.seeds}")
+    chosen = [setting for setting in SETTINGS if args.only in str(setting)]
+    if not chosen:
+        parser.error(f"--only={args.only}: there are {'; '.join(map(str, SETTINGS))}")
+    page = Path("results/choose_l1.md")
+    if not args.only:
+        page.parent.mkdir(exist_ok=True)  # minutes before there is something to write
     found = {}
-    for setting in SETTINGS:
-        if args.only in str(setting):
-            found[setting] = measure(setting, PULLS, args.seeds)
-            print(f"measured: {setting}", flush=True)
+    for setting in chosen:
+        found[setting] = measure(setting, PULLS, args.seeds)
+        print(f"measured: {setting}", flush=True)
     command = "python -m experiments.choose_l1" + (f" --seeds {args.seeds}" if args.seeds != 3 else "")
     text = as_markdown(found, PULLS, args.seeds, command)
     print(text)
     if not args.only:
-        Path("results/choose_l1.md").write_text(text)
+        page.write_text(text)
 
 
 if __name__ == "__main__":

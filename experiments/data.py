@@ -90,6 +90,7 @@ def load(
       `TensorFlow Datasets <https://www.tensorflow.org/datasets/catalog/overview>`_.
     """
     check_amounts(validation, examples)
+    check_moments(mean, std)
     train, test, num_classes = _digits() if name == "digits" else _from_tfds(name, data_dir)
     splits = {"train": train, "test": test}
     return assembled(splits, num_classes, name, validation=validation, mean=mean, std=std, examples=examples)
@@ -136,6 +137,16 @@ def check_amounts(validation: float, examples: int | None) -> None:
         raise ValueError(f"config.data.validation is in [0, 1), got {validation}")
     if examples is not None and examples < 1:
         raise ValueError(f"config.data.examples is at least 1, got {examples}")
+
+
+def check_moments(mean: float | Sequence[float] | None, std: float | Sequence[float] | None) -> None:
+    """Raises a ValueError for a mean or a std that no image can be normalised by; None is that of the images."""
+    if mean is not None and not np.isfinite(np.asarray(mean, np.float32)).all():
+        raise ValueError(f"config.data.mean is finite, got {mean}")
+    if std is not None:
+        divisors = np.asarray(std, np.float32)
+        if not (np.isfinite(divisors) & (divisors > 0)).all():
+            raise ValueError(f"config.data.std is finite and above 0, got {std}")
 
 
 def count(split: Any) -> int:

@@ -1,16 +1,19 @@
 """Distillation: a trained network, the teacher, whose outputs a run learns to give."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.errors
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 import jaxsparse
 from experiments.networks import check_fits
+from experiments.tasks import Task
 from experiments.workdir import read_json
 
 
@@ -22,15 +25,18 @@ class Teacher(NamedTuple):
       variables: its params and other collections.
       temperature: what the logits of teacher and model are divided by.
       weight: of the distillation in the loss; the data have the rest.
+      own_inputs: takes inputs as the run normalises them to those that the teacher was trained on; None: they are.
     """
 
     model: Any
     variables: Any
     temperature: float
     weight: float
+    own_inputs: Callable[[jax.Array], jax.Array] | None = None
 
     def logits(self, variables: Any, inputs: jax.Array) -> jax.Array:
         """The teacher's outputs, as in evaluation, with the variables as they are passed into a step."""
+        inputs = inputs if self.own_inputs is None else self.own_inputs(inputs)
         return jax.lax.stop_gradient(self.model.apply(variables, inputs))
 
     def mixed(self, loss: jax.Array, logits: jax.Array, teacher_logits: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -64,13 +70,16 @@ def divergence_from(teacher_logits: jax.Array, logits: jax.Array, temperature: f
     return optax.losses.kl_divergence_with_log_targets(mine, of_teacher)
 
 
-def load_teacher(config: ConfigDict, model: Any, first: jax.Array) -> Teacher | None:
+def load_teacher(config: ConfigDict, model: Any, task: Task) -> Teacher | None:
     """The teacher ``config.distill_from``, or None.
+
+    The teacher in the folder of a run sees images normalised by that run's mean and standard deviation, not by this
+    one's.
 
     Args:
       config: of the run.
       model: that of the run, which a file's params are of, too; the folder of a run has a model of its own.
-      first: an input.
+      task: what the run learns, of which data.
 
     Raises:
       ValueError: for a teacher that does not fit or is not finished, and numbers out of range.
@@ -83,6 +92,7 @@ def load_teacher(config: ConfigDict, model: Any, first: jax.Array) -> Teacher | 
         raise ValueError(f"config.distill_temperature is above 0, got {config.distill_temperature}")
     if not 0 < config.distill_weight <= 1:
         raise ValueError(f"config.distill_weight is above 0 and at most 1, got {config.distill_weight}")
+    first, own_inputs = task.first, None
     shapes = jax.eval_shape(model.init, jax.random.key(0), first)
     if Path(source).is_dir():
         from experiments.export import restore_run  # it makes a program, as this is part of one
@@ -91,6 +101,7 @@ def load_teacher(config: ConfigDict, model: Any, first: jax.Array) -> Teacher | 
             raise ValueError(f"config.distill_from={source!r} is not finished, so that its weights may still change")
         program, params, state = restore_run(Path(source), config.data_dir)
         teacher, variables = program.model, {"params": params, **state.model_state}
+        own_inputs = renormalised(task.dataset, program.task.dataset)
     else:
         teacher, variables = model, {"params": jaxsparse.load_sparse(source)[0]}
         check_fits(variables["params"], shapes["params"], "config.distill_from", source)
@@ -106,4 +117,14 @@ def load_teacher(config: ConfigDict, model: Any, first: jax.Array) -> Teacher | 
     mine = jax.eval_shape(model.apply, shapes, first).shape
     if theirs != mine:
         raise ValueError(f"config.distill_from={source!r} has outputs {theirs[1:]}, and config.model {mine[1:]}")
-    return Teacher(teacher, variables, config.distill_temperature, config.distill_weight)
+    return Teacher(teacher, variables, config.distill_temperature, config.distill_weight, own_inputs)
+
+
+def renormalised(mine: Any, theirs: Any) -> Callable[[jax.Array], jax.Array] | None:
+    """Images normalised by one data set's mean and deviation -> by another's; None where that is the same."""
+    if not hasattr(mine, "std") or not hasattr(theirs, "std") or mine.std.shape != theirs.std.shape:
+        return None
+    if np.array_equal(mine.mean, theirs.mean) and np.array_equal(mine.std, theirs.std):
+        return None
+    scale, shift = mine.std / theirs.std, (mine.mean - theirs.mean) / theirs.std
+    return lambda inputs: inputs * scale + shift  # the channels are the last axis

@@ -103,12 +103,13 @@ def restore_run(workdir: Path, data_dir: str | None = None) -> tuple[Program, An
         if key in config:
             del config[key]
     dataset, seed = open_dataset(config), np.asarray(config.seed if seeds is None else seeds, np.uint32)
-    program = make_program(config, dataset, side_by_side=seeds is not None)
+    devices = _enough(config)
+    program = make_program(config, dataset, side_by_side=seeds is not None, devices=devices)
 
     def shapes(about):
         nonlocal program
         if about.get("pruned"):
-            program = make_program(config, dataset, pruned=about["pruned"])
+            program = make_program(config, dataset, devices=devices, pruned=about["pruned"])
         return program.layout.collected_shapes(jax.eval_shape(program.init, seed), about.get("devices"))
 
     with closing(Checkpoints(folder)) as checkpoints:
@@ -119,6 +120,14 @@ def restore_run(workdir: Path, data_dir: str | None = None) -> tuple[Program, An
     state = program.layout.one_copy(program.layout.restore(state))
     params = state.params if config.dense else jaxsparse.eval_params(state.opt_state, state.params)
     return program, params, state
+
+
+def _enough(config: ConfigDict) -> list[jax.Device] | None:
+    """As many devices as share the run's batches equally, of which other machines have had another number; or all."""
+    devices, parts = jax.devices(), config.data.batch_size // config.parallel.accumulate
+    if jax.process_count() > 1 or parts % len(devices) == 0:
+        return None
+    return devices[: max(count for count in range(1, len(devices)) if parts % count == 0)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -7,7 +7,8 @@ import dataclasses
 import hashlib
 import operator
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,11 @@ import numpy as np
 IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")  # how the names of the files end
 _OF_SYSTEM = ("desktop.ini", "thumbs.db")  # what is left out, besides hidden files
 _FOLDERS = {"train": "train", "test": "test", "val": "validation", "validation": "validation"}
+_LIKE_A_SPLIT = re.compile("(train|training|test|testing|val|valid|validation)([ _-]?(set|data))?")
+_SPLITS_ARE = (
+    "The folders of splits are called 'train', 'test' and 'val' or 'validation': rename them so, or if they are "
+    "classes, put all of them into a folder 'train'"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +83,12 @@ def find(folder: Path) -> Found:
     """The images of ``FOLDER/train/CLASS/...`` with ``FOLDER/test``, ``val`` or both, or of ``FOLDER/CLASS/...`` alone.
 
     The classes' numbers are in the order of their names. The files of a split are in the order of the hashes of their
-    paths in it, so that the first ones, or the last, are of all classes.
+    paths in it, so that the first ones, or the last, are of all classes. Hidden files and folders are left out, links
+    are followed.
 
     Raises:
-      ValueError: for what is no image, a class without images, and classes that differ from split to split.
+      ValueError: for what is no image, a class without images, classes that differ from split to split, and classes
+        that look like splits.
       FileNotFoundError: if there is no such folder.
     """
     if not folder.is_dir():
@@ -93,6 +101,8 @@ def find(folder: Path) -> Found:
             raise ValueError(f"{folder} has both 'val' and 'validation', which are the same split")
         of_splits = {_FOLDERS[name]: inside[name] for name in splits}
     else:
+        if like := [name for name in inside if _LIKE_A_SPLIT.fullmatch(name.casefold())]:
+            raise ValueError(f"{folder} has {', '.join(map(repr, like))}, as a split may be called. {_SPLITS_ARE}")
         of_splits = {"train": folder}
     classes = {name: [*_subfolders(path)] for name, path in of_splits.items()}
     for name, of_split in classes.items():
@@ -109,6 +119,8 @@ def find(folder: Path) -> Found:
             sizes.update(f"{name}/{file}\0{stat.st_size}\0".encode())
             stamp.update(f"{name}/{file}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
         found[name] = files
+    if not splits:
+        _refuse_splits(folder, names, found["train"].names)
     digests = [hashlib.sha256(name.encode()).digest() for name in found["train"].names] if "train" in found else []
     return Found(found, digests, names, stamp.hexdigest(), sizes.hexdigest())
 
@@ -166,22 +178,54 @@ def _subfolders(folder: Path) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
+def _refuse_splits(folder: Path, classes: Sequence[str], files: Sequence[str]) -> None:
+    """Raises a ValueError for classes that all have the same folders of images inside, as splits have their classes."""
+    inside: dict[str, set[str]] = {name: set() for name in classes}
+    for file in files:
+        name, *between, _ = file.split("/")
+        inside[name].update(between[:1])
+    first = inside[classes[0]]
+    # One folder in each, such as "images", is none of several classes that a split would have.
+    if len(classes) > 1 and len(first) > 1 and all(folders == first for folders in inside.values()):
+        raise ValueError(
+            f"{folder} has {_some(classes)}, which all have {_some(sorted(first))} inside, as splits have their "
+            f"classes. {_SPLITS_ARE}"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def _files(folder: Path, classes: Sequence[str]) -> tuple[ImageFiles, list[os.stat_result]]:
     """The images of a split, in the order of the hashes of their paths."""
     found = []
     for label, name in enumerate(classes):
         count = len(found)
-        for at, _, files in os.walk(folder / name):
-            for file in files:
-                path = Path(at, file)
-                if file[0] == "." or file.lower() in _OF_SYSTEM:
-                    continue
-                if path.suffix.lower() not in IMAGES:
-                    raise ValueError(f"{path} is among the images, whose names end in {', '.join(IMAGES)}")
-                inside = path.relative_to(folder).as_posix()
-                found.append((hashlib.sha256(inside.encode()).digest(), inside, label, path.stat()))
+        for path in _within(folder / name, {*map(str, (folder / name).resolve().parents)}):
+            if path.suffix.lower() not in IMAGES:
+                raise ValueError(f"{path} is among the images, whose names end in {', '.join(IMAGES)}")
+            inside = path.relative_to(folder).as_posix()
+            found.append((hashlib.sha256(inside.encode()).digest(), inside, label, path.stat()))
         if len(found) == count:
             raise ValueError(f"the class {name!r} is empty: {folder / name} has no images ({', '.join(IMAGES)})")
     found.sort(key=lambda file: file[:2])
     names, labels = tuple(file[1] for file in found), np.array([file[2] for file in found], np.int32)
     return ImageFiles(folder, names, labels), [file[3] for file in found]
+
+
+def _within(folder: Path, above: set[str]) -> Iterator[Path]:
+    """The files in a folder and in the folders inside, but for hidden ones and what the system puts there.
+
+    Links are followed, but for those to one of the folders ``above``, by their real paths, which would have no end.
+    """
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    for entry in os.scandir(folder):
+        if entry.name[0] == "." or entry.name.lower() in _OF_SYSTEM:
+            continue
+        if entry.is_dir():
+            yield from _within(Path(entry.path), above | {real})
+        else:
+            yield Path(entry.path)

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from experiments import data, text
 from experiments.measures import TEXT
-from experiments.options import OF_OWN, OWN, choose
+from experiments.options import OF_OWN, OWN, choose, or_none
 from jaxsparse.parallel import DeviceLayout
 
 PADDINGS = {"zeros": "constant", "reflect": "reflect"}
@@ -34,8 +34,7 @@ def open_dataset(config: ConfigDict) -> Any:
             eval_windows=config.data.eval_windows,
             examples=config.data.examples,
         )
-    # =None on the command line is (None,), and [None] in config.json.
-    mean, std = (None if given and list(given) == [None] else given for given in (config.data.mean, config.data.std))
+    mean, std, classes = map(or_none, (config.data.mean, config.data.std, config.data.classes))
     name, own = config.data.name, config.data.name in OWN
     for key in () if own else OF_OWN:
         if config.data.get(key) is not None:
@@ -58,7 +57,8 @@ def open_dataset(config: ConfigDict) -> Any:
     for key, given in (("mean", mean), ("std", std)):
         if given is None or len(given) not in (1, 3):
             raise ValueError(f"config.data.{key} of streamed images has one number or one for each colour, got {given}")
-    options["classes"] = config.data.classes
+    data.check_moments(mean, std)
+    options["classes"] = classes
     if own:
         images = own_data.open_set(config.data.files, config.data_dir, **options)
     else:

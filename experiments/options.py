@@ -22,10 +22,22 @@ def choose(options: Mapping[str, Any], name: str, key: str) -> Any:
     return options[name]
 
 
-def small(config: ConfigDict) -> ConfigDict:
-    """A copy made small, to see that it runs, by the values of ``config.smoke_overrides``."""
+def or_none(given: Sequence[Any] | None) -> Sequence[Any] | None:
+    """The values given for a key, or None where =None was given."""
+    return None if given and list(given) == [None] else given  # (None,) on the command line, [None] in config.json
+
+
+def small(config: ConfigDict, changed: Iterable[str] = ()) -> ConfigDict:
+    """A copy made small, to see that it runs, by the values of ``config.smoke_overrides`` for all but some keys."""
     config = copy.deepcopy(config)  # ConfigDict(config) would share the placeholders
     with config.unlocked():
+        for key in changed:  # which may have put something else in the place of a mapping
+            *parents, last = key.split(".")
+            within = config.smoke_overrides
+            for parent in parents:
+                within = within.get(parent, {})
+            if last in within:
+                del within[last]
         config.update(config.smoke_overrides)
         del config.smoke_overrides
     return config
@@ -36,7 +48,7 @@ def for_run(config: ConfigDict, changed: Mapping[str, Any]) -> ConfigDict:
     config = copy.deepcopy(config)  # ConfigDict(config) would share the placeholders
     changed = {key: value for key, value in changed.items() if not key.startswith("smoke_overrides.")}
     if config.smoke:
-        config = small(config)
+        config = small(config, changed)
         config.update_from_flattened_dict(changed)
     else:
         with config.unlocked():
@@ -74,7 +86,7 @@ def check_config(config: ConfigDict, num_examples: int) -> None:
         raise ValueError(f"config.keep_epochs are from {start} to {epochs}, got {config.keep_epochs}")
     if not 0 <= config.seed < SEEDS:
         raise ValueError(f"config.seed is from 0 to 2^32 - 1, got {config.seed}")
-    if config.data.classes is not None and not config.data.streamed:
+    if or_none(config.data.classes) is not None and not config.data.streamed:
         raise ValueError("config.data.classes is for streamed images, config.data.streamed")
     if not 1 <= config.data.batch_size <= num_examples:
         raise ValueError(

@@ -9,7 +9,7 @@ import numpy as np
 
 import jaxsparse
 from experiments.program import Program, TrainState
-from experiments.workdir import Workdir
+from experiments.workdir import Workdir, WorkdirError
 from jaxsparse import inspect, models
 from jaxsparse.groups import group_sizes
 
@@ -56,12 +56,21 @@ def draw(run: Workdir, state: TrainState, program: Program) -> None:
             break
 
 
-def finish(run: Workdir, state: TrainState, program: Program) -> None:
-    """Checks the masks, writes and prints the result; with gates, that of the model without its closed channels."""
+def finish(run: Workdir, state: TrainState, program: Program, steps: int) -> None:
+    """Checks the masks, writes and prints the result; with gates, that of the model without its closed channels.
+
+    Raises:
+      WorkdirError: if nothing was logged of the last of the ``steps``, as where metrics.jsonl was deleted.
+    """
     model, groups = program.model, program.optimizer.groups
     if not run.config.dense:
         jaxsparse.check(state.opt_state, state.params)
     lines = run.metrics()
+    if not lines or lines[-1]["step"] != steps:
+        raise WorkdirError(
+            f"{run.path / 'metrics.jsonl'} has lost the last steps: delete the newest folder in checkpoints, and the "
+            "same command repeats them from the one before"
+        )
     result = {"dense": run.config.dense, "seed": run.config.seed, "steps": lines[-1]["step"]}
     names = ("density", "validation", "test", "multiply_adds")
     result |= {name: value for name, value in lines[-1].items() if name.startswith(names)}

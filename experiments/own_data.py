@@ -60,8 +60,10 @@ def load(
     """Images of one's own as arrays.
 
     Examples are in an order of hashes, of the image or of a file's path in its split, so that the first ones are of all
-    classes, and so are the last, which are those held out for validation. Of an .npz and a function neither the order
-    in which they come nor that of other images matters; equal images are held out together.
+    classes, and so are the last, which are those held out for validation. The order in which the images of an .npz or a
+    function come makes no difference. Whether one of them is held out to test on follows from it alone, so that other
+    images change nothing and equal ones are held out together. Those for validation are a share of the rest by number:
+    other images may change which they are, and of equal ones some may be trained on.
 
     Args:
       kind: "npz", "folder" or "function".
@@ -81,6 +83,7 @@ def load(
       FileNotFoundError: if there is no such file.
     """
     data.check_amounts(validation, examples)
+    data.check_moments(mean, std)
     choose(dict.fromkeys(OWN), kind, "config.data.name")
     if kind == "function":
         where, images = str(files), _from_function(_given(files, kind))
@@ -119,7 +122,8 @@ def open_set(
       validation, examples, classes: as for :func:`experiments.streams.open_set`.
 
     Raises:
-      ValueError, FileNotFoundError: as for :func:`load`.
+      ValueError: as for :func:`load`, and if no image is left to train or to test on.
+      FileNotFoundError: if there is no such folder.
     """
     from experiments import streams  # takes a while, and small sets do without
 
@@ -133,6 +137,8 @@ def open_set(
         names = [names[number] for number in numbers]
     splits = {name: split[:examples] for name, split in splits.items()}
     train = splits["train"]
+    hint = ": give more images, more classes, another share, config.data.test, or a split 'test'"
+    streams.check_filled(train, splits["test"], classes, str(path), hint)
     kept = data.kept_of(len(train), validation, str(path))
     made = streams.ImageSet(train[:kept], splits.get("validation", train[kept:]), splits["test"], len(names))
     if examples is None:

@@ -108,7 +108,7 @@ class Program(abc.ABC):
                 self.optimizer.pruner.check(self.task, config.data.streamed)
             self._scored = None if config.data.streamed else dataset.train
         self._positions = self.positions() if self.optimizer.groups else None
-        self._teacher = load_teacher(config, whole, self.task.first)
+        self._teacher = load_teacher(config, whole, self.task)
         self.left = self._left_of(whole) if pruned else {"params": 1.0, "multiply_adds": 1.0}
         # Layers that skip dead blocks take the masks; to others pruned weights are zeros among the rest.
         self._takes_masks = not config.dense and bool(config.model.get("blocks"))

@@ -31,7 +31,7 @@ from experiments.results.plot import picture
 from experiments.results.published import TABLES, PaperTable, Row
 from experiments.stopping import Stopped
 from experiments.train import train
-from experiments.workdir import WorkdirInUseError, read_json, write_json
+from experiments.workdir import WorkdirInUseError, fingerprint, read_json, refuse_another, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,7 +44,7 @@ def reproduce(
     seeds: Sequence[int] | None = None,
     only: str = "",
     known: "pd.DataFrame | None" = None,
-) -> None:
+) -> list[str]:
     """Runs the part of a table that has not been run, seed by seed.
 
     Args:
@@ -54,7 +54,11 @@ def reproduce(
       seeds: these instead of each row's own.
       only: a regular expression; runs whose folder does not match are left out.
       known: runs to leave out, by the columns "run" and "seed".
+
+    Returns:
+      The folders of runs whose loss was not finite.
     """
+    failed: list[str] = []
     done = set() if known is None else set(zip(known.run, known.seed, strict=True))
     todo = [(row, seed) for row, seed in chosen(table, seeds, only) if (row.run, seed) not in done]
     todo.sort(key=lambda row_and_seed: row_and_seed[1])  # a whole table of few seeds comes before more seeds
@@ -72,6 +76,10 @@ def reproduce(
             print(f"  left for later: {missing}")
         except WorkdirInUseError:
             print("  left to the process that trains it")
+        except FloatingPointError as error:  # the same each time: the rest of the table is not to wait for it
+            print(f"  failed: {error}")
+            failed.append(str(workdir))
+    return failed
 
 
 def config_of(row: Row, seed: int, data_dir: str | None = None, runs: Path = Path("runs/reproduce")) -> ConfigDict:
@@ -79,6 +87,10 @@ def config_of(row: Row, seed: int, data_dir: str | None = None, runs: Path = Pat
     config = read_config(row)
     if row.stage:
         config = stages.config_of(config, row.stage, (runs / row.run).parent, seed)
+    return _changed(config, row, seed, data_dir)
+
+
+def _changed(config: ConfigDict, row: Row, seed: int, data_dir: str | None = None) -> ConfigDict:
     config.update_from_flattened_dict({**row.changes, "seed": seed, "data_dir": data_dir})
     return for_run(config, {})
 
@@ -97,6 +109,32 @@ def chosen(table: PaperTable, seeds: Sequence[int] | None, only: str) -> list[tu
         for seed in (range(row.seeds) if seeds is None else seeds)
         if re.search(only, row.run)
     ]
+
+
+def named_by_config(table: PaperTable, found: "pd.DataFrame") -> "pd.DataFrame":
+    """Results with the column "config": the fingerprints of the configurations that the table has for these runs."""
+    rows = {row.run: row for row in table.rows}
+    names = [
+        fingerprint(_changed(read_config(rows[run]), rows[run], seed))
+        for run, seed in zip(found.run, found.seed, strict=True)
+    ]
+    return found.assign(config=names)
+
+
+def refuse_others(table: PaperTable, runs: Path, known: "pd.DataFrame", file: Path) -> None:
+    """Raises an error for finished runs, and results in a file, of other configurations than the table has now."""
+    for row in table.rows:
+        for path in (runs / row.run).glob("seed_*/result.json"):
+            seed = int(path.parent.name.removeprefix("seed_"))
+            refuse_another(path.parent, config_of(row, seed, None, runs))
+    for run, seed, there, now in zip(
+        known.run, known.seed, known.config, named_by_config(table, known).config, strict=True
+    ):
+        if isinstance(there, str) and there != now:
+            raise ValueError(
+                f"{file} has {run}, seed {seed}, of another configuration than the table has now: delete its numbers "
+                "there, or write elsewhere by --results=DIR"
+            )
 
 
 def refuse_to_forget(file: Path, there: "pd.DataFrame", todo: Sequence[tuple[Row, int]]) -> None:
@@ -144,13 +182,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         kept = args.results / f"{args.table}.json"
         known = read_outcomes(kept) if args.add else as_frame([])
         known = known[known.run.isin([row.run for row in table.rows])]
+        refuse_others(table, args.runs, known, kept)
         if not args.add:
             refuse_to_forget(kept, outcomes(table, args.runs), chosen(table, seeds, args.only))
+        failed: list[str] = []
         try:
-            reproduce(table, args.runs, args.data_dir, seeds, args.only, known)
+            failed = reproduce(table, args.runs, args.data_dir, seeds, args.only, known)
         except Stopped as stop:
             stopped = stop
-        found = pd.concat([known, outcomes(table, args.runs)]).drop_duplicates(["run", "seed"], keep="last")
+        there = named_by_config(table, outcomes(table, args.runs))
+        found = pd.concat([known, there]).drop_duplicates(["run", "seed"], keep="last")
         write_json(kept, as_json(table, found))
         command = f"python -m experiments.reproduce {args.table}" + (f" --seeds={args.seeds}" if args.seeds else "")
         (args.results / f"{args.table}.md").write_text(as_markdown(args.table, table, found, command))
@@ -161,6 +202,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if stopped:
         print(f"stopped by {signal.Signals(stopped.signal).name}; the same command resumes")
         sys.exit(128 + stopped.signal)
+    if failed:
+        sys.exit(f"error: the loss was not finite in {', '.join(failed)}, which the table lacks")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from ml_collections import ConfigDict, config_flags
 
 import jaxsparse
 from experiments import command_line
-from experiments.build import Calls, make_optimizer, named
+from experiments.build import CHECKED_STEPS, Calls, make_optimizer, named
 from experiments.measures import ACCURACY, Measure, measure_of
 from experiments.networks import STARTS, make_model
 from experiments.options import as_seeds, choose, for_run, refuse_idle
@@ -153,7 +153,7 @@ def check(config: ConfigDict, workdir: Path, seeds: Sequence[int] | None = None,
         if "prune" in stage:
             pruner(config, stage)
         with named(f"stage {name}"):
-            optimizer = make_optimizer(mine, 100, make_model(mine, mine.model.get("num_classes") or 1000))
+            optimizer = make_optimizer(mine, CHECKED_STEPS, make_model(mine, mine.model.get("num_classes") or 1000))
         leaves_masks[name] = not mine.dense and optimizer.groups is None
     if unknown := [name for name in only if name not in leaves_masks]:
         raise ValueError(f"--only takes {', '.join(leaves_masks)}, got {', '.join(unknown)}")

@@ -105,7 +105,8 @@ def open_set(
         1, ... in this order. This reads the whole set once.
 
     Raises:
-      ValueError: if there is no such data set or class, or it is not one of images with a label.
+      ValueError: if there is no such data set or class, it is not one of images with a label, or there is none to train
+        or to test on.
       FileNotFoundError: if it was not prepared; says how to.
     """
     from experiments import data  # with JAX, which the worker processes do without
@@ -136,6 +137,7 @@ def open_set(
             source = source.of_its_classes()
         sources.append(source[: examples or len(source)])
     train, test = sources
+    check_filled(train, test, classes, f"data set {name!r}")
     kept = data.kept_of(len(train), validation, name)
     return ImageSet(train[:kept], train[kept:], test, len(names if classes is None else classes))
 
@@ -317,6 +319,14 @@ def numbers_of(classes: Sequence[str | int], names: Sequence[str], set_name: str
     if len(set(numbers)) < len(numbers) or not numbers:
         raise ValueError(f"config.data.classes needs classes that differ, got {tuple(classes)}")
     return {number: i for i, number in enumerate(numbers)}
+
+
+def check_filled(train: Source, test: Source, classes: Sequence[str | int] | None, where: str, hint: str = "") -> None:
+    """Raises a ValueError if there is no image to train on, or none to test on."""
+    for split, what in ((train, "train"), (test, "test")):
+        if not len(split):
+            of = "" if classes is None else f" of config.data.classes={tuple(classes)}"
+            raise ValueError(f"{where} has no image{of} to {what} on{hint}")
 
 
 # --- Batches ----------------------------------------------------------------------------------------------------------

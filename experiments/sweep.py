@@ -26,6 +26,7 @@ import contextlib
 import copy
 import datetime
 import json
+import re
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,7 +39,7 @@ from ml_collections import ConfigDict, config_flags
 
 import jaxsparse
 from experiments import command_line
-from experiments.build import ROOMS, make_optimizer, named
+from experiments.build import CHECKED_STEPS, ROOMS, make_optimizer, named
 from experiments.measures import measure_of
 from experiments.networks import make_model
 from experiments.options import as_seeds, for_run, refuse_idle
@@ -121,6 +122,8 @@ def plan(
         raise ValueError(f"config.sweep lacks {', '.join(missing)}")
     if nameless := [i for i, arm in enumerate(config.sweep.arms) if not arm.get("name")]:
         raise ValueError(f"config.sweep.arms[{nameless[0]}] lacks 'name', which is that of a folder")
+    if paths := [arm["name"] for arm in config.sweep.arms if "/" in arm["name"]]:
+        raise ValueError(f"the name of an arm of config.sweep is that of a folder, without '/', got {paths[0]!r}")
     arms = {arm["name"]: arm for arm in config.sweep.arms}
     if len(arms) < len(config.sweep.arms):
         raise ValueError("two arms of config.sweep have the same name")
@@ -180,7 +183,7 @@ def check(config: ConfigDict) -> None:
     """Raises a ValueError for a method that is not there, or does not take its arguments."""
     if not config.dense and (name := config.method.get("name")) not in (known := methods()):
         raise ValueError(f"there is no method {name!r}; there are {', '.join(known)}")
-    make_optimizer(config, 100, make_model(config, config.model.get("num_classes") or 10))
+    make_optimizer(config, CHECKED_STEPS, make_model(config, config.model.get("num_classes") or 10))
 
 
 def check_finished(runs: Sequence[Run]) -> None:
@@ -230,7 +233,7 @@ def label(value: Any) -> str:
     """A value as a name of a folder: 0.9, 1e-05, or for {"name": "n_of_m", "n": 1, "m": 4} n_of_m_1_4."""
     if isinstance(value, Mapping | ConfigDict):
         return "_".join(label(part) for part in value.values())
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else re.sub(r"[^\w.+-]+", "_", str(value)).strip("_")
 
 
 def train_all(runs: Sequence[Run]) -> None:

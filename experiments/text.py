@@ -84,8 +84,8 @@ def load(
     """The text in files, of which some are held out.
 
     A file is held out whole, by a hash of its path (within the folder, or within what the files' paths have in common):
-    the same files on every machine, however many others there are. The files of a split follow one another in the order
-    of their paths, with nothing in between.
+    the same files on every machine, however many others there are. A link to a file is a file too, where it is. The
+    files of a split follow one another in the order of their paths, with nothing in between.
 
     Args:
       files: a file, a folder with all that is in it, or a pattern such as "books/**/*.txt"; None takes the source of
@@ -219,14 +219,16 @@ def _found(files: str, key: str) -> dict[str, Path]:
     """The files by their path in the folder, or in the one that they have in common, in order."""
     path = Path(files).expanduser()
     if path.is_dir():
-        folder, paths = path, [file for file in path.rglob("*") if file.is_file()]
+        found = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
     else:
         paths = [path] if path.is_file() else [Path(file) for file in glob.glob(str(path), recursive=True)]
-        paths = [file for file in paths if file.is_file()]
-        folder = Path(os.path.commonpath([file.resolve().parent for file in paths])) if paths else path
-    if not paths:
+        # Of a link to a file the place counts, not where it leads: two of them may lead to one file.
+        placed = {file.parent.resolve() / file.name: file for file in paths if file.is_file()}
+        folder = os.path.commonpath([place.parent for place in placed]) if placed else ""
+        found = {place.relative_to(folder).as_posix(): file for place, file in placed.items()}
+    if not found:
         raise FileNotFoundError(f"config.data.{key} is a file, a folder or a pattern, and {files!r} matches no file")
-    return dict(sorted((file.resolve().relative_to(folder.resolve()).as_posix(), file) for file in paths))
+    return dict(sorted(found.items()))
 
 
 def _joined(files: dict[str, Path], vocab_size: int | None, sha256: Any) -> np.ndarray:

@@ -138,8 +138,11 @@ def train(
                 require_space(workdir, (KEPT + 1 - len(checkpoints.steps())) * size_in_bytes(shapes) + 2**20)
         about = checkpoints.newest()
         program.task.refuse_another(about.get("data"))  # before other data or seeds pass for damage
-        if seeds is not None and (others := about.get("seeds", list(seeds))) != list(seeds):
-            raise WorkdirError(f"{workdir} has seeds {others} side by side: train {list(seeds)} in another folder")
+        mine, others = None if seeds is None else list(seeds), about.get("seeds")
+        if about and mine != others:
+            there = "a run of one seed" if others is None else f"seeds {others} side by side"
+            now = "the run of one seed" if mine is None else f"seeds {mine} side by side"
+            raise WorkdirError(f"{workdir} has the checkpoints of {there}: train {now} in another folder")
         restored, gain = checkpoints.restore(for_checkpoint), Gain()
         about = checkpoints.about(restored[0]) if restored else {}
         speed = speedometer(config, program, jax.eval_shape(program.init, seed))
@@ -212,6 +215,8 @@ def train(
                 described = {"devices": layout.size, "stream": position, "pruned": program.pruned}
                 described |= {"data": program.task.about} if program.task.about else {}
                 described |= {} if seeds is None else {"seeds": list(seeds)}
+                for run in runs:
+                    run.keep_metrics()
                 checkpoints.save(stop, layout.collect(state), **described)
             if stopping:
                 break
@@ -225,7 +230,7 @@ def train(
                 if not quiet:
                     draw(run, mine, program)
                 if stop == total_steps:
-                    finish(run, mine, program)
+                    finish(run, mine, program, total_steps)
         if any_process(bool(told_to_stop)) or stop < total_steps:  # (the results are written)
             raise Stopped(f"at step {stop} of {total_steps}", told_to_stop[0] if told_to_stop else signal.SIGTERM)
         return state, [run.result for run in runs]
@@ -271,6 +276,10 @@ def main(argv: Sequence[str]) -> None:
     workdir = Path(FLAGS.workdir)
     try:
         config = config_of_flags()
+        if FLAGS.vmap_seeds and FLAGS.seeds is None:
+            raise ValueError("--vmap_seeds has no effect without --seeds")
+        if FLAGS.profile and FLAGS.seeds is not None:
+            raise ValueError("--profile is for a single run, without --seeds")
         processes.join(FLAGS.distributed, FLAGS.coordinator, FLAGS.processes, FLAGS.process)
         if FLAGS.seeds is None:
             train(config, workdir, profile=FLAGS.profile)

@@ -26,6 +26,7 @@ from jaxsparse.inspect import read_history
 
 # Where the data lie and who reads them is not part of what is run.
 NOT_COMPARED = ("data_dir", "data.workers")
+OTHERS = ("masks_from", "start_from", "distill_from")  # what other runs have left
 # Keys that runs of earlier versions lack, with the values that come to the same.
 ADDED = {"start_from": None, "distill_from": None, "distill_temperature": 2.0, "distill_weight": 0.5}
 ADDED_TO_IMAGES = {"data.files": None, "data.test": None}  # texts have always had them
@@ -96,6 +97,11 @@ class Workdir:
         }
         self._tensorboard.log(metrics["step"], scalars)
 
+    def keep_metrics(self) -> None:
+        """Returns when what was logged is on the disk, so that no checkpoint has steps of which nothing is known."""
+        with writing(self.path):
+            os.fsync(self._metrics.fileno())
+
     def finish(self, result: Mapping[str, Any]) -> None:
         """Writes result.json, the sign that the run is finished."""
         write_json(self.path / "result.json", result)
@@ -128,6 +134,9 @@ class Follower:
         """Nothing."""
 
     def log(self, metrics: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def keep_metrics(self) -> None:
         """Nothing."""
 
     def close(self) -> None:
@@ -163,6 +172,9 @@ def open_runs(stack: ExitStack, config: ConfigDict, workdir: Path, seeds: Sequen
         return [Follower(workdir, config)]
     if seeds is None:
         return [stack.enter_context(closing(Workdir(workdir, config)))]
+    with writing(workdir):  # which has the checkpoints of all
+        workdir.mkdir(parents=True, exist_ok=True)
+        stack.callback(os.close, _lock(workdir))
     runs = []
     for seed in seeds:
         mine = with_seed(config, seed)
@@ -260,6 +272,9 @@ def refuse_another(path: Path, config: ConfigDict) -> None:
     if there is None:
         return
     there, here = compared(there), compared(json.loads(config.to_json()))
+    for key in OTHERS:  # however their paths are written
+        if there.get(key) and here.get(key) and os.path.realpath(there[key]) == os.path.realpath(here[key]):
+            there[key] = here[key]
     differences = [
         f"  {key}: {json.dumps(there[key]) if key in there else 'not set'} there, "
         f"{json.dumps(here[key]) if key in here else 'not set'} now"

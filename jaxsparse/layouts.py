@@ -12,7 +12,6 @@ Flax, Haiku and Equinox have them. Where that leaves a doubt, whoever uses the l
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -22,6 +21,7 @@ import numpy as np
 
 from jaxsparse.layout_rules import Rules, described
 from jaxsparse.trees import by_pattern, is_partial
+from jaxsparse.user_warnings import warn
 
 __all__ = ["Layout", "LayoutLike", "leaf_layouts", "warn_of_guesses"]
 
@@ -228,19 +228,16 @@ def leaf_layouts(params: Any, layout: LayoutLike = None) -> dict[str, Layout]:
     return found
 
 
-def warn_of_guesses(layouts: Mapping[str, Layout], why: str, stacklevel: int = 3) -> None:
+def warn_of_guesses(layouts: Mapping[str, Layout], why: str) -> None:
     """Warns of leaves whose layout is a guess, by name.
 
     Args:
       layouts: path -> layout, of the leaves for which it matters.
       why: what the layout is needed for.
-      stacklevel: whom to name as the place, as of ``warnings.warn``.
     """
     doubts = [f"{path} ({layout.guess})" for path, layout in layouts.items() if layout.guess]
     if doubts:
-        warnings.warn(
+        warn(
             f"{why} needs the inputs and outputs of leaves, and these had to be guessed: {', '.join(doubts)}. Say it "
             'by layout={"path or pattern": jaxsparse.Layout(inputs=..., outputs=..., stack=...)}',
-            UserWarning,
-            stacklevel=stacklevel + 1,
         )

@@ -9,7 +9,6 @@ instead, which has no array to shard.
 
 import itertools
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -38,6 +37,7 @@ from jaxsparse.trees import (
     score_that_fits,
     scores_by_path,
 )
+from jaxsparse.user_warnings import warn
 
 __all__ = [
     "apply_masks", "as_key", "count", "density", "magnitude_masks", "nonzero_masks", "random_masks", "score_masks",
@@ -222,7 +222,7 @@ def nonzero_masks(params: Any, *, prunable: Any = None, layout: LayoutLike = Non
     """
     chosen = prunable_leaves(params, prunable, layout=layout)
     masks = jax.tree.map(lambda x, c: x != 0 if c else jnp.ones((), bool), params, chosen)
-    warn_of_empty(by_path(masks), "Leave out by prunable= what only starts at zero", stacklevel=3)
+    warn_of_empty(by_path(masks), "Leave out by prunable= what only starts at zero")
     return masks
 
 
@@ -432,16 +432,13 @@ def best_of_outputs(
 def warn_of_empty(
     masks: Mapping[str, Any],
     advice: str = "Keep some by at_least=1, a lower sparsity or another allocation",
-    stacklevel: int = 4,
 ) -> None:
     """Warns of leaves that keep nothing, by path. Nothing is known under jit."""
     empty = [f"{path} (of {masks[path].size} weights)" for path in all_false(masks)]
     if empty:
-        warnings.warn(
+        warn(
             f"no weight is left in {', '.join(empty)}: nothing passes there, and methods that share out growth by what "
             f"is left will not bring it back. {advice}",
-            UserWarning,
-            stacklevel=stacklevel,
         )
 
 

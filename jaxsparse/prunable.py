@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from jaxsparse.layouts import LayoutLike, leaf_layouts
 from jaxsparse.trees import align, as_array, by_path, is_function, is_partial, leaf_paths, listed, matching
+from jaxsparse.user_warnings import warn
 
 __all__ = ["AllBut", "Prunable", "all_but", "default_choice", "prunable_leaves"]
 
@@ -114,11 +114,9 @@ def prunable_leaves(params: Any, prunable: Any = None, *, layout: LayoutLike = N
         layouts = leaf_layouts(params, layout) if odd else {}
         odd = [path for path in odd if not layouts[path].is_matrix]
         if odd:
-            warnings.warn(
+            warn(
                 f"prunable chooses {listed(odd)}, which look like biases or gains of normalisations. Leave them out of "
                 'the predicate, or say that they are matrices by layout={"path": jaxsparse.Layout(inputs, outputs)}',
-                UserWarning,
-                stacklevel=2,
             )
     elif is_function(prunable):
         raise ValueError("wrap the predicate of prunable=: jaxsparse.Prunable(lambda path, leaf: ...)")
@@ -143,11 +141,9 @@ def default_choice(params: Any, layout: LayoutLike = None) -> dict[str, bool]:
     layouts = leaf_layouts(params, layout)
     floats = {path: layouts[path] for path, leaf in by_path(params).items() if _is_float(leaf)}
     if doubts := [f"{path} ({at.guess})" for path, at in floats.items() if at.guess and not at.is_matrix]:
-        warnings.warn(
+        warn(
             f"these leaves stay dense, which is a guess: {', '.join(doubts)}. Those that are matrices can be told by "
             'layout={"path or pattern": jaxsparse.Layout(inputs=..., outputs=..., stack=...)}',
-            UserWarning,
-            stacklevel=3,
         )
     return {path: path in floats and at.is_matrix for path, at in layouts.items()}
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 FOOTPRINT = ["multiply_adds", "bytes_float32", "bytes_int8", "error_int8"]
 QUANTITIES = ["test_error", "kept", "validation_error", *FOOTPRINT]
-OUTCOMES = ["run", "seed", *QUANTITIES, "widths"]  # the columns of results
+OUTCOMES = ["run", "seed", *QUANTITIES, "widths", "config"]  # the columns of results
 
 
 def outcomes(table: PaperTable, runs: Path) -> "pd.DataFrame":
@@ -48,7 +48,7 @@ def as_frame(rows: Sequence[dict[str, Any]]) -> "pd.DataFrame":
     """Results as a row for each run, sorted by seed; missing numbers are NaN."""
     import pandas as pd
 
-    kinds = dict.fromkeys(OUTCOMES, float) | {"run": object, "seed": int, "widths": object}
+    kinds = dict.fromkeys(OUTCOMES, float) | {"run": object, "seed": int, "widths": object, "config": object}
     return pd.DataFrame(rows, columns=OUTCOMES).astype(kinds).sort_values("seed", kind="stable", ignore_index=True)
 
 

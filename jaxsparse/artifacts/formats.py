@@ -7,7 +7,6 @@ ones. :func:`from_hf` and :func:`to_hf` read and write transformers in Hugging F
 
 import math
 import os
-import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -31,6 +30,7 @@ from jaxsparse.artifacts.files import (
 from jaxsparse.artifacts.hugging_face import from_hf, to_hf
 from jaxsparse.masks import validate_masks
 from jaxsparse.trees import by_path, is_masked_node, leaf_paths, listed, path_name
+from jaxsparse.user_warnings import warn
 
 __all__ = [
     "FanIn", "from_hf", "from_sparse", "load_dense", "load_npz", "save_dense", "save_npz", "to_bcoo", "to_bcsr",
@@ -366,11 +366,9 @@ def _converted(params: Any, masks: Any, convert: Callable[[np.ndarray, np.ndarra
     sparse = {name: leaf.dtype for name, leaf, mask in rows if not is_masked_node(mask)}
     wide = [name for name, dtype in sparse.items() if jax.dtypes.canonicalize_dtype(dtype) != dtype]
     if wide and of_jax:
-        warnings.warn(
+        warn(
             f"{listed(wide)} of 64 bits lose a half of them as arrays of JAX: convert inside jax.enable_x64(True), or "
             "by to_scipy",
-            UserWarning,
-            stacklevel=3,
         )
     return treedef.unflatten([
         leaf if is_masked_node(mask) else convert(np.asarray(leaf), np.asarray(mask))

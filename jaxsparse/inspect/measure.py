@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxsparse.counts import expected_counts
 from jaxsparse.gates import prob_open
 from jaxsparse.groups import Group
-from jaxsparse.inspect.states import get_log_alpha, get_masks, open_channels
+from jaxsparse.inspect.states import get_log_alpha, get_masks, links_or_none, open_channels
 from jaxsparse.masks import density
 from jaxsparse.transforms.protocols import HasGates, link_states
 from jaxsparse.trees import as_array, by_path
@@ -57,7 +57,7 @@ def current_masks(opt_state: Any, params: Any) -> Any:
       >>> bool(current_masks(optax.sgd(0.1).init(params), params)["kernel"])
       True
     """
-    if not link_states(opt_state):
+    if not links_or_none(opt_state, params):
         return jax.tree.map(lambda _: jnp.ones((), bool), params)
     return open_channels(opt_state) if _has_gates(opt_state) else get_masks(opt_state, params)
 

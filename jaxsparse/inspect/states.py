@@ -5,7 +5,6 @@ transforms). The optimizer state is the first argument, the params the second.
 """
 
 import functools
-import warnings
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from jaxsparse.prunable import prunable_leaves
 from jaxsparse.transforms.checks import hint_of_parts
 from jaxsparse.transforms.protocols import HasGates, HasLatents, HasNotes, link_states
 from jaxsparse.trees import by_path, is_masked_node, natural_order, path_name
+from jaxsparse.user_warnings import warn
 
 __all__ = [
     "SparsityError",
@@ -196,7 +196,7 @@ def check(opt_state: Any, params: Any = None) -> None:
     for link in links:
         notes = link.notes() if isinstance(link, HasNotes) else []
         for note in notes + _emptied(link):
-            warnings.warn(note, stacklevel=2)
+            warn(note)
 
 
 def closed_channels(params: Any, *, prunable: Any = None, layout: LayoutLike = None) -> dict[str, np.ndarray]:
@@ -229,13 +229,19 @@ def closed_channels(params: Any, *, prunable: Any = None, layout: LayoutLike = N
     return closed
 
 
-def _links(opt_state: Any, params: Any = None) -> list[Any]:
+def links_or_none(opt_state: Any, params: Any) -> list[Any]:
+    """The sparse links of an optimizer state; a ValueError if they are in what should be the params."""
     links = link_states(opt_state)
     if not links and link_states(params):
         raise ValueError(
             "the params and the optimizer state are swapped: there are sparse links in the params. The "
             "optimizer state comes first, as in jaxsparse.sparsify(opt_state, params)"
         )
+    return links
+
+
+def _links(opt_state: Any, params: Any = None) -> list[Any]:
+    links = links_or_none(opt_state, params)
     if not links:
         raise ValueError(
             "there is no sparse link in this optimizer state: put one, such as jaxsparse.sparse_momentum, last in "

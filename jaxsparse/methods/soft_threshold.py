@@ -5,7 +5,6 @@ Kusupati et al., *Soft Threshold Weight Reparameterization for Learnable Sparsit
 (https://github.com/RAIVNLab/STR).
 """
 
-import warnings
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -22,6 +21,7 @@ from jaxsparse.transforms.checks import check_precision
 from jaxsparse.transforms.latent import LatentState, as_optimizer, latent
 from jaxsparse.transforms.protocols import link_states
 from jaxsparse.trees import by_path, is_masked_node, listed
+from jaxsparse.user_warnings import warn
 
 __all__ = ["SoftThresholdState", "Thresholds", "soft_threshold"]
 
@@ -165,11 +165,9 @@ def soft_threshold(
             )
 
         if still := all_false({path: w != 0 for path, w in by_path(state.weights).items()}):
-            warnings.warn(
+            warn(
                 f"{who}: {listed(still)} is zero, below every threshold, so no gradient reaches it: leave it out, "
                 "prunable=jaxsparse.all_but(...)",
-                UserWarning,
-                stacklevel=3,
             )
 
         def first(path, w):

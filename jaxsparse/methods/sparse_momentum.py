@@ -5,7 +5,6 @@ Dettmers and Zettlemoyer, *Sparse Networks from Scratch: Faster Training without
 it at regular intervals.
 """
 
-import warnings
 from typing import Any
 
 import jax
@@ -28,6 +27,7 @@ from jaxsparse.transforms.exchange import zeros_to_add_to
 from jaxsparse.transforms.layers import on_units
 from jaxsparse.transforms.mask_link import MaskState, every, given_masks, mask_link, random_start
 from jaxsparse.trees import is_masked_node
+from jaxsparse.user_warnings import warn
 
 __all__ = ["SparseMomentumState", "sparse_momentum"]
 
@@ -78,7 +78,7 @@ def sparse_momentum(
 
     The momentum is the one that the optimizer stores, if the chain is
     :func:`jaxsparse.chain`. In a plain ``optax.chain`` pass it as ``tx.update(..., momentum=tree)``,
-    or the proposed update is taken in its place, which works but makes every step dearer.
+    or the proposed update is taken in its place, which works but makes every step more expensive.
 
     If optimizers of several kinds move parts of the params (``optax.partition``, ``optax.masked``,
     ``optax.contrib.muon``), layers compare by their mean momentum over that of all layers with an optimizer of the same
@@ -177,20 +177,18 @@ def sparse_momentum(
         if momentum is not None:
             return momentum
         if redistribution == "momentum" or growth.startswith("momentum"):
-            warnings.warn(
+            warn(
                 "sparse_momentum is handed no momentum and takes the proposed update for it, which makes every step "
-                "dearer: use jaxsparse.chain in place of optax.chain, or pass momentum= to update",
-                stacklevel=3,
+                "more expensive: use jaxsparse.chain in place of optax.chain, or pass momentum= to update",
             )
         return updates
 
     def averaged(state, updates, params, extra_args):
         grad = extra_args.get("grad")
         if grad is None:
-            warnings.warn(
+            warn(
                 "sparse_momentum(decay=...) is handed no gradient and averages what it gets, which behind an optimizer "
                 "is its update: use jaxsparse.chain in place of optax.chain, or pass grad= to update",
-                stacklevel=3,
             )
         return _averaged(state.own, align_signal(updates if grad is None else grad, params, "grad"), decay, params)
 

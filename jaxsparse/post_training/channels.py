@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import logging
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -20,6 +19,7 @@ from jaxsparse.trace.moments import Statistic
 from jaxsparse.trace.record import record
 from jaxsparse.trace.slim import Slim, slim
 from jaxsparse.trees import listed, matching
+from jaxsparse.user_warnings import warn
 
 __all__ = ["Ranking", "channel_scores", "lowest_channels", "prune_channels"]
 
@@ -247,7 +247,7 @@ def lowest_channels(
         if count == size:
             raise ValueError(f"a share of {shares[key]} leaves none of the {size} channels of {name!r}")
         if shares[key] and not count:
-            _warn_of_none(shares[key], size, repr(name), stacklevel=3)
+            _warn_of_none(shares[key], size, repr(name))
         order = np.argsort(-of_group, axis=-1, kind="stable")
         closed[name] = np.zeros(of_group.shape, bool)
         np.put_along_axis(closed[name], order[..., size - count :], True, -1)
@@ -274,16 +274,15 @@ def _lowest_of_all(groups, keys, shares, values) -> dict[str, np.ndarray]:
                 f"a share of {shares[key]} of {key!r} leaves none of the channels of one of {listed(names)}"
             )
         if shares[key] and not count:
-            _warn_of_none(shares[key], every.size, listed(names), stacklevel=4)
+            _warn_of_none(shares[key], every.size, listed(names))
         shut = np.zeros(every.size, bool)
         shut[np.argsort(-every, kind="stable")[every.size - count :]] = True
         closed |= dict(zip(names, np.split(shut, np.cumsum([score.size for score in standard])[:-1]), strict=True))
     return closed
 
 
-def _warn_of_none(share: float, size: int, where: str, stacklevel: int) -> None:
-    message = f"a share of {share} of the {size} channels of {where} is less than one: all stay"
-    warnings.warn(message, UserWarning, stacklevel=stacklevel)
+def _warn_of_none(share: float, size: int, where: str) -> None:
+    warn(f"a share of {share} of the {size} channels of {where} is less than one: all stay")
 
 
 def _shares_of(groups: ChannelGroups, shares: Mapping[str, float]) -> dict[str, str]:

@@ -1,12 +1,13 @@
 """Gram matrices made positive definite: scaled, damped, and factored."""
 
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+
+from jaxsparse.user_warnings import warn
 
 __all__ = ["Scaled", "check_damping", "factored", "scaled", "warn_of_damping"]
 
@@ -75,16 +76,14 @@ def check_damping(damping: ArrayLike) -> None:
         raise ValueError(f"damping must be a number >= 0, got {damping}")
 
 
-def warn_of_damping(used: jax.Array, damping: ArrayLike, stacklevel: int = 3) -> None:
+def warn_of_damping(used: jax.Array, damping: ArrayLike) -> None:
     """Warns if the damping had to be raised, and raises a ValueError if none was enough. Nothing is known under jit."""
     if isinstance(used, jax.core.Tracer) or isinstance(damping, jax.core.Tracer):
         return
     if not jnp.isfinite(used):
         raise ValueError("gram cannot be made positive definite: it has values that are not finite, or negative ones")
     if float(used) > 1.5 * float(damping):
-        warnings.warn(
+        warn(
             f"gram is not positive definite with damping {float(damping):.3g}, so {float(used):.3g} was used: are "
             "there fewer rows of calibration data than inputs?",
-            UserWarning,
-            stacklevel=stacklevel,
         )

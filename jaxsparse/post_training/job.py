@@ -3,7 +3,6 @@
 import itertools
 import logging
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from jaxsparse.post_training.walk import Entry, Weights, in_step
 from jaxsparse.structures import Structure, n_of_m
 from jaxsparse.trace.moments import Moments
 from jaxsparse.trees import listed
+from jaxsparse.user_warnings import warn
 
 __all__ = ["Job"]
 
@@ -190,7 +190,7 @@ class Job:
             as_text(moments), as_text(self.calibration.widest()),
         )  # fmt: skip
 
-    def warn(self, stacklevel: int) -> None:
+    def report(self) -> None:
         """Say what is pruned, and warn of what is not, or not as it should be."""
         if unexplained := [path for path in self.structures if path not in self.masks and not self._missed.get(path)]:
             products = self.calibration.elsewhere()
@@ -200,39 +200,29 @@ class Job:
         told = {path: why or "is multiplied by nothing" for path, why in self._missed.items() if why or not self.quiet}
         if told:
             hint = f". Rule {self.rule.name!r} prunes what prunable= names" if self.rule.needs == "nothing" else ""
-            warnings.warn(
+            warn(
                 "not all leaves are pruned: " + "; ".join(f"{path} {why}" for path, why in told.items()) + hint,
-                UserWarning,
-                stacklevel=stacklevel,
             )
         if self._partly:
-            warnings.warn(
+            warn(
                 "not all that arrives at a leaf counts: "
                 + "; ".join(f"{path} {why}, beside the products that count" for path, why in self._partly.items()),
-                UserWarning,
-                stacklevel=stacklevel,
             )
         if self._silent:
-            warnings.warn(
+            warn(
                 f"nothing but zeros arrives at inputs of {listed(self._silent)}: more calibration data may reach them. "
                 "Where it is all inputs, weights went by magnitude",
-                UserWarning,
-                stacklevel=stacklevel,
             )
         if self._damped:
-            warnings.warn(
+            warn(
                 f"Gram matrices took more damping to be positive definite: {listed(self._damped)}. More rows of "
                 "calibration data may help",
-                UserWarning,
-                stacklevel=stacklevel,
             )
         asked = [path for path, mask in self.masks.items() if mask.size and np.all(self.shares[path] > 0)]
         whole = [path for path in asked if bool(self.masks[path].all())]
         if whole:
-            warnings.warn(
+            warn(
                 f"no weight of {listed(whole)} is pruned: the sparsity rounds down to none of so few",
-                UserWarning,
-                stacklevel=stacklevel,
             )
         dense = [path for path in self.weights.now if path not in self.masks]
         logger.info("prune_once: pruned %s; dense: %s", ", ".join(self.masks), ", ".join(dense) or "nothing")

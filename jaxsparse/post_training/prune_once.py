@@ -133,7 +133,7 @@ def prune_once(
         job.in_one_walk()
     else:
         job.of_dense()
-    job.warn(stacklevel=3)
+    job.report()
     given = by_path(params)
     pruned = [job.weights.now[path] if path in job.masks else leaf for path, leaf in given.items()]
     dense = jnp.ones((), bool)

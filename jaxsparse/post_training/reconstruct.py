@@ -1,7 +1,6 @@
 """Reconstruction: the least-squares weights of a matrix under a mask, whoever chose it."""
 
 import functools
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ from jax.typing import ArrayLike
 from jaxsparse.post_training.damping import check_damping, factored, scaled, warn_of_damping
 from jaxsparse.post_training.matrix import as_gram, as_kernel
 from jaxsparse.selection import count_true
+from jaxsparse.user_warnings import warn
 
 __all__ = ["reconstruct"]
 
@@ -65,11 +65,9 @@ def reconstruct(kernel: ArrayLike, gram: ArrayLike, mask: ArrayLike, *, damping:
     found, used, failed = _reconstruct(kernel, gram, mask, jnp.asarray(damping, kernel.dtype), kept)
     warn_of_damping(used, damping)
     if not isinstance(failed, jax.core.Tracer) and failed > 0:
-        warnings.warn(
+        warn(
             f"the weights of {int(failed)} outputs cannot be solved for and stay as they are: give more damping than "
             f"{float(damping):.3g}",
-            UserWarning,
-            stacklevel=2,
         )
     return found
 

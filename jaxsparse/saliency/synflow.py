@@ -6,7 +6,6 @@ Tanaka, Kunin, Yamins and Ganguli, *Pruning neural networks without any data by 
 """
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +25,7 @@ from jaxsparse.transforms.layers import layers_of
 from jaxsparse.transforms.mask_link import dense_start
 from jaxsparse.transforms.prune import prune_globally
 from jaxsparse.trees import by_path, is_masked_node, leaf_paths, listed
+from jaxsparse.user_warnings import warn
 
 __all__ = ["synflow", "synflow_masks"]
 
@@ -164,17 +164,15 @@ def synflow_masks(
         infinite, flows = (np.stack(column) for column in zip(*jax.device_get(seen), strict=True))
         _check_finite(dict(zip(names, infinite.max(axis=0), strict=True)))
         if dead := [name for name, flow in zip(names, flows[0], strict=True) if not flow]:
-            warnings.warn(
+            warn(
                 f"nothing flows through {listed(dead)}, so their scores are all 0 and they are pruned first: they, or "
                 "gains behind them, start at 0, or their flow is too small for the dtype",
-                UserWarning,
-                stacklevel=2,
             )
     leaves, treedef = jax.tree.flatten(params)
     kept = {}
     for name, leaf, mask in zip(leaf_paths(params), leaves, treedef.flatten_up_to(masks), strict=True):
         kept[name] = jnp.ones((), bool) if is_masked_node(mask) else mask_like(mask, leaf)
-    warn_of_empty({name: kept[name] for name in names}, stacklevel=3)
+    warn_of_empty({name: kept[name] for name in names})
     return treedef.unflatten(list(kept.values()))
 
 

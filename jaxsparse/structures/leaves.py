@@ -1,7 +1,6 @@
 """The structure of every leaf: resolved from options, and checked."""
 
 import dataclasses
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -14,6 +13,7 @@ from jaxsparse.structures.base import Structure
 from jaxsparse.structures.n_m import n_of_m
 from jaxsparse.structures.units import channel, kernel, weight
 from jaxsparse.trees import by_pattern, is_masked_node, is_partial, leaf_paths
+from jaxsparse.user_warnings import warn
 
 __all__ = ["StructureLike", "check_structure", "check_units", "leaf_structures", "made_of", "mask_structures"]
 
@@ -111,7 +111,7 @@ def leaf_structures(
         told = [f"structure {structure!r} is for convolutions unless it names a leaf, and there are only "
                 + ", ".join(matrices)]  # fmt: skip
     if told and not quiet:
-        warnings.warn("; ".join(told) + ": they go by single weights", UserWarning, stacklevel=2)
+        warn("; ".join(told) + ": they go by single weights")
     if not quiet:
         warn_of_guesses(guesses, f"structure {structure!r}")
     return treedef.unflatten(found)

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import operator
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
@@ -17,6 +16,7 @@ from jaxsparse.trace.analysis import Analysis, Site
 from jaxsparse.trace.products import PRODUCTS
 from jaxsparse.trace.program import Where, is_array, live_eqns, opened, trace, where, within
 from jaxsparse.trees import by_path, listed, natural_order
+from jaxsparse.user_warnings import warn
 
 __all__ = ["LeafProducts", "MultiplyAdds", "multiply_adds"]
 
@@ -189,7 +189,7 @@ def multiply_adds(apply: Callable[..., Any], params: Any, *args: Any) -> Multipl
     bounded = all(site.bounded and not _in_a_branch(site.where) for site in sites)
     uncounted = tuple(dict.fromkeys(_uncounted(traced.closed, {id(site.where.eqn) for site in sites})))
     if uncounted:
-        warnings.warn(f"not counted: {listed([*map(str, uncounted)])}", UserWarning, stacklevel=2)
+        warn(f"not counted: {listed([*map(str, uncounted)])}")
     return MultiplyAdds(leaves, sites, activations, activation_bytes, bounded, uncounted, shapes)
 
 

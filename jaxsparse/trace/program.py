@@ -11,7 +11,6 @@ import functools
 import os
 import sys
 import sysconfig
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from jax.extend import source_info_util
 from jax.extend.core import Literal
 
 from jaxsparse.trees import leaf_paths, listed
+from jaxsparse.user_warnings import warn
 
 __all__ = [
     "Traced",
@@ -306,4 +306,4 @@ def _check_use(closed: Any, paths: Sequence[str | None]) -> None:
             "with its first argument, as in lambda params, x: model.apply({'params': params}, x)"
         )
     if unused:
-        warnings.warn(f"apply does not use these params: {listed(unused)}", UserWarning, stacklevel=4)
+        warn(f"apply does not use these params: {listed(unused)}")

@@ -1,6 +1,5 @@
 """Statistics of what arrives at every product of a function, for saliencies that look at activations."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, overload
 
@@ -11,6 +10,7 @@ from jaxsparse.trace.program import Traced, is_array, trace
 from jaxsparse.trace.recorder import Recorder
 from jaxsparse.trace.views import whole_leaf
 from jaxsparse.trees import by_path, by_pattern
+from jaxsparse.user_warnings import warn
 
 __all__ = ["moments_of", "record"]
 
@@ -106,10 +106,8 @@ def record(
     if given is not None:
         missed |= {path: "is multiplied by nothing" for path in chosen if path not in found and path not in missed}
     if missed:
-        warnings.warn(
+        warn(
             "not all is recorded: " + "; ".join(f"{path} {why}" for path, why in missed.items()),
-            UserWarning,
-            stacklevel=2,
         )
     return {path: found[path] for path in paths if path in found}
 

@@ -63,7 +63,8 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
       A gradient transformation, used like that of :func:`optax.chain`.
 
     Raises:
-      ValueError: by ``init``, if a link needs a momentum that no member before it stores.
+      ValueError: by ``init``, if a link needs a momentum that no member before it stores, or stands before a member
+        that stores one.
 
     Examples:
       >>> import jax.numpy as jnp, optax, jaxsparse
@@ -92,8 +93,9 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
         for i, state in enumerate(states, 1):
             for link in link_states(state):
                 refuse_mini_steps(link, states[:i])
+                _refuse_optimizer_behind(link, states[i:], params)
                 if link.wants_momentum():  # of a chain in the chain, it may have one before it in there
-                    _require_momentum(link, states[:i], states[i:], params)
+                    _require_momentum(link, states[:i], params)
         return states
 
     def update_fn(updates, state, params=None, *, grad=None, momentum=None, **extra_args):
@@ -228,11 +230,17 @@ def _momentum_field(node: Any) -> str | None:
     return next((name for name in ("trace", "mu", "ema") if name in fields), None)
 
 
-def _require_momentum(link: Any, states: Any, behind: Any, params: Any) -> None:
+def _refuse_optimizer_behind(link: Any, behind: Any, params: Any) -> None:
+    """Raises a ValueError if what stands behind a link stores momenta of its leaves, and so moves what is pruned."""
+    optimizers = [state for state in behind if not link_states(state)]
+    momenta = by_path(jax.eval_shape(lambda: stored_momentum(optimizers, params)))
+    if optimizers and set(leaf_paths(link.sparse_masks())) & set(momenta):
+        raise ValueError("the sparse link stands before the optimizer in the chain: put it last")
+
+
+def _require_momentum(link: Any, states: Any, params: Any) -> None:
     found = by_path(jax.eval_shape(lambda: stored_momentum(states, params)))
     missing = [name for name in leaf_paths(link.sparse_masks()) if name not in found]
-    if missing and missing[0] in by_path(jax.eval_shape(lambda: stored_momentum(behind, params))):
-        raise ValueError("the sparse link stands before the optimizer in the chain: put it last")
     if missing:
         raise ValueError(
             f"no optimizer before the link in the chain stores a momentum (trace, mu or ema) of {missing[0]}"

@@ -5,7 +5,6 @@ have the rank of their leaf and length 1 along all axes but those of a stack. So
 length 1 along inputs alone: what cuts a leaf along some axis can cut them too.
 """
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from jaxsparse.layouts import Layout, warn_of_guesses
 from jaxsparse.placement import mask_like, sharding_of
 from jaxsparse.selection import count_true, random_scores, top_k_mask
 from jaxsparse.trees import by_path, leaf_paths, matching, natural_order
+from jaxsparse.user_warnings import warn
 
 __all__ = [
     "check_masks", "counted", "fan_in_budgets", "last_layers", "layouts_with_outputs", "outputs_of", "random_fan_in",
@@ -133,7 +133,7 @@ def layouts_with_outputs(leaves: Mapping[str, Any], layouts: Mapping[str, Layout
                 "looks like a bias or gain: leave it out by prunable=, or say which axes are which, "
                 f"layout={{{path!r}: jaxsparse.Layout(inputs, outputs)}}"
             )
-    warn_of_guesses(found, who, stacklevel=4)
+    warn_of_guesses(found, who)
     return found
 
 
@@ -170,11 +170,9 @@ def last_layers(
     last = sorted(ends or widths, key=natural_order)[-1:]
     if tell and last:
         why = "no other layer has as many inputs as it has outputs" if len(ends) == 1 else "it is the last by name"
-        warnings.warn(
+        warn(
             f"{tell} the last layer, and takes {last[0]} for it, because {why}. If that is right, say "
             f"never_ablate={last[0]!r}; if not, the paths of the layers whose outputs all stay, or ()",
-            UserWarning,
-            stacklevel=4,
         )
     return set(last)
 

@@ -42,7 +42,11 @@ class Largest(NamedTuple):
     layout: LayoutLike = None
 
     def checked(self, name: str = "sparsity") -> "Largest":
-        """The same; a ValueError for options that are unknown or out of range, the first value of a schedule too."""
+        """Check the options, the first value of a schedule too, and return this very choice.
+
+        Raises:
+          ValueError: for options that are unknown or out of range.
+        """
         by_leaf = isinstance(self.sparsity, Mapping | list | tuple)
         if callable(self.sparsity):
             first = self.sparsity(jnp.int32(0))

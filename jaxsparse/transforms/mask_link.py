@@ -4,7 +4,6 @@ A method says where its masks start and how they change, the rest is :func:`mask
 change on the steps on which they are due and cost nothing on the others, and what went wrong is counted in the state.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -35,6 +34,7 @@ from jaxsparse.transforms.landing import land_on_masks, on_update_steps
 from jaxsparse.transforms.layers import Layer, Layers, each, layers_of, with_signals
 from jaxsparse.transforms.renewal import Renewing, Restarting
 from jaxsparse.trees import is_function, is_masked_node, leaf_paths
+from jaxsparse.user_warnings import warn
 
 __all__ = ["MaskState", "Watched", "dense_start", "every", "given_masks", "mask_link", "random_start"]
 
@@ -43,7 +43,7 @@ Change = Callable[[list[Layer], "MaskState"], tuple[Any, ...]]
 
 
 class Watched(NamedTuple):
-    """The layers that move, for a link that watches.
+    """A record of the layers that move and of those that rest, for a link that watches them.
 
     Attributes:
       fingerprints: (sparse leaves,), uint32: of each one's weights when its mask was last chosen. One that still has
@@ -147,10 +147,9 @@ def every(steps: ArrayLike, *, start_at: ArrayLike = 0, stop_at: ArrayLike | Non
     if stop_at is not None and not any(isinstance(step, jax.core.Tracer) for step in (steps, start_at, stop_at)):
         interval = int(steps)
         if 0 < int(stop_at) <= max(1, -(-int(start_at) // interval)) * interval:  # type: ignore[arg-type]
-            warnings.warn(
+            warn(
                 f"masks never change: no multiple of update_every, {steps}, is in [start_at, stop_at), which is "
                 f"[{start_at}, {stop_at})",
-                stacklevel=3,
             )
 
     def due(count):
@@ -320,10 +319,9 @@ def mask_link(
             state = state._replace(**dict(zip(fields, new, strict=True)))
             if renewing is not None:
                 if not is_stored(extra_args.get("momentum")):
-                    warnings.warn(
+                    warn(
                         f"{who} is in no jaxsparse.chain, so the optimizer state of regrown weights cannot be set to "
                         "zero: use jaxsparse.chain in place of optax.chain",
-                        stacklevel=2,
                     )
                 state = state._replace(renewal=renewing.at(state.renewal, due, state.count))
                 updates = renewing.updates(updates, state.renewal, params, state.count)

@@ -6,7 +6,6 @@ and regrown at once were never gone: they keep their value and their state.
 """
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from jaxsparse.transforms.checks import check_range
 from jaxsparse.transforms.landing import on_update_steps
 from jaxsparse.transforms.protocols import is_link_state, link_states
 from jaxsparse.trees import by_path, is_masked_node, path_name
+from jaxsparse.user_warnings import warn
 
 __all__ = ["Renewal", "Renewing", "Restarting"]
 
@@ -151,7 +151,7 @@ class Renewing(NamedTuple):
 
 
 class Restarting(NamedTuple):
-    """A fresh start of the whole optimizer after some steps: the other treatment of weights that return.
+    """The treatment of regrown weights by a fresh start of the whole optimizer after some steps.
 
     For links whose state has ``restarts_all``, in the place of :class:`Renewing`, whose methods it has.
 
@@ -172,7 +172,7 @@ class Restarting(NamedTuple):
         return renewal._replace(now=jnp.asarray(self.when(count)))
 
     def renewed(self, renewal: Renewal, old: Any, new: Any, count: jax.Array) -> Renewal:
-        """The state after a mask update: the same."""
+        """The state after a mask update, which changes nothing in it."""
         del old, new, count
         return renewal
 
@@ -225,10 +225,9 @@ def restarted(states: Any, params: Any) -> Any:
             return states
         if isinstance(states, dict) and any(is_link_state(state) for state in states.values()):
             # which has lost the order of its members
-            warnings.warn(
+            warn(
                 "a link that regrows weights stands in optax.named_chain, so their optimizer state cannot be set to "
                 "zero: use jaxsparse.chain",
-                stacklevel=4,
             )
         parts, treedef = _parts(states)
         return treedef.unflatten([restarted(part, params) for part in parts])
@@ -389,10 +388,9 @@ def _map_averages(function: Callable[[Any], Any], states: Any, params: Any) -> A
         states, is_leaf=lambda node: _has_averages(node) or is_link_state(node)
     ):
         if not _has_averages(leaf) and not is_link_state(leaf) and _owner(path, leaf, weights):
-            warnings.warn(
+            warn(
                 f"the optimizer starts anew, but {path_name(path)} in its state is of a kind that is not known, and "
                 "stays as it is",
-                stacklevel=5,
             )
             break
     return jax.tree.map(of_state, states, is_leaf=_has_averages)

@@ -1,6 +1,5 @@
 """The ``score=`` of links that prune: magnitudes, a function of params and gradients, or a tree of fixed scores."""
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ from jaxsparse.placement import copied, is_abstract, placed_like, sharding_of
 from jaxsparse.selection import count_true
 from jaxsparse.transforms.layers import Layer, each
 from jaxsparse.trees import is_function, is_masked_node, leaf_paths, score_that_fits, scores_by_path
+from jaxsparse.user_warnings import warn
 
 __all__ = ["Scoring", "scoring"]
 
@@ -59,10 +59,9 @@ def scoring(score: Any) -> Scoring:
 def _gradients(updates: Any, own: Any, extra_args: Mapping[str, Any]) -> Any:
     del own
     if extra_args.get("grad") is None:
-        warnings.warn(
+        warn(
             "the link's score= is a function, and no gradient is handed in for it: it takes what the link gets, which "
             "behind an optimizer is its update. Use jaxsparse.chain in place of optax.chain, or pass grad= to update",
-            stacklevel=4,
         )
         return updates
     return extra_args["grad"]

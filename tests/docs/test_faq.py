@@ -49,6 +49,7 @@ def dense_file():
 
 SAID = [
     lambda: updated(optax.sgd(0.1), momentum()),
+    lambda: updated(optax.sgd(0.1, momentum=0.9), momentum(), chain=optax.chain),
     lambda: updated(optax.sgd(0.1), js.rigl(0.9, stop_at=10), chain=optax.chain),
     lambda: js.rigl(0.9),
     lambda: updated(momentum(), optax.sgd(0.1, momentum=0.9)),

@@ -1,6 +1,7 @@
 """The README and the pages of docs/: their Python runs, and their links lead somewhere."""
 
 import ast
+import collections
 import contextlib
 import io
 import logging
@@ -22,6 +23,8 @@ FENCE = re.compile(r"^(`{3,})([^\n`]*)\n(.*?)^\1`*\s*$", re.MULTILINE | re.DOTAL
 PRINTED = re.compile(r"^\s*print\(.*\)  # (.*)$")
 DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#{1,3} +(.+?)\s*$", re.MULTILINE)  # MyST names no deeper ones
+TARGET = re.compile(r"^\(([\w-]+)\)=$", re.MULTILINE)
 
 
 def name(page: Path) -> str:
@@ -105,14 +108,43 @@ def test_code_says_what_it_is(page):
 
 @pytest.mark.parametrize("page", [README, *PAGES], ids=name)
 def test_links_lead_somewhere(page):
-    text = FENCE.sub("", page.read_text())
-    for target in LINK.findall(text):
-        if target.startswith(("http://", "https://", "#")):
-            continue
-        path = (page.parent / target.partition("#")[0]).resolve()
-        assert path.exists(), f"{name(page)} links to {target}"
+    assert not dead_links(page)
     for target in re.findall(r"^:?(?:file|image|figure)?[`~]{3,}\{(?:image|figure)\} (\S+)", page.read_text(), re.M):
         assert (page.parent / target).resolve().exists(), f"{name(page)} shows {target}"
+
+
+def dead_links(page: Path) -> list[str]:
+    """The links of a page to files that are not there, and to places that a page of ours does not have."""
+    dead = []
+    for target in LINK.findall(FENCE.sub("", page.read_text())):
+        file, _, place = target.partition("#")
+        if file.startswith(("http://", "https://")):
+            continue
+        path = (page.parent / file).resolve() if file else page
+        if not path.exists() or (place and path.suffix == ".md" and place not in places(path)):
+            dead.append(target)
+    return dead
+
+
+def places(page: Path) -> set[str]:
+    """What a link to a page may have behind its "#": explicit targets, and headings as GitHub and MyST name them."""
+    text = FENCE.sub("", page.read_text())
+    found, seen = set(TARGET.findall(text)), collections.Counter()
+    for title in HEADING.findall(text):
+        words = re.sub(r"\[([^\]]*)\]\([^)]*\)|[`*]", r"\1", title)
+        slug = re.sub(r"[^\w\- ]", "", words.lower()).replace(" ", "-")
+        found.add(f"{slug}-{seen[slug]}" if seen[slug] else slug)
+        seen[slug] += 1
+    return found
+
+
+def test_a_dead_link_is_found(tmp_path):
+    page, other = tmp_path / "page.md", tmp_path / "other.md"
+    other.write_text("# Other\n\n(here)=\n## `f` at 2:4, [twice](page.md)\n\n## Other\n\n```python\n# Code\n```\n")
+    alive = ["other.md", "other.md#other", "other.md#here", "other.md#f-at-24-twice", "other.md#other-1", "#page"]
+    dead = ["none.md", "other.md#f-at-2-4-twice", "other.md#code", "other.md#other-2", "#other"]
+    page.write_text("# Page\n\n" + "\n".join(f"[a link]({target})" for target in alive + dead))
+    assert dead_links(page) == dead
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "toctree" in page.read_text()], ids=name)

@@ -228,6 +228,21 @@ def test_other_keys_are_referred_to_and_numbers_take_their_place():
         made({"name": "Penalty", "strength": "config.optimizer.momentun"})
 
 
+def test_the_steps_between_changes_of_masks_may_be_said_elsewhere():
+    config = digits(**{"method.update_every_epochs": "config.eval_every_epochs"})
+    assert build.update_every(config, 44) == 44 * config.eval_every_epochs
+    assert build.update_every(digits(**{"method.update_every_epochs": None}), 44) == 1
+
+
+def test_learning_rates_are_scaled_as_they_are_given():
+    assert build.times("0.5", 2) == 1.0
+    assert build.times('{"name": "cosine_decay_schedule", "init_value": 0.5}', 2)["init_value"] == 1.0
+    with pytest.raises(
+        ValueError, match="learning_rate='config.seed' cannot be scaled: give the number or the schedule"
+    ):
+        build.times("config.seed", 2)
+
+
 def test_a_pair_of_schedules_fills_two_arguments():
     config = config_of("mnist_rda", "lenet_300_100")
     calls = build.Calls(config, steps_per_epoch=10)

@@ -16,3 +16,13 @@ def test_the_l1_that_the_documentation_recommends_prunes():
     assert recommended.accuracy[0] > 93
     text = choose_l1.as_markdown({setting: [dense, recommended]}, (0.0, 0.03), 1, "command")
     assert "| **Adam, 0.001, 10 epochs**: l1 | 0 | 6.8e-02 |\n| weights kept (%) | 100.0 | " in text
+
+
+def test_what_it_does_not_take_is_said_at_once(capsys):
+    for argument, message in (
+        ("--seeds=0", "--seeds is at least 1, got 0"),
+        ("--only=LAMB", "--only=LAMB: there are "),
+    ):
+        with pytest.raises(SystemExit):
+            choose_l1.main([argument])
+        assert message in capsys.readouterr().err

@@ -58,6 +58,29 @@ def test_what_is_changed_is_not_made_small(parse):
     assert (config.data.examples, config.eval_every_epochs) == (44 * 32, 2)
 
 
+def test_what_takes_the_place_of_a_mapping_is_not_made_small(parse):
+    given = '{"name": "adam", "learning_rate": 0.001}'
+    parse(f"--config={CONFIG}", "--workdir=w", "--config.smoke", f"--config.optimizer={given}")
+    config = train.config_of_flags()
+    assert config.epochs == 4
+    _, arguments = build.Calls(config, 44).call(config.optimizer, "config.optimizer")
+    assert arguments == {"learning_rate": 0.001}
+
+
+@pytest.mark.parametrize(
+    ("flags_given", "message"),
+    [
+        (["--vmap_seeds"], "--vmap_seeds has no effect without --seeds"),
+        (["--profile", "--seeds=0,1"], "--profile is for a single run, without --seeds"),
+    ],
+)
+def test_flags_without_effect(parse, tmp_path, flags_given, message):
+    parse(f"--config={CONFIG}", f"--workdir={tmp_path / 'w'}", *flags_given)
+    with pytest.raises(SystemExit, match=f"error: {message}"):
+        train.main(["train"])
+    assert not (tmp_path / "w").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

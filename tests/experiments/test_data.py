@@ -9,7 +9,7 @@ import pytest
 from sklearn import datasets
 
 from configs import common
-from experiments import data
+from experiments import data, own_data
 from experiments.inputs import open_dataset
 from tests.experiments import tiny_sets
 
@@ -81,6 +81,23 @@ def test_mean_and_std_may_be_given():
     chex.assert_trees_all_close(image, np.full((1, 2, 2, 1), 2, np.float32))
     with pytest.raises(ValueError, match="config.data.mean has one number or one for each of 1 channels, got 3"):
         data.load("digits", mean=(0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"std": (0.0,)}, r"config.data.std is finite and above 0, got \(0.0,\)"),
+        ({"std": -0.25}, "config.data.std is finite and above 0, got -0.25"),
+        ({"std": (np.nan,)}, r"config.data.std is finite and above 0, got \(nan,\)"),
+        ({"std": (None, 0.25)}, r"config.data.std is finite and above 0, got \(None, 0.25\)"),
+        ({"mean": np.inf, "std": 0.25}, "config.data.mean is finite, got inf"),
+    ],
+)
+def test_images_are_not_normalised_by_what_is_no_std(given, message):
+    with pytest.raises(ValueError, match=message):
+        data.load("digits", **given)
+    with pytest.raises(ValueError, match=message):
+        own_data.load("npz", "none.npz", **given)
 
 
 @pytest.mark.parametrize("validation", [-0.1, 1.0, 0.9999])

@@ -1,6 +1,7 @@
 """Distillation as a part of the loss."""
 
 import json
+import types
 from contextlib import closing
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 import jaxsparse
 from experiments import data, program, train
 from experiments.checkpoints import Checkpoints
-from experiments.distillation import divergence_from, load_teacher
+from experiments.distillation import Teacher, divergence_from, load_teacher, renormalised
 from experiments.inputs import open_dataset
 from experiments.workdir import read_metrics, write_json
 from jaxsparse import models
@@ -82,6 +83,18 @@ def test_teachers_that_do_not_fit(teacher, changes, message):
         program.make_program(config, data.load("digits", examples=64))
 
 
+def test_a_teacher_sees_images_as_it_was_trained_on_them():
+    dataset = data.load("digits", examples=64)
+    theirs = dataset._replace(mean=np.array([20.0], np.float32), std=np.array([50.0], np.float32))
+    assert renormalised(dataset, dataset) is None
+    own_inputs = renormalised(dataset, theirs)
+    images = dataset.test.images
+    found = own_inputs(data.normalise(images, dataset))
+    np.testing.assert_allclose(found, data.normalise(images, theirs), rtol=1e-5, atol=1e-5)
+    teacher = Teacher(types.SimpleNamespace(apply=lambda variables, inputs: inputs), {}, 1.0, 1.0, own_inputs)
+    np.testing.assert_array_equal(teacher.logits({}, data.normalise(images, dataset)), found)
+
+
 @pytest.mark.slow
 def test_a_smaller_gpt_learns_from_the_folder_of_a_run(tmp_path):
     folder = tiny_text.write(tmp_path / "text")
@@ -127,9 +140,9 @@ def test_a_teacher_of_several_devices_has_the_mean_of_their_batch_statistics(tmp
     write_json(tmp_path / "config.json", json.loads(config.to_json()))
     config.update_from_flattened_dict({"parallel.layout": "one_device", "distill_from": str(tmp_path)})
     with pytest.raises(ValueError, match="is not finished, so that its weights may still change"):
-        load_teacher(config, made.model, made.task.first)
+        load_teacher(config, made.model, made.task)
     write_json(tmp_path / "result.json", {})
-    teacher = load_teacher(config, made.model, made.task.first)
+    teacher = load_teacher(config, made.model, made.task)
     jax.tree.map(
         lambda x, fresh: np.testing.assert_allclose(x, fresh[0] + 3.5, rtol=1e-6),
         teacher.variables["batch_stats"], state.model_state["batch_stats"],

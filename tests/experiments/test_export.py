@@ -96,6 +96,20 @@ def test_seeds_side_by_side(tmp_path):
     same(jaxsparse.load_sparse(tmp_path / "model")[0], jax.tree.map(lambda x: x[1], states.params))
 
 
+def test_a_run_of_a_machine_with_another_number_of_devices(tmp_path):
+    config = make_config(**{"parallel.layout": "data", "data.batch_size": 30})  # this one's cannot share such batches
+    program = make_program(config, data.load("digits", examples=64), devices=jax.devices()[:5])
+    state = program.init(0)
+    collected = program.layout.collect(program.layout.place(state))
+    with closing(Checkpoints(tmp_path / "run" / "checkpoints")) as checkpoints, ExitStack() as stack:
+        checkpoints.save(0, collected, devices=5, stream=None, pruned=())
+        open_runs(stack, config, tmp_path / "run", None)
+    assert len(jax.devices()) == 8
+    export.main([str(tmp_path / "run"), str(tmp_path / "model.safetensors")])
+    params, _ = jaxsparse.load_sparse(tmp_path / "model.safetensors")
+    same(params, jaxsparse.sparsify(state.opt_state, state.params))
+
+
 def test_errors_in_one_line(sparse_run, tmp_path):
     workdir, *_ = sparse_run
     (tmp_path / "empty").mkdir()

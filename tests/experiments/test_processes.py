@@ -183,7 +183,7 @@ def test_an_error_that_nobody_expects_ends_the_others_too(monkeypatch, tmp_path,
         raise KeyError("unexpected")
 
     settings = {"distributed": False, "coordinator": None, "processes": None, "process": None}
-    settings |= {"workdir": str(tmp_path), "seeds": None, "profile": False}
+    settings |= {"workdir": str(tmp_path), "seeds": None, "vmap_seeds": False, "profile": False}
     monkeypatch.setattr(train, "FLAGS", SimpleNamespace(**settings))
     monkeypatch.setattr(train, "config_of_flags", lambda: ConfigDict({"smoke": False}))
     monkeypatch.setattr(train, "train", unexpected)

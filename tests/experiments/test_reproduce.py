@@ -178,6 +178,48 @@ def test_results_are_not_forgotten(tmp_path, monkeypatch):
         reproduce.main([*arguments, "--only", "["])
 
 
+def test_results_of_another_configuration_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(TABLES, "small", TABLE)
+
+    def finish(config, workdir):
+        run = Workdir(workdir, config)
+        run.finish({"seed": config.seed, "test_accuracy": 0.9, "density": 0.1})
+        run.close()
+
+    monkeypatch.setattr(reproduce, "train", finish)
+    arguments = ["small", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    reproduce.main(arguments)
+    before = (tmp_path / "small.json").read_text()
+    reproduce.main([*arguments, "--add"])
+    assert (tmp_path / "small.json").read_text() == before
+    changed = TABLE._replace(rows=(row(10, {"weight_decay": 0.5}, (20.0, 1.0)), *TABLE.rows[1:]))
+    monkeypatch.setitem(TABLES, "small", changed)
+    with pytest.raises(
+        SystemExit, match="digits/10/seed_.' holds a run with another configuration:\n  weight_decay: .* 0.5 now"
+    ):
+        reproduce.main(arguments)
+    with pytest.raises(SystemExit, match="small.json has digits/10, seed 0, of another configuration than the table"):
+        reproduce.main(["small", "--add", "--runs", str(tmp_path / "others"), "--results", str(tmp_path)])
+    assert (tmp_path / "small.json").read_text() == before
+
+
+def test_a_run_that_fails_does_not_stop_the_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(TABLES, "small", TABLE)
+    began = []
+
+    def fail(config, workdir):
+        began.append(workdir.parent.name)
+        if workdir.parent.name == "20":
+            raise FloatingPointError("train_loss is nan at step 3")
+
+    monkeypatch.setattr(reproduce, "train", fail)
+    with pytest.raises(SystemExit, match="the loss was not finite in .*/digits/20/seed_0, which the table lacks"):
+        reproduce.main(["small", "--seeds=0", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path)])
+    assert began == ["10", "20", "dense"]
+    assert "failed: train_loss is nan at step 3" in capsys.readouterr().out
+    assert (tmp_path / "small.md").exists()
+
+
 @pytest.mark.slow
 def test_rows_that_start_from_the_masks_of_others_wait_for_them(tmp_path, capsys):
     config = str(ROOT / "configs/stages/asni.py")

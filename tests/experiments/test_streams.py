@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from experiments import pictures, streams
+from experiments import data, pictures, streams
 from tests.experiments import jpeg_sets, tiny_sets
 
 OPTIONS = {"batch_size": 8, "image_size": 32, "seed": 3}
@@ -126,6 +126,19 @@ def test_so_many_examples_and_validation(imagenet_dir, imagenet):
 def test_classes_that_are_not_there(imagenet_dir, classes, message):
     with pytest.raises(ValueError, match=message):
         streams.open_set("imagenet2012", imagenet_dir, classes=classes)
+
+
+def test_classes_without_images(imagenet_dir, monkeypatch):
+    with pytest.raises(ValueError, match=r"'imagenet2012' has no image of config.data.classes=\(1,\) to train on"):
+        streams.open_set("imagenet2012", imagenet_dir, classes=(1,))
+    of_split = data.as_source
+    monkeypatch.setattr(
+        data, "as_source", lambda *given, **options: of_split(*given, **options) if given[2] == "train" else []
+    )
+    with pytest.raises(ValueError, match=r"'imagenet2012' has no image of config.data.classes=\(0,\) to test on"):
+        streams.open_set("imagenet2012", imagenet_dir, classes=(0,))
+    with pytest.raises(ValueError, match="'imagenet2012' has no image to test on"):
+        streams.open_set("imagenet2012", imagenet_dir)
 
 
 def test_set_that_was_not_prepared_says_how_to(tmp_path):

@@ -92,12 +92,19 @@ def test_a_plan_goes_seed_by_seed_and_fills_in_the_values(tmp_path):
         ({"optimiser.name": "adam"}, r"arm a: config\.optimiser\.name cannot be 'adam'"),
         ({"each": {"method.l1": ()}}, r"arm a: 'each' is one key with its values, got"),
         ({"each": {"epochs": (1,), "seed": (1,)}}, r"arm a: 'each' is one key with its values, got"),
+        ({"name": "a/b"}, r"the name of an arm of config\.sweep is that of a folder, without '/', got 'a/b'"),
     ],
 )
 def test_arms_that_do_not_fit(tmp_path, arm, message):
     with pytest.raises(ValueError, match=message):
         sweep.plan(read_config({"name": "a", **arm}), tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def test_values_are_names_of_folders():
+    values = [0.9, 1e-5, {"name": "n_of_m", "n": 1, "m": 4}, "/abs/epoch_1.safetensors", "enc/*", "../up"]
+    expected = ["0.9", "1e-05", "n_of_m_1_4", "abs_epoch_1.safetensors", "enc", ".._up"]
+    assert list(map(sweep.label, values)) == expected
 
 
 def test_sweeps_that_do_not_fit(tmp_path):

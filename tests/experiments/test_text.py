@@ -64,6 +64,25 @@ def test_the_default_is_the_source_of_the_standard_library():
     assert not any({"test", "tests", "site-packages"} & set(name.split("/")) for name in text._library())
 
 
+def test_a_link_is_a_file_where_it_is(tmp_path):
+    outside, folder = tmp_path / "outside.txt", tmp_path / "text"
+    tiny_text.write(folder)
+    outside.write_bytes(b"what is elsewhere " * 20)
+    paths = {path.relative_to(folder).as_posix() for path in folder.rglob("*.txt")}
+    for name in ("one.txt", "part_1/other.txt"):
+        (folder / name).symlink_to(outside)
+        paths.add(name)
+    for given in (folder, folder / "**" / "*.txt"):
+        assert {*text._found(str(given), "files")} == paths
+    found = text.load(str(folder), length=8, test=0.2)
+    assert sum(as_bytes(split).count(outside.read_bytes()) for split in (found.train, found.test)) == 2
+    assert found.about["files"] == len(paths)
+    assert {*text._found(str(folder / "one.txt"), "files")} == {"one.txt"}
+    # What is tested on is not trained on, by whatever path.
+    tested = text.load(str(folder), length=8, test_files=str(outside))
+    assert outside.read_bytes() not in as_bytes(tested.train)
+
+
 def test_a_text_to_test_on_of_its_own(folder):
     tested = next(iter(sorted(folder.rglob("*.txt"))))
     found = text.load(str(folder), length=8, test_files=str(tested))

@@ -184,8 +184,20 @@ def test_seeds_one_after_another_and_side_by_side(sparse_run, tmp_path):
         assert close == (seed == 0)
     again = train.train(smoke_config(log_every_steps=4), tmp_path / "beside", [0, 1])[1]  # finished: read
     assert [one["seed"] for one in again] == [0, 1]
-    with pytest.raises(WorkdirError, match=r"has seeds \[0, 1\] side by side: train \[2, 3, 4\] in another folder"):
+    with pytest.raises(
+        WorkdirError, match=r"of seeds \[0, 1\] side by side: train seeds \[2, 3, 4\] side by side in an"
+    ):
         train.train(smoke_config(log_every_steps=4), tmp_path / "beside", [2, 3, 4])
+    with pytest.raises(WorkdirError, match=r"of seeds \[0, 1\] side by side: train the run of one seed in another f"):
+        train.train(smoke_config(log_every_steps=4), tmp_path / "beside")
+    with pytest.raises(
+        WorkdirError, match=r"of a run of one seed: train seeds \[0, 1\] side by side in another folder"
+    ):
+        train.train(smoke_config(log_every_steps=4), tmp_path / "alone", [0, 1])
+    (tmp_path / "alone" / "result.json").unlink()
+    (tmp_path / "alone" / "metrics.jsonl").unlink()
+    with pytest.raises(WorkdirError, match=r"metrics.jsonl has lost the last steps: delete the newest folder in check"):
+        train.train(smoke_config(log_every_steps=4), tmp_path / "alone")
 
 
 class WithBatchNorm(nn.Module):

@@ -39,6 +39,17 @@ def test_another_config_is_refused_with_the_difference(tmp_path):
         pass
 
 
+def test_paths_of_what_others_left_may_be_written_in_another_way(tmp_path, monkeypatch):
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with make(tmp_path / "run", masks_from="other/sparse.safetensors"):
+        pass
+    with make(tmp_path / "run", masks_from=str(tmp_path / "run/../other/sparse.safetensors")):
+        pass
+    with pytest.raises(WorkdirError, match="masks_from: .*"), make(tmp_path / "run", masks_from="sparse.safetensors"):
+        pass
+
+
 def test_a_run_of_before_a_key_was_there_goes_on(tmp_path):
     with make(tmp_path / "run"):
         pass

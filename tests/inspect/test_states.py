@@ -50,6 +50,8 @@ def test_a_state_without_a_sparse_link_is_refused(access):
         lambda params, state: jaxsparse.get_masks(params, state),
         lambda params, state: jaxsparse.check(params, state),
         lambda params, state: jaxsparse.summary(params, state),
+        lambda params, state: jaxsparse.inspect.measure(params, state),
+        lambda params, state: jaxsparse.inspect.current_masks(params, state),
     ],
 )
 def test_arguments_that_changed_places(access):

@@ -15,7 +15,7 @@ from typing import Any
 from tests.experiments import jpeg_sets, processes, test_processes, test_resume, tiny_text
 
 ROOT = Path(__file__).parents[2]
-LONGEST = 300  # seconds that a run may take before it counts as hanging
+LONGEST = 600  # seconds that a run may take before it counts as hanging
 STREAMED = test_processes.CONFIG.replace("epochs = 8", "epochs = 24")
 DIGITS, *_, LOGGED = test_resume.SMALL
 FLAGS = {

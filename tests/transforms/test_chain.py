@@ -86,8 +86,13 @@ def test_a_chain_in_a_chain_has_its_own_momentum_and_that_of_the_outer():
         np.testing.assert_array_equal(m, 2 * g)
 
 
-def test_a_link_before_the_optimizer_is_told_to_stand_behind_it():
-    tx = jaxsparse.chain(jaxsparse.sparse_momentum(0.5, 2), optax.sgd(0.1, momentum=0.9))
+@pytest.mark.parametrize("make", [
+    lambda: jaxsparse.sparse_momentum(0.5, 2),
+    lambda: jaxsparse.magnitude_pruning(0.5),
+    lambda: jaxsparse.rigl(0.5, 2, stop_at=10),
+])  # fmt: skip
+def test_a_link_before_the_optimizer_is_told_to_stand_behind_it(make):
+    tx = jaxsparse.chain(make(), optax.sgd(0.1, momentum=0.9))
     with pytest.raises(ValueError, match="the sparse link stands before the optimizer in the chain: put it last"):
         tx.init(make_params())
 
