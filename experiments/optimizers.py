@@ -34,9 +34,10 @@ def muon_of_convolutions(
     Examples:
       >>> import jax.numpy as jnp
       >>> params = {"kernel": jnp.ones((3, 3, 4, 8)), "bias": jnp.zeros(8)}
-      >>> updates, _ = (tx := muon_of_convolutions(0.02)).update(params, tx.init(params), params)
-      >>> jax.tree.map(jnp.shape, updates)
-      {'bias': (8,), 'kernel': (3, 3, 4, 8)}
+      >>> state = muon_of_convolutions(0.02).init(params)
+      >>> momenta, *_ = state.inner_states["muon"].inner_state
+      >>> jax.tree.map(jnp.shape, momenta.mu)
+      {'bias': MaskedNode(), 'kernel': (3, 3, 4, 8)}
 
     Source:
       Jordan et al., *Muon: an optimizer for hidden layers in neural networks*, 2024
