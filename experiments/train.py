@@ -58,7 +58,7 @@ from experiments.prune_while_training import Gain, check_pruning, open_gates, wi
 from experiments.results.table import mean_and_error
 from experiments.speed import speedometer
 from experiments.stopping import Stopped, stop_signals, stop_unless_finite
-from experiments.workdir import WorkdirError, open_checkpoints, open_runs, require_space, write_json, writing
+from experiments.workdir import open_checkpoints, open_runs, refuse_other_seeds, require_space, write_json, writing
 from jaxsparse.parallel import ElsewhereError, any_process, of_processes, together
 
 FLAGS = flags.FLAGS
@@ -138,11 +138,7 @@ def train(
                 require_space(workdir, (KEPT + 1 - len(checkpoints.steps())) * size_in_bytes(shapes) + 2**20)
         about = checkpoints.newest()
         program.task.refuse_another(about.get("data"))  # before other data or seeds pass for damage
-        mine, others = None if seeds is None else list(seeds), about.get("seeds")
-        if about and mine != others:
-            there = "a run of one seed" if others is None else f"seeds {others} side by side"
-            now = "the run of one seed" if mine is None else f"seeds {mine} side by side"
-            raise WorkdirError(f"{workdir} has the checkpoints of {there}: train {now} in another folder")
+        refuse_other_seeds(workdir, about, seeds)
         restored, gain = checkpoints.restore(for_checkpoint), Gain()
         about = checkpoints.about(restored[0]) if restored else {}
         speed = speedometer(config, program, jax.eval_shape(program.init, seed))

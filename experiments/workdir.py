@@ -211,6 +211,15 @@ def open_checkpoints(path: Path) -> Iterator[Checkpoints]:
             checkpoints.close()
 
 
+def refuse_other_seeds(path: Path, about: Mapping[str, Any], seeds: Sequence[int] | None) -> None:
+    """Raises a WorkdirError if the checkpoint that ``about`` describes is of other seeds than those to train."""
+    mine, others = None if seeds is None else list(seeds), about.get("seeds")
+    if about and mine != others:
+        there = "a run of one seed" if others is None else f"seeds {others} side by side"
+        now = "the run of one seed" if mine is None else f"seeds {mine} side by side"
+        raise WorkdirError(f"{path} has the checkpoints of {there}: train {now} in another folder")
+
+
 def require_space(path: Path, needed: int) -> None:
     """Raises a WorkdirError if the disk of a folder has fewer bytes left than will be needed."""
     free = shutil.disk_usage(path).free

@@ -233,8 +233,8 @@ def _momentum_field(node: Any) -> str | None:
 def _refuse_optimizer_behind(link: Any, behind: Any, params: Any) -> None:
     """Raises a ValueError if what stands behind a link stores momenta of its leaves, and so moves what is pruned."""
     optimizers = [state for state in behind if not link_states(state)]
-    momenta = by_path(jax.eval_shape(lambda: stored_momentum(optimizers, params)))
-    if optimizers and set(leaf_paths(link.sparse_masks())) & set(momenta):
+    momenta = by_path(jax.eval_shape(lambda: stored_momentum(optimizers, params))) if optimizers else {}
+    if set(leaf_paths(link.sparse_masks())) & set(momenta):
         raise ValueError("the sparse link stands before the optimizer in the chain: put it last")
 
 
