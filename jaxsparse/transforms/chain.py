@@ -234,19 +234,24 @@ def _refuse_optimizer_behind(link: Any, behind: Any, params: Any) -> None:
     """Raises a ValueError if what stands behind a link stores momenta of its leaves, and so moves what is pruned."""
     optimizers = [state for state in behind if not link_states(state)]
     momenta = by_path(jax.eval_shape(lambda: stored_momentum(optimizers, params))) if optimizers else {}
-    if set(leaf_paths(link.sparse_masks())) & set(momenta):
+    if set(_pruned_paths(link)) & set(momenta):
         raise ValueError("the sparse link stands before the optimizer in the chain: put it last")
 
 
 def _require_momentum(link: Any, states: Any, params: Any) -> None:
     found = by_path(jax.eval_shape(lambda: stored_momentum(states, params)))
-    missing = [name for name in leaf_paths(link.sparse_masks()) if name not in found]
+    missing = [name for name in _pruned_paths(link) if name not in found]
     if missing:
         raise ValueError(
             f"no optimizer before the link in the chain stores a momentum (trace, mu or ema) of {missing[0]}"
             f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}. Use one with momentum, such as "
             "optax.sgd(0.1, momentum=0.9), or give the link its own: decay=0.9"
         )
+
+
+def _pruned_paths(link: Any) -> list[str]:
+    """The paths of the leaves that a link has masks for, of which none is computed: the params may be shapes."""
+    return leaf_paths(jax.eval_shape(lambda state: state.sparse_masks(), link))
 
 
 def _named(update: Callable[..., Any]) -> list[str]:
