@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse.layout_rules import Rules, described
-from jaxsparse.trees import by_pattern, is_partial
+from jaxsparse.trees import by_pattern, is_partial, listed
 from jaxsparse.user_warnings import warn
 
-__all__ = ["Layout", "LayoutLike", "leaf_layouts", "warn_of_guesses"]
+__all__ = ["Layout", "LayoutLike", "empty_layers", "leaf_layouts", "warn_of_guesses"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,3 +241,25 @@ def warn_of_guesses(layouts: Mapping[str, Layout], why: str) -> None:
             f"{why} needs the inputs and outputs of leaves, and these had to be guessed: {', '.join(doubts)}. Say it "
             'by layout={"path or pattern": jaxsparse.Layout(inputs=..., outputs=..., stack=...)}',
         )
+
+
+def empty_layers(masks: Mapping[str, Any], layouts: Mapping[str, Layout]) -> str:
+    """A sentence that names the layers that keep nothing, of stacks that keep something; empty if there is none.
+
+    Nothing is known of masks that are traced, or that other hosts have parts of.
+    """
+    found = []
+    for path, mask in masks.items():
+        stack: tuple = layouts[path].stack if path in layouts else ()  # type: ignore[assignment]
+        if not stack or isinstance(mask, jax.core.Tracer) or not getattr(mask, "is_fully_addressable", True):
+            continue
+        left = np.asarray(mask.any(axis=tuple(i for i in range(mask.ndim) if i not in stack)))
+        if left.any():
+            found += [f"layer {', '.join(map(str, at))} of {path}" for at in np.argwhere(~left).tolist()]
+    if not found:
+        return ""
+    return (
+        f"no weight is left in {listed(found)}, so nothing passes there. The layers of a stack count as one: they "
+        'share a budget and are ranked together. Prune less, or each output by itself: scope="output" of '
+        "magnitude_pruning, per_output=True of score_masks"
+    )

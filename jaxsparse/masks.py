@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 
 from jaxsparse import allocation as allocation_lib
 from jaxsparse.allocation import Allocation
-from jaxsparse.layouts import Layout, LayoutLike, leaf_layouts, warn_of_guesses
+from jaxsparse.layouts import Layout, LayoutLike, empty_layers, leaf_layouts, warn_of_guesses
 from jaxsparse.placement import copied, mask_like, sharding_of
 from jaxsparse.prunable import prunable_leaves
 from jaxsparse.reductions import all_false
@@ -33,6 +33,7 @@ from jaxsparse.trees import (
     is_masked_node,
     is_partial,
     leaf_paths,
+    listed,
     path_name,
     score_that_fits,
     scores_by_path,
@@ -222,7 +223,7 @@ def nonzero_masks(params: Any, *, prunable: Any = None, layout: LayoutLike = Non
     """
     chosen = prunable_leaves(params, prunable, layout=layout)
     masks = jax.tree.map(lambda x, c: x != 0 if c else jnp.ones((), bool), params, chosen)
-    warn_of_empty(by_path(masks), "Leave out by prunable= what only starts at zero")
+    warn_of_empty(by_path(masks), "Leave out by prunable= what only starts at zero", leaf_layouts(params, layout))
     return masks
 
 
@@ -394,7 +395,7 @@ def _best_masks(
     for (path, leaf), units in zip(free.items(), best, strict=True):
         kept[path] = sparse[path][1].expand(units, leaf)
     kept = {path: mask_like(mask, sparse[path][0]) for path, mask in kept.items()}
-    warn_of_empty(kept)
+    warn_of_empty(kept, layouts=leaf_layouts(params, layout))
     return treedef.unflatten([kept.get(path, jnp.ones((), bool)) for path in leaf_paths(params)])
 
 
@@ -432,12 +433,15 @@ def best_of_outputs(
 def warn_of_empty(
     masks: Mapping[str, Any],
     advice: str = "Keep some by at_least=1, a lower sparsity or another allocation",
+    layouts: Mapping[str, Layout] | None = None,
 ) -> None:
-    """Warns of leaves that keep nothing, by path. Nothing is known under jit."""
+    """Warns of leaves, and with layouts of layers of stacks, that keep nothing. Nothing is known under jit."""
+    if layouts is not None and (of_stacks := empty_layers(masks, layouts)):
+        warn(of_stacks)
     empty = [f"{path} (of {masks[path].size} weights)" for path in all_false(masks)]
     if empty:
         warn(
-            f"no weight is left in {', '.join(empty)}: nothing passes there, and methods that share out growth by what "
+            f"no weight is left in {listed(empty)}: nothing passes there, and methods that share out growth by what "
             f"is left will not bring it back. {advice}",
         )
 

@@ -317,3 +317,19 @@ def test_dead_inputs_outputs_and_closed_channels_are_those_of_the_matrix():
     assert closed == {"query": [6], "fc/weight": [2], "experts/wi": [[1, 3]]}
     said = jaxsparse.summary(masks, params, layout={"query": Layout((0, 1), 2)}).layers
     assert {row.path: row.dead_inputs for row in said}["query"] == 2
+
+
+def test_layers_of_a_stack_that_keep_nothing_are_named():
+    scales = jnp.array([1.0, 0.1, 0.001])[:, None, None]
+    params = {"scan": {"kernel": scales * jax.random.normal(jax.random.key(0), (3, 8, 8)), "bias": jnp.zeros((3, 8))}}
+    with pytest.warns(
+        UserWarning, match="no weight is left in layer 2 of scan/kernel, .* layers of a stack count as one"
+    ):
+        masks = jaxsparse.magnitude_masks(params, 0.6)
+    tx = jaxsparse.mask_updates(masks)
+    with pytest.warns(UserWarning, match="no weight is left in layer 2 of scan/kernel"):
+        jaxsparse.check(tx.init(params), jaxsparse.apply_masks(params, masks))
+    apart = jaxsparse.score_masks(params, jaxsparse.saliency.magnitude(params), 0.75, per_output=True)
+    assert apart["scan"]["kernel"].sum((1, 2)).tolist() == [16] * 3
+    whole = jaxsparse.magnitude_masks({"scan": {"kernel": params["scan"]["kernel"][0]}}, 0.9)
+    assert int(whole["scan"]["kernel"].sum()) == 6

@@ -91,12 +91,14 @@ def sgd():
 
 def test_gradients_in_16_bits_are_accumulated_in_32():
     def loss_fn(w, model_state, x, _):
-        return (w * x).mean(), ({"loss": (w * x).mean(), "seen": jnp.int32(3)}, model_state)
+        about = {"loss": (w * x).mean(), "seen": jnp.int32(3), "size": x.size, "positive": x.sum() > 0}
+        return (w * x).mean(), (about, model_state)
 
     x, w = jnp.ones((1024,), jnp.bfloat16), jnp.ones((), jnp.bfloat16)
     gradient, _, metrics = OneDevice().gradients(loss_fn, accumulate=1024)(w, (), x, None)
     assert (gradient.dtype, float(gradient)) == (jnp.bfloat16, 1.0)
     assert (metrics["loss"].dtype, float(metrics["loss"]), float(metrics["seen"])) == (jnp.bfloat16, 1.0, 3.0)
+    assert (float(metrics["size"]), float(metrics["positive"])) == (1.0, 1.0)
 
 
 def test_model_states_with_bools_and_keys():
@@ -140,11 +142,15 @@ def test_sums_and_shares(name):
     def made_here(state, rows):
         return None, layout.sums(lambda part, _: {"rows": jnp.sum(part), "devices": 1})(layout.share(rows), None)
 
-    state = make_state()._replace(model_state={"seen": jnp.array([2.0, 3.0, 4.0])})
+    model_state = {"seen": jnp.array([2.0, 3.0, 4.0]), "steps": jnp.int32(7), "begun": jnp.array(True)}
+    state = make_state()._replace(model_state=model_state)
     placed = layout.place(state)
     _, (whole, mean) = layout.compile(evaluate, donate=False)(placed, layout.place_batch(make_batch()))
     np.testing.assert_allclose(whole, 2 * make_batch()[0].sum(), rtol=1e-4)
     np.testing.assert_allclose(mean["seen"], [2, 3, 4])
+    assert (mean["steps"].dtype, int(mean["steps"])) == (jnp.int32, 7)
+    assert mean["begun"].dtype == bool
+    assert mean["begun"]
     rows = layout.replicate(jnp.arange(BATCH))
     _, sums = layout.compile(made_here, donate=False)(placed, rows)
     assert (int(sums["rows"]), int(sums["devices"])) == (BATCH * (BATCH - 1) // 2, layout.size)

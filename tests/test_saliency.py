@@ -158,6 +158,13 @@ def test_fisher_diagonal_is_the_mean_of_squares():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
 
 
+def test_numbers_are_weights():
+    scores = saliency.lamp({"s": 2.0, "w": np.array([3.0, 4.0])})
+    assert float(scores["s"]) == 1
+    np.testing.assert_allclose(scores["w"], [9 / 25, 1])
+    assert saliency.snip(lambda p: 3 * p["s"], {"s": 2.0})["s"] == 6
+
+
 def test_low_precision_weights_have_scores_of_32_bits():
     def scores(params):
         params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)

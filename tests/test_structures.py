@@ -7,6 +7,8 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+import jaxsparse
+from jaxsparse import Layout
 from jaxsparse.prunable import prunable_leaves
 from jaxsparse.structures import block, channel, check_structure, check_units, kernel, leaf_structures, n_of_m, weight
 from jaxsparse.trees import by_path
@@ -69,6 +71,31 @@ UNITS = [
     (n_of_m(2, 4), (8, 3), (8, 3), 1),
 ]
 QUICK = [UNITS[i] for i in (0, 10)]
+
+
+@pytest.mark.parametrize(
+    ("structure", "shape", "units"),
+    [
+        (channel(), (3, 3, 0, 8), (1, 1, 0, 8)),
+        (channel(), (0, 8), (0, 8)),
+        (kernel(), (0, 3, 2, 8), (0, 1, 2, 8)),
+        (kernel(layout=Layout(-1, -2)), (0, 3, 2, 8), (0, 1, 8, 2)),
+        (block(2, 4), (0, 8), (0, 2)),
+    ],
+)
+def test_a_leaf_without_weights_has_no_units(structure, shape, units):
+    leaf = jnp.ones(shape)
+    assert structure.unit_shape(shape) == structure.scores(leaf).shape == structure.units(leaf > 0).shape == units
+    assert structure.expand(structure.units(leaf > 0), leaf).shape == shape
+    assert structure.holds(leaf > 0)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_leaf_without_weights_leaves_the_others_alone(scope):
+    params = {"empty": jnp.ones((3, 3, 0, 8)), "conv": jnp.broadcast_to(jnp.arange(1.0, 9), (3, 3, 2, 8))}
+    masks = jaxsparse.score_masks(params, params, 0.5, structure="channel", scope=scope)
+    assert masks["empty"].shape == (3, 3, 0, 8)
+    assert masks["conv"][0, 0, 0].tolist() == [False] * 4 + [True] * 4
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def to_fan_in(params: Any, masks: Any) -> Any:
     """Convert sparse leaves of constant fan-in to :class:`FanIn`: of every output that is left, as many weights.
 
     :func:`jaxsparse.srigl` trains such leaves. The last axis is outputs and all others are inputs, as in the kernels of
-    Flax; transpose a leaf that has them otherwise.
+    Flax; transpose a leaf that has them otherwise, and give the layers of a stack one by one.
 
     Args:
       params: a pytree of arrays.

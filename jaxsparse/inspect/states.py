@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsparse.layouts import LayoutLike, leaf_layouts
+from jaxsparse.layouts import LayoutLike, empty_layers, leaf_layouts
 from jaxsparse.masks import apply_masks, validate_masks
 from jaxsparse.prunable import prunable_leaves
 from jaxsparse.transforms.checks import hint_of_parts
@@ -195,7 +195,7 @@ def check(opt_state: Any, params: Any = None) -> None:
         raise SparsityError("; ".join(problems))
     for link in links:
         notes = link.notes() if isinstance(link, HasNotes) else []
-        for note in notes + _emptied(link):
+        for note in notes + _emptied(link, params):
             warn(note)
 
 
@@ -250,8 +250,11 @@ def _links(opt_state: Any, params: Any = None) -> list[Any]:
     return links
 
 
-def _emptied(link: Any) -> list[str]:
+def _emptied(link: Any, params: Any) -> list[str]:
     """Warnings that name the layers, or groups of channels, of which nothing is left in any replica."""
+    advice = (
+        "Methods with a budget keep some with at_least=1; otherwise exclude the layer with prunable=, or prune less"
+    )
     if isinstance(link, HasGates):  # masks of gates are random while training
         kept, of = link.open_channels(), "open channels of group "
     else:
@@ -262,10 +265,9 @@ def _emptied(link: Any) -> list[str]:
     for name, mask in kept.items():
         left = np.asarray(jnp.any(mask, axis=tuple(range(replica_axes, jnp.ndim(mask)))))
         if jnp.size(mask) and not left.all():
-            found.append(
-                f"0 of {jnp.size(mask) // left.size} {of}{name} are left, so nothing passes through. Methods with a "
-                "budget keep some with at_least=1; otherwise exclude the layer with prunable=, or prune less"
-            )
+            found.append(f"0 of {jnp.size(mask) // left.size} {of}{name} are left, so nothing passes through. {advice}")
+    if params is not None and not replica_axes and not isinstance(link, HasGates):
+        found += filter(None, [empty_layers(kept, leaf_layouts(params))])
     return found
 
 

@@ -25,6 +25,7 @@ from jaxsparse.transforms.checks import (
     refuse_replicated,
     require_bool,
     require_params,
+    whole_steps,
 )
 from jaxsparse.transforms.landing import on_update_steps
 from jaxsparse.transforms.latent import as_optimizer, map_latents, not_finite
@@ -165,7 +166,7 @@ def admm(
     who = ADMMState.method
     inner = as_optimizer(inner, "inner", who)
     check_range("sparsity", sparsity, 0, 1, required=True)
-    check_steps("every", every, 1)
+    every = whole_steps("every", every, 1)
     check_steps("at_least", at_least, 0)
     check_schedule("penalty", penalty, 0, None, steps=[0])
     if scope not in ("global", "layer"):

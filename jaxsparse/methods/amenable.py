@@ -26,7 +26,8 @@ def centroids(params: Any, masks: Any, *, biases: bool = False) -> dict[str, tup
 
     .. math:: c^-_l = \mathrm{mean} \{ w \in W_l : w < 0 \}, \qquad c^+_l = \mathrm{mean} \{ w \in W_l : w > 0 \}
 
-    (Damadi et al., 2022: the points about which the weights of a trained sparse layer concentrate.)
+    (Damadi et al., 2022: the points about which the weights of a trained sparse layer concentrate.) A leaf of stacked
+    layers has two numbers for all of them.
 
     Args:
       params: the trained params.

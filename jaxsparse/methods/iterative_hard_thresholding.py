@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from jaxsparse.layouts import LayoutLike
 from jaxsparse.structures import StructureLike, check_structure
-from jaxsparse.transforms.checks import check_schedule, check_steps
+from jaxsparse.transforms.checks import check_schedule, check_steps, whole_steps
 from jaxsparse.transforms.mask_link import MaskState, dense_start, mask_link
 from jaxsparse.transforms.prune import prune_to
 
@@ -82,7 +82,7 @@ def iterative_hard_thresholding(
       With ``every=1`` a selection among all weights is part of every step.
     """
     check_schedule("sparsity", sparsity)
-    check_steps("every", every, 1)
+    every = whole_steps("every", every, 1)
     check_steps("at_least", at_least, 0)
     check_structure(structure)
     if scope not in ("layer", "global"):

@@ -19,12 +19,13 @@ from jaxsparse.layouts import LayoutLike
 from jaxsparse.reductions import count_true
 from jaxsparse.saliency import lamp_scores
 from jaxsparse.structures import StructureLike, check_structure, unit_scores, weight
-from jaxsparse.transforms.checks import check_range, check_schedule, check_steps
+from jaxsparse.transforms.checks import check_range, check_schedule, check_steps, whole_steps
 from jaxsparse.transforms.layers import Layer, as_layers, counts, each
 from jaxsparse.transforms.mask_link import MaskState, dense_start, mask_link
 from jaxsparse.transforms.prune import counts_at, prune_globally, prune_layers, prune_outputs
 from jaxsparse.transforms.ranking import rank_globally
 from jaxsparse.transforms.scoring import scoring
+from jaxsparse.user_warnings import warn
 
 __all__ = ["MagnitudePruningState", "magnitude_pruning"]
 
@@ -78,9 +79,9 @@ def magnitude_pruning(
         hands in another one on every step.
       initial: :math:`s_i`, in [0, 1], at most ``sparsity``: what goes on step ``begin``.
       power: the exponent of eq. (1) in the place of 3, above 0; None: as ``schedule`` says.
-      scope: which weights are ranked together: those of each "layer", which all reach :math:`s_t`; "global", all,
-        whatever their layer; "lamp", all by :func:`lamp_scores`; or those of each "output", so that all outputs of a
-        layer keep equally many (:math:`s_t`, rounded), as Wanda does: for single weights.
+      scope: which weights are ranked together: those of each "layer" (a stack of layers counts as one), which all reach
+        :math:`s_t`; "global", all, whatever their layer; "lamp", all by :func:`lamp_scores`; or those of each "output",
+        so that all outputs of a layer keep equally many (:math:`s_t`, rounded), as Wanda does: for single weights.
       score: of which the largest stay. "magnitude"; or a function of params and gradients to scores of these, such as
         those of :mod:`jaxsparse.saliency`, which is called with dicts from path to array, of the prunable leaves; or a
         tree like the params with fixed scores, such as those of :func:`jaxsparse.saliency.snip` before training, which
@@ -124,10 +125,16 @@ def magnitude_pruning(
     .. warning::
       "lamp" sorts each layer where weights go; on sharded leaves a sort gathers them.
     """
-    if end is None and not callable(sparsity) and schedule != "constant":
-        end = begin
-    for name, value, low in (("begin", begin, 0), ("end", end, 0), ("every", every, 1), ("at_least", at_least, 0)):
-        check_steps(name, value, low)
+    once = end is None and not callable(sparsity) and schedule != "constant"
+    end = begin if once else end
+    begin, end, every = whole_steps("begin", begin, 0), whole_steps("end", end, 0), whole_steps("every", every, 1)
+    check_steps("at_least", at_least, 0)
+    if isinstance(sparsity, jax.core.Tracer) and once:
+        warn(
+            "sparsity is a traced number, such as optax.inject_hyperparams hands in, and weights go once, on step "
+            "begin. If it comes from a schedule, add schedule='constant', or keep it a schedule by "
+            "static_args=('sparsity',). If once is meant, add end=begin"
+        )
     check_schedule("sparsity", sparsity, steps=[begin if end is None else end])
     if end is not None and not any(isinstance(step, jax.core.Tracer) for step in (begin, end)) and end < begin:
         raise ValueError(f"end must be at least begin, {begin}, got {end}")

@@ -136,6 +136,7 @@ def powerpropagation(
     inner = as_optimizer(inner, "inner", PowerpropagationState.method)
     if prune is not None:
         inner = chain(inner, as_optimizer(prune, "prune", PowerpropagationState.method))
+    known = isinstance(alpha, int | float)  # else it may be scheduled
     if not isinstance(alpha, jax.core.Tracer) and alpha == int(alpha):
         alpha = int(alpha)  # a whole power is a product
 
@@ -155,8 +156,10 @@ def powerpropagation(
         return state._replace(own=jnp.asarray(alpha, jnp.float32))
 
     def pull(grads, weights, state):
+        of_params = alpha if known else state.own  # the power that made the params at which the gradient was taken
+
         def slope(g, w, _):
-            return (g * (jnp.asarray(alpha, w.dtype) * power(w, alpha - 1)).astype(g.dtype)).astype(g.dtype)
+            return (g * (jnp.asarray(of_params, w.dtype) * power(w, of_params - 1)).astype(g.dtype)).astype(g.dtype)
 
         return map_latents(slope, grads, weights, state.weights), state
 

@@ -69,7 +69,8 @@ def rigl(
 
     with :math:`\alpha` = ``drop_fraction`` and :math:`T_\text{end}` = ``stop_at``. A weight that is grown starts at 0
     with an optimizer state of zeros and takes its first step on step t + 1; one that was dropped and grown at once
-    keeps its value and its state. Every layer keeps its number of weights, exactly.
+    keeps its value and its state. Every layer keeps its number of weights, exactly. (A stack of layers, as of a scan,
+    counts as one.)
 
     Layers that have not moved since their mask was chosen (``optax.freeze``) keep it.
 

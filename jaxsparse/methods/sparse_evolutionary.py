@@ -54,7 +54,8 @@ def sparse_evolutionary(
     of its smallest positive weights and the same fraction of its negative weights closest to 0 (Algorithm 1, lines 10
     and 11), and grows as many weights in places that are then empty, at random (line 12). A weight that is grown starts
     at 0 with an optimizer state of zeros and takes its first step on the next step; one that was dropped and grown at
-    once keeps its value. Every layer keeps its number of weights, exactly.
+    once keeps its value. Every layer keeps its number of weights, exactly. (A stack of layers, as of a scan, counts as
+    one.)
 
     Layers that have not moved since their mask was chosen (``optax.freeze``) keep it.
 

@@ -17,7 +17,7 @@ from jaxsparse.layouts import LayoutLike
 from jaxsparse.placement import varying_like
 from jaxsparse.prunable import prunable_leaves
 from jaxsparse.selection import global_top_k_masks, top_k_masks
-from jaxsparse.transforms.checks import check_range, check_steps
+from jaxsparse.transforms.checks import check_range, whole_steps
 from jaxsparse.transforms.landing import on_update_steps
 from jaxsparse.transforms.latent import LatentState, latent
 from jaxsparse.trees import is_masked_node
@@ -115,8 +115,7 @@ def spartan(
       after the wrapper.
     """
     check_range("sparsity", sparsity, 0, 1, open_end=True, required=True)
-    check_steps("warmup", warmup, 1)
-    check_steps("freeze_at", freeze_at, 1)
+    warmup, freeze_at = whole_steps("warmup", warmup, 1), whole_steps("freeze_at", freeze_at, 1)
     check_range("sharpness", sharpness, 1)
     check_range("tolerance", tolerance, 0)
     if not any(isinstance(step, jax.core.Tracer) for step in (warmup, freeze_at)) and freeze_at < warmup:

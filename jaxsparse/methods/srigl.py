@@ -6,7 +6,7 @@ Lasby, Golubeva, Evci, Nica and Ioannou, *Dynamic Sparse Training with Structure
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,11 @@ class SRigLState(MaskState):
     """State of :func:`srigl`; ``own`` is a :class:`LayerBudgets`."""
 
     method = "srigl"
+
+    def recounted(self, before: Self | None) -> Self:
+        """The state in which each layer may keep fewer weights, by those that it has lost."""
+        own = self.own if before is None else fan_in.less(self.own, self.masks, before.masks)
+        return super().recounted(before)._replace(own=own)
 
     def problems(self, params: Any | None) -> list[str]:
         """Problems of all masks, and layers whose outputs do not have the same number of inputs."""
@@ -101,10 +106,8 @@ def srigl(
 
     Weights that are grown start at 0 with an optimizer state of zeros, as with :func:`jaxsparse.rigl`. All outputs of a
     layer that are not ablated have k' inputs at every step. What n leaves over when it is divided by outputs is not
-    used: masks keep a few weights less than ``sparsity`` says, fewer than there are outputs. ``MaskState.kept`` is
-    their number.
-
-    Layers that have not moved since their mask was chosen (``optax.freeze``) keep it.
+    used: masks keep a few weights less than ``sparsity`` says, fewer than there are outputs. Layers that have
+    not moved since their mask was chosen (``optax.freeze``) keep it.
 
     Args:
       sparsity, update_every, stop_at, drop_fraction, allocation, start_at: as for :func:`jaxsparse.rigl`. (The authors:
@@ -149,8 +152,7 @@ def srigl(
     References:
       Lasby et al., `Dynamic Sparse Training with Structured Sparsity <https://arxiv.org/abs/2305.02299>`_, 2024. Where
       an output has more than k' of the largest weights, the authors' code keeps arbitrary ones, by sorting booleans;
-      here the largest stay. It may also keep missing weights, which are 0, where too few others are left; here places
-      are filled by gradient.
+      here the largest stay. It may keep missing weights too, where few others are left; here gradients fill places.
     """
     schedule = check_fraction(drop_fraction, stop_at, "srigl")
     check_allocation(allocation)

@@ -5,7 +5,7 @@ the authors; sparseml (``modifier_pruning_topkast.py`` at 1c04a01) and torch_top
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxsparse.allocation import Allocation
 from jaxsparse.layouts import LayoutLike
 from jaxsparse.structures import StructureLike
-from jaxsparse.transforms.checks import check_budget, check_range, check_schedule
+from jaxsparse.transforms.checks import check_budget, check_range, check_schedule, counted
 from jaxsparse.transforms.largest import Largest
 from jaxsparse.transforms.latent import map_latents
 from jaxsparse.transforms.masked_latent import MaskedLatentState, masked_latent
@@ -40,6 +40,11 @@ class TopKASTState(MaskedLatentState):
 
     method: ClassVar[str] = "top_kast"
     limits: ClassVar[str] = "a schedule of a sparsity left [0, 1], or backward_sparsity was above sparsity"
+
+    def recounted(self, before: Self | None) -> Self:
+        """The state with both sets counted anew."""
+        own = self.own._replace(kept=counted(self.own.masks, self.own.kept))
+        return super().recounted(before)._replace(own=own)
 
     def problems(self, params: Any | None) -> list[str]:
         """Broken invariants of the masks, and a backward set that is off its count or lacks some of the forward set."""

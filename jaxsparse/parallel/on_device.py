@@ -20,7 +20,7 @@ def local_gradients(loss_fn: Callable, accumulate: int) -> Callable:
             (_, (metrics, model_state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
                 params, model_state, batch, common
             )
-            return model_state, (grads, metrics)
+            return model_state, (grads, jax.tree.map(jnp.asarray, metrics))
 
         if accumulate == 1:
             model_state, (grads, metrics) = part(model_state, batch)
@@ -42,7 +42,9 @@ def local_gradients(loss_fn: Callable, accumulate: int) -> Callable:
 
 
 def _sum_dtype(dtype: Any) -> Any:
-    """Floats are summed in 32 bits at least: a sum of a few hundred in 16 no longer grows."""
+    """Floats are summed in 32 bits at least: a sum of a few hundred in 16 no longer grows. Bools are counted."""
+    if jnp.issubdtype(dtype, jnp.bool_):
+        return np.int32
     return np.promote_types(dtype, np.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
 
 

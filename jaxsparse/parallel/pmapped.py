@@ -34,8 +34,12 @@ class Pmapped(SeveralDevices):
         return jax.tree.map(lambda x: split(x, self.size)[jax.lax.axis_index(AXIS)], batch)
 
     def synchronised(self, model_state: Any) -> Any:
-        """The mean of the model state over the devices, inside a step."""
-        return jax.lax.pmean(model_state, AXIS)
+        """The mean of the model state over the devices, inside a step, in its dtypes; of bools the first device's."""
+
+        def mean(x):
+            return jax.lax.all_gather(x, AXIS)[0] if x.dtype == bool else jax.lax.pmean(x, AXIS).astype(x.dtype)
+
+        return jax.tree.map(mean, model_state)
 
     def compile(self, function: Callable, static_argnums: Sequence[int] = (), donate: bool = True) -> Callable:
         """Pmap a step; state and batch have an axis of devices, the other arguments do not."""

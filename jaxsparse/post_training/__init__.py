@@ -9,16 +9,17 @@ from jaxsparse.post_training.admm_update import admm_update
 from jaxsparse.post_training.channels import channel_scores, lowest_channels, prune_channels
 from jaxsparse.post_training.depth import block_influence, block_scores
 from jaxsparse.post_training.dropping import drop_blocks
+from jaxsparse.post_training.dsnot import dsnot
 from jaxsparse.post_training.owl import owl_densities
 from jaxsparse.post_training.prune_once import prune_once
 from jaxsparse.post_training.reconstruct import reconstruct
-from jaxsparse.post_training.rules import RULES, Rule, resolve
+from jaxsparse.post_training.rules import RULES, Rule, dsnot_rule, resolve
 from jaxsparse.post_training.sparsegpt import sparsegpt, sparsegpt_with_damping
 from jaxsparse.post_training.stacks import align_layers
 from jaxsparse.post_training.wanda import ria_scores, wanda_scores
 
 __all__ = [
     "RULES", "Rule", "admm_update", "align_layers", "block_influence", "block_scores", "channel_scores", "drop_blocks",
-    "lowest_channels", "owl_densities", "prune_channels", "prune_once", "reconstruct", "resolve", "ria_scores",
-    "sparsegpt", "sparsegpt_with_damping", "wanda_scores",
+    "dsnot", "dsnot_rule", "lowest_channels", "owl_densities", "prune_channels", "prune_once", "reconstruct", "resolve",
+    "ria_scores", "sparsegpt", "sparsegpt_with_damping", "wanda_scores",
 ]  # fmt: skip

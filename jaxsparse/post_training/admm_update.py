@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from jaxsparse.allocation import check_sparsity
@@ -76,12 +77,15 @@ def admm_update(
         raise ValueError(
             f"pruning_iterations must be at least 1 and at most iterations={iterations}, got {pruning_iterations}"
         )
-    if isinstance(unit, n_of_m):
-        sparsity = 1 - unit.n / unit.m
-    done = jnp.arange(1, pruning_iterations + 1, dtype=jnp.float32) / pruning_iterations
-    now = jnp.asarray(sparsity, jnp.float32) * (1 - (1 - done) ** 3)
-    kept = kernel.size - pruned_counts(kernel.size, now)
-    found, mask = _update(kernel, as_gram(gram, kernel), kept, jnp.asarray(damping, kernel.dtype), unit, iterations)
+    gone = 1 - (1 - np.arange(1, pruning_iterations + 1) / pruning_iterations) ** 3
+    if isinstance(unit, n_of_m):  # of those beyond the n of each group, so that none is left in the end
+        size = kernel.size // unit.m * (unit.m - unit.n)
+    else:
+        size = kernel.size
+        with jax.enable_x64(True):  # float32 cannot tell all the weights of a large matrix
+            gone = jnp.asarray(sparsity, jnp.float64) * gone
+    free = size - pruned_counts(size, gone)
+    found, mask = _update(kernel, as_gram(gram, kernel), free, jnp.asarray(damping, kernel.dtype), unit, iterations)
     if not isinstance(found, jax.core.Tracer) and not jnp.all(jnp.isfinite(found)):
         raise ValueError(
             "ADMM made weights that are not finite: kernel or gram has values that are not, or gram is not positive "
@@ -91,8 +95,8 @@ def admm_update(
 
 
 @functools.partial(jax.jit, static_argnames=("unit", "iterations"))
-def _update(kernel, gram, kept, damping, unit, iterations):
-    """:func:`admm_update`, with the number of weights that each pruning iteration keeps."""
+def _update(kernel, gram, free, damping, unit, iterations):
+    """:func:`admm_update`, with the number of weights that each pruning iteration keeps, beyond the n of each group."""
     squares = jnp.diagonal(gram)
     some = jnp.any(squares != 0)
     eye = jnp.eye(len(gram), dtype=gram.dtype)
@@ -107,9 +111,10 @@ def _update(kernel, gram, kept, damping, unit, iterations):
 
     def choose(weights, keep):
         scores = jnp.abs(weights)
-        if isinstance(unit, n_of_m):
-            scores = jnp.where(unit.top(scores), jnp.inf, scores)
-        return top_k_mask(scores, keep)
+        if not isinstance(unit, n_of_m):
+            return top_k_mask(scores, keep)
+        top = unit.top(scores)
+        return top | top_k_mask(scores, keep, where=~top)
 
     def turn(weights, dual, mask):
         left = jnp.where(mask, weights + dual, 0)
@@ -126,6 +131,6 @@ def _update(kernel, gram, kept, damping, unit, iterations):
         return *turn(weights, dual, mask), mask
 
     state = start, jnp.zeros_like(start), jnp.ones_like(start, bool)
-    state, _ = jax.lax.scan(prune, state, kept)
-    weights, dual, mask = jax.lax.fori_loop(0, iterations - len(kept), settle, state)
+    state, _ = jax.lax.scan(prune, state, free)
+    weights, dual, mask = jax.lax.fori_loop(0, iterations - len(free), settle, state)
     return jnp.where(mask, (weights + dual) / norm[:, None], 0), mask

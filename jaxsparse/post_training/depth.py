@@ -12,7 +12,7 @@ from jax import lax
 from jax.extend.core import Literal
 
 from jaxsparse.post_training.block_names import numbers_of
-from jaxsparse.post_training.samples import arrays_of, each_batch
+from jaxsparse.post_training.samples import each_batch, jitted
 from jaxsparse.trace.analysis import Analysis
 from jaxsparse.trace.evaluate import ITSELF, Evaluator
 from jaxsparse.trace.program import Traced, live_eqns, opened, scan_counts, trace
@@ -83,13 +83,11 @@ def block_scores(apply: Callable[..., Any], params: Any, batches: Iterable[Any],
       code is NVIDIA's Model Optimizer, ``mcore_minitron.py`` at a2fbac7; Men et al., *ShortGPT*, 2024.
     """
     number, count = numbers_of(params, blocks)
-    _, put = arrays_of(params)
 
-    @jax.jit
-    def scores(arrays: list[Any], *args: Any) -> jax.Array:
-        return _scores(apply, put(arrays), args, number, count, blocks)
+    def scores(params: Any, *args: Any) -> jax.Array:
+        return _scores(apply, params, args, number, count, blocks)
 
-    found = each_batch(lambda params, *args: scores(arrays_of(params)[0], *args), params, batches)
+    found = each_batch(jitted(scores, params), params, batches)
     mean = np.mean([np.asarray(score, np.float64) for score in found], axis=0)
     if not np.isfinite(mean).all():
         raise ValueError(f"the stream through the blocks is not finite ({mean}): look for NaN in params and batches")

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxsparse.post_training.block_names import numbered, outermost, stack_below
-from jaxsparse.trace.states import select, with_counts
+from jaxsparse.trace.states import recounted, select
 from jaxsparse.transforms.gated import GatedState
 from jaxsparse.transforms.mask_link import MaskState
 from jaxsparse.trees import listed, path_name
@@ -29,9 +29,9 @@ def drop_blocks(tree: Any, blocks: str, remove: Sequence[int]) -> Any:
       tree: any pytree of dicts, sequences, modules and states of optimizers, in which the blocks are entries of dicts,
         items of lists or tuples, or layers that a scan stacks. Leaves are arrays or their shapes.
       blocks: where they are: a path with ``*`` for the number of the block, such as ``"block_*"`` or ``"layers/*"``, or
-        the path of what a scan stacks, such as ``"blocks"``. Anything may stand before it, as does ``0/mu/`` in the
-        state of an optimizer, but where it fits it is not looked for further down, so ``"layers/*"`` leaves
-        ``layers/0/mlp/layers/1`` and ``head/layers/1`` alone. What it fits is logged.
+        the path of what a scan stacks along the first axis of its leaves, such as ``"blocks"``. Anything may stand
+        before it, as does ``0/mu/`` in the state of an optimizer, but where it fits it is not looked for further down,
+        so ``"layers/*"`` leaves ``layers/0/mlp/layers/1`` and ``head/layers/1`` alone. What it fits is logged.
       remove: the numbers of the blocks to remove, from 0 on.
 
     Returns:
@@ -55,11 +55,7 @@ def drop_blocks(tree: Any, blocks: str, remove: Sequence[int]) -> Any:
     gone = sorted(set(given.tolist()))
     _refuse(tree, "*" in blocks)
     dropped = _numbered(tree, blocks, gone) if "*" in blocks else _stacked(tree, blocks, gone)
-    return jax.tree.map(
-        lambda node: with_counts(node) if isinstance(node, MaskState) else node,
-        dropped,
-        is_leaf=lambda node: isinstance(node, MaskState),
-    )
+    return recounted(dropped)
 
 
 def _refuse(tree: Any, written_out: bool) -> None:

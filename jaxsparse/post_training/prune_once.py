@@ -59,8 +59,8 @@ def prune_once(
       params: as ``apply`` takes them; they may be divided among devices.
       batches: calibration data, an iterable of what ``apply`` takes after the params: a tuple, or the one argument.
         They may have different shapes, and are all held at once. None, or empty, for rules that need nothing.
-      rule: "magnitude", "wanda", "ria", "sparsegpt" or "admm"; a :class:`jaxsparse.post_training.Rule`; or a function
-        ``(kernel, moments, sparsity, structure) -> (kernel, mask)`` of one matrix.
+      rule: "magnitude", "wanda", "ria", "dsnot", "sparsegpt" or "admm"; a :class:`jaxsparse.post_training.Rule`; or a
+        function ``(kernel, moments, sparsity, structure) -> (kernel, mask)`` of one matrix.
       sparsity: the fraction of zeros of every leaf, in [0, 1), or one for each, as for
         :func:`jaxsparse.magnitude_masks`.
       structure: "weight", or n of every m inputs, ``jaxsparse.n_of_m(2, 4)``; or by a mapping from patterns of paths.
@@ -76,7 +76,8 @@ def prune_once(
       sequential: whether layers see what comes out of layers that are pruned. False: all see the dense network.
 
     Returns:
-      The params, in their tree, dtypes and shardings, and the masks: bool arrays, the scalar True for dense leaves. To
+      The params, in their tree, dtypes and shardings, but as arrays of JAX where they are pruned: NumPy's float64 comes
+      back in float32 unless ``jax_enable_x64`` is set. And the masks: bool arrays, the scalar True for dense leaves. To
       go on training with these zeros, add ``jaxsparse.mask_updates(masks)`` to the optimizer.
 
     Raises:

@@ -9,13 +9,14 @@ from jax.typing import ArrayLike
 
 from jaxsparse.allocation import check_sparsity, layer_counts
 from jaxsparse.post_training.admm_update import admm_update
+from jaxsparse.post_training.dsnot import dsnot
 from jaxsparse.post_training.matrix import as_kernel, of_matrix, pruned_counts
 from jaxsparse.post_training.sparsegpt import sparsegpt_with_damping
 from jaxsparse.post_training.wanda import ria_scores, wanda_scores
 from jaxsparse.selection import top_k_mask
 from jaxsparse.structures import Structure, n_of_m
 
-__all__ = ["RULES", "Needs", "Rule", "resolve"]
+__all__ = ["RULES", "Needs", "Rule", "dsnot_rule", "resolve"]
 
 Needs = Literal["nothing", "squares", "gram"]
 
@@ -131,3 +132,28 @@ def resolve(rule: Any) -> Rule:
     if rule.needs not in get_args(Needs):
         raise ValueError(f"rule {rule.name!r} must need one of {[*get_args(Needs)]}, got {rule.needs!r}")
     return rule
+
+
+def dsnot_rule(start: Any = "wanda", **options: Any) -> Rule:
+    """A rule whose mask is refined by :func:`dsnot`, while the weights stay as they were.
+
+    Args:
+      start: the rule that gives the mask before, as :func:`resolve` takes it.
+      **options: those of :func:`dsnot`: ``cycles``, ``threshold``, ``power``, ``monotone``.
+
+    Examples:
+      >>> dsnot_rule("sparsegpt", monotone=True).needs
+      'gram'
+    """
+    rule = resolve(start)
+
+    def prune(kernel, moments, sparsity, structure):
+        _, mask = rule.prune(kernel, moments, sparsity, structure)
+        kernel, mean_square = as_kernel(kernel), moments.squares / jnp.maximum(moments.rows, 1)
+        return _keep(kernel, dsnot(kernel, mask, moments.mean, mean_square, structure=structure, **options))
+
+    name = "dsnot" if rule.name == "wanda" else f"{rule.name} and dsnot"
+    return Rule(name, "gram" if rule.needs == "gram" else "squares", prune)
+
+
+RULES["dsnot"] = dsnot_rule()

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxsparse.trace.program import is_array
 
-__all__ = ["arrays_of", "by_sample", "checked_batches", "each_batch"]
+__all__ = ["arrays_of", "by_sample", "checked_batches", "each_batch", "jitted"]
 
 logger = logging.getLogger("jaxsparse")
 
@@ -45,22 +45,53 @@ def each_batch(step: Callable[..., Any], params: Any, batches: Iterable[Any]) ->
         try:
             yield step(params, *args)
         except Exception as error:
-            shapes = ", ".join(f"{jnp.result_type(leaf)}{list(np.shape(leaf))}" for leaf in jax.tree.leaves(args))
-            raise ValueError(f"batch {number}, ({shapes}): {error}") from error
+            shapes = [
+                f"{leaf.dtype}{list(leaf.shape)}" if is_array(leaf) else repr(leaf) for leaf in jax.tree.leaves(args)
+            ]
+            raise ValueError(f"batch {number}, ({', '.join(shapes)}): {error}") from error
 
 
 def arrays_of(params: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
     """The leaves that are arrays, which can be arguments of ``jax.jit``, and what puts others in their places."""
     leaves, treedef = jax.tree.flatten(params)
     places = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
+    others = [None if is_array(leaf) else leaf for leaf in leaves]  # not the arrays, whose memory others may need
 
     def put(arrays: Sequence[Any]) -> Any:
-        filled = list(leaves)
+        filled = list(others)
         for i, array in zip(places, arrays, strict=True):
             filled[i] = array
         return treedef.unflatten(filled)
 
     return [leaves[i] for i in places], put
+
+
+def jitted(function: Callable[..., Any], params: Any) -> Callable[..., Any]:
+    """``function(params, *args)`` in ``jax.jit``, where leaves that are no arrays are part of the program.
+
+    Args:
+      function: of params and args.
+      params: the params that will be given: their leaves that are no arrays are always these. Those of args, such as
+        ``"eval"`` or a function, may differ from call to call; each has a program of its own.
+    """
+    _, put = arrays_of(params)
+    programs: dict[Any, Callable[..., Any]] = {}
+
+    def call(params: Any, *args: Any) -> Any:
+        arrays, put_args = arrays_of(args)
+        fixed = _fixed(args)
+        if fixed not in programs:
+            programs[fixed] = jax.jit(lambda weights, arrays: function(put(weights), *put_args(arrays)))
+        return programs[fixed](arrays_of(params)[0], arrays)
+
+    return call
+
+
+def _fixed(args: Any) -> Any:
+    """What the program of args depends on, besides the shapes and dtypes of arrays."""
+    leaves, treedef = jax.tree.flatten(args)
+    others = [None if is_array(leaf) else leaf for leaf in leaves]
+    return treedef, *((type(leaf), leaf if getattr(leaf, "__hash__", None) else id(leaf)) for leaf in others)
 
 
 def by_sample(function: Callable[..., Any], params: Any, samples: int | Sequence[int | None] | None) -> Callable:
@@ -69,29 +100,29 @@ def by_sample(function: Callable[..., Any], params: Any, samples: int | Sequence
     Args:
       function: of params and args, a batch of one sample; it returns a pytree of arrays.
       params: the params that will be given, whose leaves that are no arrays are part of the program.
-      samples: the axis of samples in the arrays of all args, or of each; None: these are given as they are.
+      samples: the axis of samples in the arrays of all args, or of each; None: these are given as they are, and so is
+        what is no array.
 
     Returns:
       The function of params and args of a batch. It raises a ValueError for args without such an axis.
     """
-    _, put = arrays_of(params)
 
-    @jax.jit
-    def summed(arrays: list[Any], *args: Any) -> Any:
-        axes, whole = _axes(samples, args), put(arrays)
+    def summed(params: Any, *args: Any) -> Any:
+        axes = _axes(samples, args)
         if all(axis is None for axis in axes):
-            return function(whole, *args)
+            return function(params, *args)
+        split = [arrays_of(arg) for arg in args]  # vmap takes nothing but arrays
 
-        def one(*args: Any) -> Any:
+        def one(*arrays: Any) -> Any:
             batch = [
-                arg if axis is None else jax.tree.map(lambda x, axis=axis: jnp.expand_dims(x, axis), arg)
-                for arg, axis in zip(args, axes, strict=True)
+                put(own if axis is None else [jnp.expand_dims(x, axis) for x in own])
+                for own, axis, (_, put) in zip(arrays, axes, split, strict=True)
             ]
-            return function(whole, *batch)
+            return function(params, *batch)
 
-        return jax.tree.map(lambda x: x.sum(0), jax.vmap(one, in_axes=axes)(*args))
+        return jax.tree.map(lambda x: x.sum(0), jax.vmap(one, in_axes=axes)(*(arrays for arrays, _ in split)))
 
-    return lambda params, *args: summed(arrays_of(params)[0], *args)
+    return jitted(summed, params)
 
 
 def _axes(samples: int | Sequence[int | None] | None, args: Sequence[Any]) -> tuple[int | None, ...]:
@@ -105,7 +136,7 @@ def _axes(samples: int | Sequence[int | None] | None, args: Sequence[Any]) -> tu
     for number, (arg, axis) in enumerate(zip(args, axes, strict=True)):
         if axis is None:
             continue
-        for leaf in jax.tree.leaves(arg):
+        for leaf in arrays_of(arg)[0]:
             shape = np.shape(leaf)
             if not -len(shape) <= axis < len(shape):
                 raise ValueError(

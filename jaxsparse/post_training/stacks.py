@@ -110,25 +110,25 @@ def check_interchangeable(apply: Any, params: Any, aligned: Any, args: tuple[Any
     Raises:
       ValueError: if the outputs differ by more than rounding, in the norm of all of them.
     """
-    arrays, put = arrays_of(params)
+    (arrays, put), (given, put_args) = arrays_of(params), arrays_of(args)
 
-    def outputs(arrays, *args):
-        ys = jax.tree.leaves(apply(put(arrays), *args))
+    def outputs(arrays, given):
+        ys = jax.tree.leaves(apply(put(arrays), *put_args(given)))
         return [jnp.asarray(y) for y in ys if jnp.issubdtype(jnp.result_type(y), jnp.floating)]
 
     @jax.jit
-    def norms(arrays, moved, *args):
+    def norms(arrays, moved, given):
         pairs = [
             [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in pair]
-            for pair in zip(outputs(arrays, *args), outputs(moved, *args), strict=True)
+            for pair in zip(outputs(arrays, given), outputs(moved, given), strict=True)
         ]
         # What a model masks may be infinite in both.
         size = sum(jnp.sum(jnp.where(jnp.isfinite(y), y, 0) ** 2) for y, _ in pairs)
         error = sum(jnp.sum(jnp.where(y == z, 0, y - z) ** 2) for y, z in pairs)
         return jnp.sqrt(size), jnp.sqrt(error)
 
-    coarsest = _coarsest(jax.make_jaxpr(outputs)(arrays, *args))
-    norm, error = map(float, norms(arrays, arrays_of(aligned)[0], *args))
+    coarsest = _coarsest(jax.make_jaxpr(outputs)(arrays, given))
+    norm, error = map(float, norms(arrays, arrays_of(aligned)[0], given))
     if not error <= max(1e-4, 4 * coarsest) * norm:
         raise ValueError(
             f"not all channels of {listed(names)} are interchangeable: with those of each layer in another order the "

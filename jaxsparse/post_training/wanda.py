@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxsparse.post_training.matrix import as_kernel, as_squares
+from jaxsparse.post_training.matrix import as_inputs, as_kernel
 
 __all__ = ["ria_scores", "wanda_scores"]
 
@@ -37,7 +37,7 @@ def wanda_scores(kernel: ArrayLike, mean_square: ArrayLike) -> jax.Array:
       <https://arxiv.org/abs/2306.11695>`_, 2024, eq. (1); https://github.com/locuslab/wanda.
     """
     kernel = as_kernel(kernel)
-    return jnp.abs(kernel) * jnp.sqrt(as_squares(mean_square, kernel))[:, None]
+    return jnp.abs(kernel) * jnp.sqrt(as_inputs(mean_square, kernel, "mean_square"))[:, None]
 
 
 def ria_scores(kernel: ArrayLike, mean_square: ArrayLike, power: float = 0.5) -> jax.Array:
@@ -72,4 +72,4 @@ def ria_scores(kernel: ArrayLike, mean_square: ArrayLike, power: float = 0.5) ->
     size = jnp.abs(kernel)
     of_output, of_input = (jnp.sum(size, axis, keepdims=True) for axis in (0, 1))
     relative = size / jnp.where(of_output > 0, of_output, 1) + size / jnp.where(of_input > 0, of_input, 1)
-    return relative * jnp.power(jnp.sqrt(as_squares(mean_square, kernel)), power)[:, None]
+    return relative * jnp.power(jnp.sqrt(as_inputs(mean_square, kernel, "mean_square")), power)[:, None]

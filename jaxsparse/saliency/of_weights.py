@@ -117,7 +117,7 @@ def lamp(params: Any, grads: Any = None) -> Any:
     return jax.tree.map(lamp_scores, params)
 
 
-def lamp_scores(weights: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+def lamp_scores(weights: ArrayLike, mask: jax.Array | None = None) -> jax.Array:
     r"""The scores of layer-adaptive magnitude pruning (LAMP), which rank the weights of all layers together.
 
     .. math:: \frac{w_i^2}{\sum_{j:\, w_j^2 \ge w_i^2} w_j^2}
@@ -141,6 +141,7 @@ def lamp_scores(weights: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     References:
       Lee et al., *Layer-adaptive Sparsity for the Magnitude-based Pruning*, 2021, eq. (2).
     """
+    weights = jnp.asarray(weights)
     squares = jnp.square(weights.astype(jnp.float32))
     squares = gathered(squares if mask is None else jnp.where(mask, squares, 0)).reshape(-1)
     order = jnp.argsort(squares, descending=True)

@@ -69,8 +69,8 @@ class Structure:
         return (1,) * len(shape)
 
     def unit_size(self, shape: Sequence[int]) -> int:
-        """The number of weights of a unit."""
-        return math.prod(self.tile(self._seen_shape(shape)))
+        """The number of weights of a unit, at least 1, also in a leaf without weights, which has no units."""
+        return math.prod(max(size, 1) for size in self.tile(self._seen_shape(shape)))
 
     def unit_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The number of units along each axis of a leaf of this shape; a ValueError if it does not fit.
@@ -82,7 +82,7 @@ class Structure:
         if self.unit_size(shape) == 1:
             return tuple(shape)
         seen = self._seen_shape(shape)
-        return tuple(length // size for length, size in zip(seen, self.tile(seen), strict=True))
+        return tuple(length // max(size, 1) for length, size in zip(seen, self.tile(seen), strict=True))
 
     def units(self, mask: jax.Array) -> jax.Array:
         """The live units: those with any live weight.

@@ -99,7 +99,8 @@ class MultiplyAdds(Tabular):
         Raises:
           ValueError: for masks of leaves that the params lack, or of another shape.
         """
-        kept = {path: np.asarray(mask) for path, mask in by_path(masks).items() if is_array(mask)}
+        given = by_path(masks)  # True may also stand for what is no array, such as a function
+        kept = {path: np.asarray(mask) for path, mask in given.items() if is_array(mask) or mask is False}
         if unknown := sorted(set(kept) - set(self.shapes)):
             raise ValueError(f"masks have {listed(unknown)}, which the params lack; they have {listed([*self.shapes])}")
         for path, mask in kept.items():

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Literal
 
 from jaxsparse.kernels import block_sparse_matmul
 from jaxsparse.kernels.masked_matmul.api import DTYPES, default_implementation
@@ -139,13 +140,19 @@ class BlockProducts(Evaluator):
         return "" if hasattr(self, "do_" + name.replace("-", "_")) else f"{name} has no kernel"
 
     def _scaled(self, eqn, args, is_masked) -> Any:
-        """A number, a gate or a scale times a leaf: zeros stay zeros."""
+        """A number, a gate or a scale times a leaf: zeros stay zeros.
+
+        The gradient of a gate looks at the leaf, so dead entries must be zero there. That of the leaf looks at the gate
+        alone, and stays dense where it is asked for.
+        """
         at = is_masked.index(True)
         if sum(is_masked) > 1 or (at and eqn.primitive.name != "mul"):
             return f"{eqn.primitive.name} of two arrays that change zeros"
         if args[at].value.shape != eqn.outvars[0].aval.shape:
             return f"{eqn.primitive.name} that repeats it"
-        values = [arg.value if isinstance(arg, Masked) else arg for arg in args]
+        gated = len(args) > 1 and not isinstance(eqn.invars[1 - at], Literal)
+        value = self.plain(args[at]) if gated else args[at].value
+        values = [value if i == at else arg for i, arg in enumerate(args)]
         return [dataclasses.replace(args[at], value=self.bind(eqn, values)[0])]
 
     def _joined(self, eqn, args) -> Any:

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jax.extend.core import Literal
 
 from jaxsparse.layouts import Layout
@@ -28,7 +29,7 @@ class Seen(NamedTuple):
       path: the path of the leaf, None for anything else.
       axes: for each axis of the value, the axes of the leaf that it runs along, in whole or in part.
       stack: the axes of the leaf that scans have taken apart.
-      data: whether it depends on anything but params.
+      data: whether it depends on anything but params; of a leaf, whether data has chosen a part of it, as in e[token].
     """
 
     path: str | None = None
@@ -86,9 +87,9 @@ def matrices(apply: Callable[..., Any], params: Any, *args: Any) -> dict[str, La
     """Find which axes of each leaf are inputs, outputs and stacked layers, by how a function multiplies it.
 
     The axes that a product sums over are the inputs, those of a batch of matrices and those that a scan runs over are
-    the stack, the others the outputs; window axes of a convolution are named by none. A lookup (an embedding) has its
-    entries as inputs. Transposed kernels, fused heads and layers stacked on any axis come out right whatever the names
-    of leaves, and so do leaves that are cast, scaled, sliced or reshaped first.
+    the stack, the others the outputs; window axes of a convolution are named by none. A lookup (an embedding), of
+    one token or of many, has its entries as inputs. Transposed kernels, fused heads and layers stacked on any axis come
+    out right whatever the names of leaves, and so do leaves that are cast, scaled, sliced or reshaped first.
 
     Give it as ``layout=`` to methods, structures, allocations and tables. Leaves that are in no product (biases, gains,
     tables of positions), or that products use in different ways (an embedding that is also the last layer), are left
@@ -182,7 +183,7 @@ def _reshape(eqn: Any, leaf: Seen) -> Seen:
 
 CHANGES: dict[str, Callable[[Any, Seen], Seen]] = {
     "transpose": _transpose, "squeeze": _squeeze, "broadcast_in_dim": _broadcast, "reshape": _reshape,
-    **dict.fromkeys(("slice", "dynamic_slice", "rev", "pad", "split", "cumsum", "sort"), lambda eqn, leaf: leaf),
+    **dict.fromkeys(("slice", "rev", "pad", "split", "cumsum", "sort"), lambda eqn, leaf: leaf),
 }  # fmt: skip
 
 
@@ -217,10 +218,11 @@ class _Walk:
             return inside(eqn, ins)
         if name in CHANGES and ins[0].path is not None:
             return [CHANGES[name](eqn, ins[0])] * len(eqn.outvars)
-        if (name in ELEMENTWISE or name in IDENTITY) and not any(seen.data for seen in ins):
-            shape = eqn.outvars[0].aval.shape
-            same = zip(eqn.invars, ins, strict=True)
-            return [seen for v, seen in same if seen.path is not None and v.aval.shape == shape][:1] or None
+        if (name in ELEMENTWISE or name in IDENTITY) and not any(seen.data and seen.path is None for seen in ins):
+            shape, data = eqn.outvars[0].aval.shape, any(seen.data for seen in ins)
+            pairs = zip(eqn.invars, ins, strict=True)
+            same = [seen for v, seen in pairs if seen.path is not None and v.aval.shape == shape]
+            return [seen._replace(data=data) for seen in same[:1]] or None
         return None
 
     # Products.
@@ -228,6 +230,8 @@ class _Walk:
     def use(self, leaf: Seen, inputs: Sequence[int], outputs: Sequence[int], batch: Sequence[int], eqn: Any) -> None:
         """Notes a product, by axes of the value."""
         parts = [_union(leaf.axes[i] for i in axes) for axes in (inputs, outputs, batch)]
+        if leaf.data and not parts[1]:  # the row of a token: activations itself
+            return
         number = sum(map(len, self.uses.values()))
         use = Use(parts[0], parts[1], parts[2] | leaf.stack, where(eqn), number)
         self.uses.setdefault(str(leaf.path), []).append(use)
@@ -251,13 +255,27 @@ class _Walk:
             outputs, inputs = eqn.params["dimension_numbers"].rhs_spec[:2]
             self.use(ins[1], [inputs], [outputs], [], eqn)
 
+    def one_place(self, leaf: Seen, entries: Sequence[int], eqn: Any) -> None:
+        """Notes a lookup by data, if it is a row of a table; otherwise it is a matrix of a stack, as in w[expert]."""
+        rest = [i for i in range(len(leaf.axes)) if i not in entries]
+        if entries and len(rest) == 1:
+            self.use(leaf, entries, rest, [], eqn)
+
+    def on_dynamic_slice(self, eqn: Any, ins: list[Seen]) -> list[Seen] | None:
+        leaf, at = ins[0], ins[1:]
+        if leaf.path is None:
+            return None
+        self.one_place(leaf, [i for i, n in enumerate(eqn.params["slice_sizes"]) if n == 1 and at[i].data], eqn)
+        return [leaf._replace(data=any(seen.data for seen in ins))]
+
     def on_gather(self, eqn: Any, ins: list[Seen]) -> list[Seen] | None:
         d, leaf = eqn.params["dimension_numbers"], ins[0]
         if leaf.path is None:
             return None
         gone = (*d.collapsed_slice_dims, *d.operand_batching_dims)
         if len(eqn.invars[1].aval.shape) == 1:  # one place, as in w[i]
-            return [leaf.without(gone)]
+            self.one_place(leaf, gone if ins[1].data else (), eqn)
+            return [leaf.without(gone)._replace(data=leaf.data or ins[1].data)]
         entries = [i for i in d.start_index_map if eqn.params["slice_sizes"][i] == 1]
         if ins[1].data and set(gone) <= set(entries):
             self.use(leaf, entries, [i for i in range(len(leaf.axes)) if i not in entries], [], eqn)
@@ -265,16 +283,30 @@ class _Walk:
 
     # Programs inside of programs. What goes round a loop may be made of activations from the second round on.
 
+    def rounds(self, body: Any, consts: Sequence[Seen], carry: Sequence[Seen], xs: Sequence[Seen] = ()) -> None:
+        """Goes into a loop. All that goes round it is taken for data, but for counters, which choose no tokens."""
+        avals = [v.aval for v in opened(body)[0].invars[len(consts) :][: len(carry)]]
+        data = [
+            seen.data or bool(aval.shape) or not jnp.issubdtype(aval.dtype, jnp.integer)
+            for seen, aval in zip(carry, avals, strict=True)
+        ]
+        before: list[bool] = []
+        while data != before and not all(data):  # a number that activations have changed is no counter
+            before = data
+            outs = _Walk().run(body, [*consts, *(Seen(data=known) for known in data), *xs])
+            data = [known or out.data for known, out in zip(data, outs[: len(data)], strict=True)]
+        self.run(body, [*consts, *(Seen(data=known) for known in data), *xs])
+
     def on_scan(self, eqn: Any, ins: list[Seen]) -> None:
         n, m = scan_counts(eqn.params)
         xs = [seen if seen.path is None else seen.without([0]) for seen in ins[m:]]
         self.stacks |= {seen.path: seen.stack for seen in xs if seen.path is not None}
-        self.run(eqn.params["jaxpr"], [*ins[:n], *[DATA] * (m - n), *xs])
+        self.rounds(eqn.params["jaxpr"], ins[:n], ins[n:m], xs)
 
     def on_while(self, eqn: Any, ins: list[Seen]) -> None:
         n = eqn.params["cond_nconsts"]
         m = n + eqn.params["body_nconsts"]
-        self.run(eqn.params["body_jaxpr"], [*ins[n:m], *[DATA] * len(ins[m:])])
+        self.rounds(eqn.params["body_jaxpr"], ins[n:m], ins[m:])
 
     def on_cond(self, eqn: Any, ins: list[Seen]) -> None:
         for branch in eqn.params["branches"]:

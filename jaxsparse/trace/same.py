@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxsparse.trees import leaf_paths, listed
+from jaxsparse.trees import is_key, leaf_paths, listed
 
 __all__ = ["same"]
 
@@ -19,7 +19,7 @@ def same(f: Callable[..., Any], g: Callable[..., Any], *args: Any, rtol: float =
       g: the function to compare, such as a module that was rebuilt with smaller widths.
       *args: the arguments of both.
       rtol: the largest difference allowed within an output, as a share of the largest entry of it that f gives. Outputs
-        that are no floats must be equal; NaN equals NaN, and an infinity itself.
+        that are no floats, such as PRNG keys, must be equal; NaN equals NaN, and an infinity itself.
 
     Returns:
       None, if they agree.
@@ -43,9 +43,11 @@ def same(f: Callable[..., Any], g: Callable[..., Any], *args: Any, rtol: float =
     wanted = dict(zip(others, jax.tree.leaves(theirs), strict=True))
     worst, message = rtol, ""
     for path, a in zip(paths, jax.tree.leaves(ours), strict=True):
-        a, b, name = np.asarray(a), np.asarray(wanted[path]), path or "the output"
-        if a.shape != b.shape or a.dtype != b.dtype:
+        a, b, name = _array(a), _array(wanted[path]), path or "the output"
+        if a.shape != b.shape or str(a.dtype) != str(b.dtype):  # NumPy cannot compare its dtypes with those of keys
             raise ValueError(f"{name} is {a.dtype} of shape {a.shape}, and {b.dtype} of shape {b.shape}")
+        if is_key(a):
+            a, b, name = _array(jax.random.key_data(a)), _array(jax.random.key_data(b)), f"the key data of {name}"
         errors = _errors(a, b)
         if errors.size and (most := errors.max()) > worst:
             at = np.unravel_index(errors.argmax(), a.shape)
@@ -54,6 +56,11 @@ def same(f: Callable[..., Any], g: Callable[..., Any], *args: Any, rtol: float =
             message = f"{name} differs most{place}: {a[at]} and {b[at]}, a relative error of {most:.2g} (rtol={rtol:g})"
     if message:
         raise ValueError(message)
+
+
+def _array(output: Any) -> Any:
+    """An output as an array of NumPy, which has no typed keys: those stay as they are."""
+    return output if is_key(output) else np.asarray(output)
 
 
 def _errors(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -4,7 +4,6 @@ import dataclasses
 import difflib
 import math
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -13,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsparse.groups import Group, entries, group_sizes
+from jaxsparse.groups import Group, Slice, entries, group_sizes
 from jaxsparse.tables import Table, Tabular
 from jaxsparse.trace.analysis import Analysis
-from jaxsparse.trace.channels import channel_groups
+from jaxsparse.trace.channels import ChannelGroups, channel_groups
 from jaxsparse.trace.program import Traced, is_array, trace
 from jaxsparse.trace.shrink import Shrunk, living_nodes
 from jaxsparse.trace.states import Kept, cut_params, cut_state, gone_channels
+from jaxsparse.trace.widths import rounded
 from jaxsparse.trees import by_path, leaf_paths, listed, natural_order
 
 __all__ = ["Slim", "SlimApply", "closed_channels", "slim"]
@@ -161,8 +161,9 @@ def slim(
         gates are kept. For gates give the groups of the method.
       multiple_of: the widths are to be multiples of this, for fast kernels, int >= 1. Closed channels stay, those with
         the largest norm of all their slices in ``params`` first, until in each leaf the size of the axis, times those
-        of the axes after it, is a multiple. (Heads of 64 channels need no rounding.) Give params in which the closed
-        slices are zero: a channel that stays counts with what it has there.
+        of the axes after it, is a multiple. (Heads of 64 channels need no rounding.) A warning names the leaves for
+        which no such channels are found. Give params in which the closed slices are zero: a channel that stays counts
+        with what it has there.
 
     Returns:
       A :class:`Slim`: the function, params and optimizer's state, and a table of the shapes.
@@ -195,7 +196,7 @@ def slim(
     groups = tuple(channel_groups(apply, params, *args) if groups is None else groups)
     shut = _checked(groups, closed, params)
     if multiple_of > 1:
-        shut = {group.name: _rounded(group, shut[group.name], leaves, multiple_of) for group in groups}
+        shut = rounded(groups, shut, leaves, multiple_of)
     kept = kept_entries(groups, shut, full)
     if nothing := [place for place, stays in kept.items() if not stays.any()]:
         raise ValueError(f"nothing is left along axis {nothing[0][1]} of {nothing[0][0]}, which several groups share")
@@ -220,14 +221,14 @@ def closed_channels(groups: Iterable[Group], masks: Any) -> dict[str, np.ndarray
 
     Args:
       groups: those of :func:`channel_groups`, or others.
-      masks: like the params, or like ``params["params"]``: bool arrays, the scalar True for dense leaves; or the params
-        to evaluate with (:func:`jaxsparse.eval_params`), whose zeros count.
+      masks: like the params, or like ``params["params"]``: bool arrays, the scalar True for dense leaves, as are those
+        without a mask; or the params to evaluate with (:func:`jaxsparse.eval_params`), whose zeros count.
 
     Returns:
       name of a group -> (size,), bool, for :func:`slim`.
 
     Raises:
-      ValueError: if the masks have none of the leaves of the groups.
+      ValueError: if the masks have none of the leaves of the groups; for masks of another shape than their leaf.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -237,18 +238,13 @@ def closed_channels(groups: Iterable[Group], masks: Any) -> dict[str, np.ndarray
       >>> trace.closed_channels(groups, params)
       {'fc1': array([ True, False, False,  True])}
     """
-    groups, leaves = tuple(groups), by_path(masks)
-    live = {}
-    for path in {which.path for group in groups for choice in group.closed_by for which in choice}:
-        leaf = leaves.get(path, leaves.get(path.partition("/")[2]))
-        if leaf is not None:
-            live[path] = np.asarray(leaf) != 0
-    if groups and not live:
-        raise ValueError(f"the masks have none of the leaves of the groups, but {listed(list(leaves))}")
-    live = {path: mask for path, mask in live.items() if mask.ndim}
+    shapes = groups.shapes if isinstance(groups, ChannelGroups) else {}
+    groups = tuple(groups)
+    live = _live(groups, shapes, by_path(masks))
     found = {}
     for group in groups:
         size = _size(group, live)
+        _check_masks(group, size, live)
         found[group.name] = np.zeros(size, bool)
         for choice in group.closed_by:
             shut = np.full(size, bool(choice) and all(which.path in live for which in choice))
@@ -281,6 +277,46 @@ def array_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {path: tuple(leaf.shape) for path, leaf in by_path(tree).items() if is_array(leaf)}
 
 
+def _live(
+    groups: tuple[Group, ...], shapes: Mapping[str, tuple[int, ...]], masks: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """What masks, or params, keep of the leaves that close channels: path -> bool array; dense leaves are left out."""
+    paths = {which.path for group in groups for choice in group.closed_by for which in choice}
+    start = ""
+    if not masks.keys() & {*paths, *shapes}:  # for all leaves alike: a shorter path may be that of another leaf
+        parts = {path.partition("/")[0] for path in paths if path.partition("/")[2] in masks}
+        if len(parts) > 1 and "params" not in parts:
+            raise ValueError(f"the masks may be those of {listed(sorted(parts))}: give them in the tree of the params")
+        start = "params/" if "params" in parts else "".join(f"{part}/" for part in parts)
+    live = {start + path: np.asarray(mask) != 0 for path, mask in masks.items() if start + path in paths}
+    if groups and not live:
+        raise ValueError(f"the masks have none of the leaves of the groups, but {listed(list(masks))}")
+    for path, mask in live.items():
+        if not mask.ndim and not mask:
+            raise ValueError(f"the mask of {path} is the scalar False: a scalar can only be True, for a dense leaf")
+        if mask.ndim and mask.shape != shapes.get(path, mask.shape):
+            raise ValueError(f"the mask of {path} must have shape {shapes[path]}, got {mask.shape}")
+    return {path: mask for path, mask in live.items() if mask.ndim}
+
+
+def _check_masks(group: Group, size: int, live: Mapping[str, np.ndarray]) -> None:
+    """Refuse masks that do not have the channels of a group."""
+    for which in [which for choice in group.closed_by for which in choice if which.path in live]:
+        length = _length(which, live[which.path].shape)
+        if not (length and size) or (length % size if which.channels is None else length != len(which.channels)):
+            wanted = f"a multiple of {size}" if which.channels is None else len(which.channels)
+            raise ValueError(
+                f"the mask of {which.path} has shape {live[which.path].shape}, but group {group.name!r} needs {wanted} "
+                f"entries along axis {which.axis}"
+            )
+
+
+def _length(which: Slice, shape: tuple[int, ...]) -> int:
+    """The number of entries of a slice in a leaf of some shape; 0 if it does not have the axes."""
+    axes = which.axis if isinstance(which.axis, tuple) else (which.axis,)
+    return math.prod(shape[axis] for axis in axes) if all(-len(shape) <= i < len(shape) for i in axes) else 0
+
+
 def _size(group: Group, leaves: Mapping[str, Any]) -> int:
     """The number of channels of a group, given by it or by the first leaf of those there that it multiplies."""
     if group.size:
@@ -290,7 +326,7 @@ def _size(group: Group, leaves: Mapping[str, Any]) -> int:
         raise ValueError(
             f"group {group.name!r} has no size, and no mask is an array where it multiplies: give its size"
         )
-    return int(entries(which, leaves[which.path].shape, sys.maxsize)[1].max()) + 1
+    return _length(which, leaves[which.path].shape) if which.channels is None else max(which.channels) + 1
 
 
 def _checked(groups: tuple[Group, ...], closed: Mapping[str, Any], params: Any) -> dict[str, np.ndarray]:
@@ -312,27 +348,6 @@ def _checked(groups: tuple[Group, ...], closed: Mapping[str, Any], params: Any) 
             raise ValueError(
                 f"all {size} channels of group {name!r} are closed: at least one must stay, or nothing passes there"
             )
-    return shut
-
-
-def _rounded(group: Group, shut: np.ndarray, leaves: Mapping[str, Any], multiple_of: int) -> np.ndarray:
-    """The closed channels of a group, fewer of them if widths are to be multiples."""
-    step, norms = 1, np.zeros(shut.size)
-    for which in group.removes:
-        leaf = leaves[which.path]
-        axes, channels = entries(which, leaf.shape, shut.size)
-        counted = channels >= 0
-        row = math.prod(leaf.shape[axes[-1] + 1 :]) * int(np.bincount(channels[counted]).max())
-        step = math.lcm(step, multiple_of // math.gcd(multiple_of, row))
-        if not isinstance(leaf, jax.ShapeDtypeStruct):
-            squares = np.square(np.abs(np.asarray(leaf)).astype(np.float64))
-            along = squares.sum(tuple(i for i in range(leaf.ndim) if i not in axes))
-            np.add.at(norms, channels[counted], along[counted])
-    stay = int((~shut).sum())
-    wanted = min(shut.size, step * math.ceil(stay / step))
-    best = np.argsort(np.where(shut, -norms, np.inf), kind="stable")[: wanted - stay]
-    shut = shut.copy()
-    shut[best] = False
     return shut
 
 

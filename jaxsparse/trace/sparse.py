@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsparse.layouts import LayoutLike, leaf_layouts
 from jaxsparse.tables import Table, Tabular
@@ -75,7 +76,8 @@ def sparse_apply(
       On a mesh, products are divided among devices inside ``jax.shard_map`` only. Forward-mode and second derivatives
       of the products are not defined.
     """
-    if tile is not None and (len(tile) != 2 or min(tile) < 1):
+    sides = tuple(tile) if isinstance(tile, tuple | list) else ()
+    if tile is not None and (len(sides) != 2 or not all(isinstance(n, int | np.integer) and n > 0 for n in sides)):
         raise ValueError(f"tile must be (inputs, outputs) of at least 1, or None, got {tile!r}")
     return SparseApply(apply, block, tile, layout, implementation, dense_weight_grad)
 

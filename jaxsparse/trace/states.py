@@ -14,7 +14,7 @@ from jaxsparse.transforms.gated import GatedState
 from jaxsparse.transforms.mask_link import MaskState
 from jaxsparse.trees import leaf_paths, path_name
 
-__all__ = ["Kept", "cut_params", "cut_state", "gone_channels", "select", "with_counts"]
+__all__ = ["Kept", "cut_params", "cut_state", "gone_channels", "recounted", "select"]
 
 # (path, axis) -> which entries stay, (n,) bool; or all in a new order, for each layer of a stack, (layers, n) int
 Kept = Mapping[tuple[str, int], np.ndarray]
@@ -65,7 +65,8 @@ def cut_state(state: Any, params: Any, kept: Kept, gone: Mapping[str, np.ndarray
 
     Subtrees with the tree of the params are cut leaf by leaf, such as the momentum. Other leaves, such as those beside
     an ``optax.MaskedNode()``, are cut if their path ends with that of a leaf of the params; it may lack the first part
-    of that, where the optimizer sees ``variables["params"]`` alone. Gates are cut by group.
+    of that, where the optimizer sees ``variables["params"]`` alone. Gates are cut by group. Masks
+    are counted anew.
 
     Args:
       state: of any Optax optimizer, with or without a method of this library.
@@ -77,6 +78,10 @@ def cut_state(state: Any, params: Any, kept: Kept, gone: Mapping[str, np.ndarray
       ValueError: for a leaf that belongs to a leaf of the params, but has another shape, as in Adafactor; and for the
         generator of gates of :func:`jaxsparse.dep_l0`.
     """
+    return recounted(_cut_state(state, params, kept, gone), state)
+
+
+def _cut_state(state: Any, params: Any, kept: Kept, gone: Mapping[str, np.ndarray]) -> Any:
     tree, names = jax.tree.structure(params), leaf_paths(params)
     leaves = dict(zip(names, jax.tree.leaves(params), strict=True))
 
@@ -85,7 +90,7 @@ def cut_state(state: Any, params: Any, kept: Kept, gone: Mapping[str, np.ndarray
         return special or (tree.num_leaves > 1 and jax.tree.structure(node) == tree)
 
     def inside(part):
-        return cut_state(part, params, kept, gone)
+        return _cut_state(part, params, kept, gone)
 
     def cut_by_name(ending, leaf):
         name = _of_ending(ending, names)
@@ -96,7 +101,7 @@ def cut_state(state: Any, params: Any, kept: Kept, gone: Mapping[str, np.ndarray
         if isinstance(node, GatedState):
             return _cut_gates(node, inside, cut_by_name, gone)
         if isinstance(node, MaskState):
-            return with_counts(type(node)(*map(inside, node)))
+            return type(node)(*map(inside, node))
         if is_array(node) or jax.tree_util.all_leaves([node]):
             return cut_by_name(where, node)
         parts = zip(names, jax.tree.leaves(node), strict=True)
@@ -132,12 +137,23 @@ def _cut(name: str, leaf: Any, where: str, kept: Kept, like: Any) -> Any:
     return leaf
 
 
-def with_counts(state: MaskState) -> MaskState:
-    """The state with the number of weights that its masks keep now: some were in channels that are gone."""
+def recounted(state: Any, before: Any = None) -> Any:
+    """A state in which methods have the numbers of weights that their masks keep now, after some are gone.
+
+    Args:
+      state: of an optimizer.
+      before: the state with all weights, if layers have lost some; None if they are gone as a whole.
+    """
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state)):
         return state
-    left = sum(mask.sum() for mask in jax.tree.leaves(state.masks))
-    return state._replace(kept=jax.tree.map(lambda kept: jnp.asarray(left, kept.dtype), state.kept))
+
+    def counts(node):
+        return hasattr(node, "recounted")
+
+    def anew(node, before=None):
+        return node.recounted(before) if counts(node) else node
+
+    return jax.tree.map(anew, state, *([] if before is None else [before]), is_leaf=counts)
 
 
 def _cut_gates(state: GatedState, cut: Any, cut_leaf: Any, gone: Mapping[str, np.ndarray]) -> GatedState:

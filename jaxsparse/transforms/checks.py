@@ -16,6 +16,7 @@ __all__ = [
     "check_schedule",
     "check_steps",
     "check_zeros",
+    "counted",
     "hint_of_parts",
     "refuse_replicated",
     "require_bool",
@@ -124,6 +125,12 @@ def check_budget(masks: Any, budget: jax.Array, who: str) -> list[str]:
     if leaves and bool(jnp.any(kept != budget)):
         return [f"{who}: the masks keep {kept} weights, but the budget is {budget}"]
     return []
+
+
+def counted(masks: Any, like: Any) -> Any:
+    """The number of weights that masks keep, in the form of the one in a state."""
+    left = sum(mask.sum() for mask in jax.tree.leaves(masks))
+    return jax.tree.map(lambda kept: jnp.asarray(left, kept.dtype), like)
 
 
 def check_zeros(masks: Any, params: Any, who: str) -> list[str]:

@@ -20,8 +20,8 @@ from jaxsparse.trees import by_path, leaf_paths, matching, natural_order
 from jaxsparse.user_warnings import warn
 
 __all__ = [
-    "check_masks", "counted", "fan_in_budgets", "last_layers", "layouts_with_outputs", "outputs_of", "random_fan_in",
-    "uneven",
+    "check_masks", "counted", "fan_in_budgets", "last_layers", "layouts_with_outputs", "less", "outputs_of",
+    "random_fan_in", "uneven",
 ]  # fmt: skip
 
 
@@ -90,6 +90,17 @@ def counted(mask: jax.Array, at: Layout) -> jax.Array:
 def outputs_of(leaf: Any, at: Layout) -> jax.Array:
     """True for every output of a leaf, of the leaf's rank, with length 1 along its inputs."""
     return jnp.ones(_shape_along(leaf.shape, _all_outputs(at)), bool)
+
+
+def less(own: Any, masks: Any, before: Any) -> Any:
+    """Budgets of layers that have lost some of their weights: ``own``, with fewer in its field ``budgets``."""
+
+    def of_layer(budget, mask, larger):
+        axes = tuple(axis for axis, n in enumerate(budget.shape) if n == 1)
+        kept, had = (jnp.sum(x, axis=axes, keepdims=True, dtype=budget.dtype) for x in (mask, larger))
+        return budget - (had - kept)
+
+    return own._replace(budgets=jax.tree.map(of_layer, own.budgets, masks, before))
 
 
 def uneven(masks: Any, budgets: Any, outputs: Any) -> list[str]:

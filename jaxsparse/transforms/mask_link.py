@@ -5,7 +5,7 @@ change on the steps on which they are due and cost nothing on the others, and wh
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from jaxsparse.transforms.checks import (
     check_budget,
     check_steps,
     check_zeros,
+    counted,
     refuse_replicated,
     require_bool,
     require_params,
@@ -92,6 +93,10 @@ class MaskState(_Fields):
     def wants_momentum(self) -> bool:
         """Whether the momentum has to come from an optimizer before this link."""
         return self.needs_momentum and not jax.tree.leaves(self.own)
+
+    def recounted(self, before: Self | None) -> Self:
+        """The state whose masks may keep as many weights as they do now; ``before`` had more layers, or larger ones."""
+        return self._replace(kept=counted(self.masks, self.kept))
 
     def problems(self, params: Any | None) -> list[str]:
         """NaN scores seen, masks off their count, pruned weights that are not zero."""

@@ -5,7 +5,7 @@ they are due, the params are the kept weights and exactly 0 elsewhere, and what 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jaxsparse.layouts import LayoutLike
 from jaxsparse.placement import is_abstract, varying_like
 from jaxsparse.prunable import prunable_leaves
 from jaxsparse.structures import StructureLike, check_structure, leaf_structures
-from jaxsparse.transforms.checks import check_budget, check_steps, check_zeros
+from jaxsparse.transforms.checks import check_budget, check_steps, check_zeros, counted
 from jaxsparse.transforms.landing import on_update_steps
 from jaxsparse.transforms.latent import as_optimizer, filled, identity_pull, latent, not_finite
 from jaxsparse.transforms.layers import Layer, Layers, counts, each, layers_of
@@ -63,6 +63,10 @@ class MaskedLatentState(_Fields):
     def wants_momentum(self) -> bool:
         """False: the optimizer is inside the wrapper."""
         return False
+
+    def recounted(self, before: Self | None) -> Self:
+        """The state whose masks may keep as many weights as they do now; ``before`` had more layers, or larger ones."""
+        return self._replace(kept=counted(self.masks, self.kept))
 
     def problems(self, params: Any | None) -> list[str]:
         """Latent weights that are not finite, masks off their count, schedules out of range, zeros that are none."""

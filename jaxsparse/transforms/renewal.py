@@ -247,7 +247,10 @@ def restarted(states: Any, params: Any) -> Any:
 
 
 def held(old: Any, new: Any) -> Any:
-    """The states of a chain's members after a step, which are the old ones before links that hold the optimizer."""
+    """The states of a chain's members after a step, which are the old ones before links that hold the optimizer.
+
+    Other links are not held: they may have changed masks on the same step.
+    """
     if type(new) is not tuple:
         if not _has_chains(new):
             return new
@@ -297,12 +300,14 @@ def _parts(state: Any) -> tuple[list[Any], Any]:
 
 def _chosen(first: jax.Array, old: Any, new: list[Any]) -> list[Any]:
     def choose(before, after):
+        if is_link_state(after):
+            return after
         if jnp.issubdtype(jnp.result_type(after), jax.dtypes.prng_key):
             data = jnp.where(first, *map(jax.random.key_data, (before, after)))
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(after))
         return jnp.where(first, before, after).astype(after.dtype)
 
-    return list(jax.tree.map(choose, tuple(old), tuple(new)))
+    return list(jax.tree.map(choose, tuple(old), tuple(new), is_leaf=is_link_state))
 
 
 def _zero_if(now: jax.Array, x: jax.Array) -> jax.Array:
@@ -313,6 +318,7 @@ def _zeroed_where_regrown(states: list[Any], link: Any, params: Any) -> list[Any
     sparse, weights = set(by_path(link.sparse_masks())), by_path(params)
     owners: list[str] = []  # the param that each slot is of: an optimizer may have several of one
     slots: list[jax.Array] = []
+    unknown: list[str] = []
 
     def slot_of(path, leaf):
         name = _owner(path, leaf, weights)  # among all params: of two that end alike the longer path is meant
@@ -322,9 +328,16 @@ def _zeroed_where_regrown(states: list[Any], link: Any, params: Any) -> list[Any
         if (name := slot_of(path, leaf)) is not None:
             owners.append(name)
             slots.append(leaf)
+        elif jnp.ndim(leaf) and _owner(path, leaf, weights) is None and jnp.issubdtype(leaf.dtype, jnp.inexact):
+            unknown.append(path_name(path))
 
     _map_outside_links(collect, states)
     if not slots:
+        if unknown:
+            warn(
+                f"regrown weights keep the optimizer state that they have: {unknown[0]} has other shapes than the "
+                "params, as in optax.flatten, so that theirs is not to be found"
+            )
         return states
 
     @jax.custom_jvp  # a loop cannot be differentiated in reverse, and where can

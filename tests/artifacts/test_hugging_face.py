@@ -127,6 +127,20 @@ def test_dtypes(tmp_path):
         formats.to_hf(tmp_path / "int", model, params | {"norm": {"scale": np.ones(16, np.int32)}})
 
 
+def test_stacked_blocks_of_several_dtypes_keep_all_values(tmp_path):
+    def halves(tensors):
+        name = next(name for name in tensors if "layers.0.mlp.up_proj" in name)
+        return {other: 1e6 * x for other, x in tensors.items()} | {name: tensors[name].astype(np.float16)}
+
+    folder = changed(tmp_path, "llama", tensors=halves)
+    model, params = formats.from_hf(folder, scan=True)
+    _, apart = formats.from_hf(folder)
+    for path, leaf in by_path(params["blocks"]).items():
+        blocks = [by_path(apart[f"block_{i}"])[path] for i in range(model.num_layers)]
+        assert leaf.dtype == np.float32
+        np.testing.assert_array_equal(leaf, np.stack(blocks), err_msg=path)
+
+
 def test_older_checkpoints(tmp_path):
     """Without the prefix, with constants among the tensors, and with the keys of before version 5."""
 

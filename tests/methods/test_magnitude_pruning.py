@@ -81,6 +81,12 @@ def test_a_schedule_of_steps_is_read_as_it_is_and_can_be_injected():
     injected = optax.inject_hyperparams(jaxsparse.magnitude_pruning, static_args=("end", "every", "schedule", "scope"))
     history, *_ = kept_by_step(injected(linear, end=6, every=1, schedule="constant", scope="global"), 7)
     assert history.sum(1).tolist() == totals
+    forgotten = optax.inject_hyperparams(jaxsparse.magnitude_pruning, static_args="every")(linear, every=1)
+    state = forgotten.init(make_params())
+    with pytest.warns(
+        UserWarning, match="traced number, .* weights go once, on step begin. .* add schedule='constant'"
+    ):
+        jax.eval_shape(forgotten.update, make_params(), state, make_params())
     named = jaxsparse.magnitude_pruning(0.5, end=4, every=2, schedule="linear", scope="global")
     assert kept_by_step(named, 5)[0].sum(1).tolist() == [SPARSE_SIZE, SPARSE_SIZE] + [totals[2]] * 2 + [totals[4]]
 
@@ -235,3 +241,12 @@ def test_layers_with_n_of_m_count_towards_the_budget_of_all(scope):
     kept = {name: int(mask.sum()) for name, mask in jaxsparse.get_masks(opt_state).items()}
     assert kept["a"] == 64 or scope == "global"
     assert sum(kept.values()) == 192
+
+
+def test_steps_may_be_whole_floats():
+    params = make_params()
+    with jax.numpy_dtype_promotion("strict"):
+        tx = jaxsparse.magnitude_pruning(0.5, begin=1.0, end=2.0, every=1.0)
+        jax.eval_shape(lambda: tx.update(params, tx.init(params), params))
+        tx = jaxsparse.iterative_hard_thresholding(0.5, every=2.0)
+        jax.eval_shape(lambda: tx.update(params, tx.init(params), params))

@@ -119,3 +119,18 @@ def test_a_scheduled_power_passes_check():
         updates, opt_state = tx.update(jax.tree.map(jnp.zeros_like, params), opt_state, params)
         params = optax.apply_updates(params, updates)
         jaxsparse.check(opt_state, params)
+
+
+def test_gradients_pass_by_the_power_that_made_the_params():
+    params = {"kernel": jnp.array([[1.0, 4.0]])}
+    inject = optax.inject_hyperparams(jaxsparse.powerpropagation, static_args=("inner", "prune"))
+    tx = inject(optax.sgd(1.0), alpha=lambda step: jnp.where(step < 2, 2.0, 4.0))
+    opt_state = tx.init(params)
+    weights = [opt_state.inner_state.weights["kernel"]]  # 1 and 2
+    for _ in range(3):
+        updates, opt_state = tx.update({"kernel": jnp.full((1, 2), -0.5)}, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        weights.append(opt_state.inner_state.weights["kernel"])
+    # The third gradient was taken at squares, though its step makes fourth powers: w + 0.5 * 2 * w.
+    np.testing.assert_allclose(weights, [[[1.0, 2.0]], [[2.0, 4.0]], [[4.0, 8.0]], [[8.0, 16.0]]], rtol=1e-5)
+    np.testing.assert_allclose(params["kernel"], [[8.0**4, 16.0**4]], rtol=1e-5)

@@ -319,6 +319,33 @@ def test_what_another_link_pruned_lands_on_zero_while_the_optimizer_is_held():
         jaxsparse.check(opt_state, params)
 
 
+def test_links_beside_one_that_holds_the_optimizer_change_masks_on_their_own_steps():
+    params = {name: {"kernel": jax.random.normal(jax.random.key(i), (6, 6))} for i, name in enumerate("ab")}
+    link = jaxsparse.rigl(0.5, 3, stop_at=100, allocation="uniform", hold=True)
+    only = {name: {other: {"kernel": other == name} for other in "ab"} for name in "ab"}
+    tx = jaxsparse.chain(optax.sgd(0.1, momentum=0.9), *(optax.masked(link, only[name]) for name in "ab"))
+    opt_state, update = tx.init(params), jax.jit(tx.update)
+    params = jaxsparse.sparsify(opt_state, params)
+    moved = []
+    for count in range(7):
+        before = jaxsparse.get_masks(opt_state, params)
+        grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(count), p.shape), params)  # noqa: B023
+        updates, opt_state = update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        after = jaxsparse.get_masks(opt_state, params)
+        moved.append([bool((before[name]["kernel"] != after[name]["kernel"]).any()) for name in "ab"])
+        jaxsparse.check(opt_state, params)
+    assert moved == [[count in (3, 6)] * 2 for count in range(7)]
+    assert [int(link.inner_state.count) for link in opt_state[1:]] == [7, 7]
+
+
+def test_an_optimizer_state_in_other_shapes_is_told():
+    params = {"kernel": jnp.arange(1.0, 37).reshape(6, 6)}
+    tx = jaxsparse.chain(optax.flatten(optax.sgd(0.1, momentum=0.9)), jaxsparse.rigl(0.5, 2, stop_at=100))
+    with pytest.warns(UserWarning, match="regrown weights keep the optimizer state .* 0/0/trace has other shapes"):
+        tx.update(params, tx.init(params), params)
+
+
 def test_the_state_of_a_dense_leaf_whose_path_ends_like_that_of_a_sparse_one_goes_on():
     params = {
         "Dense_0": {"kernel": jnp.arange(1.0, 17).reshape(4, 4)},

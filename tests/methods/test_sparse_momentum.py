@@ -16,6 +16,7 @@ from jaxsparse.prunable import prunable_leaves
 from jaxsparse.structures import check_units, leaf_structures
 from jaxsparse.transforms.chain import _StoredMomentum
 from jaxsparse.transforms.mask_link import fingerprints
+from jaxsparse.transforms.regrow import losses
 from tests.problems import SPARSE_SIZE, gradients, jit_once, make_params, make_step, slow_except
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
@@ -905,3 +906,11 @@ def test_neurons_are_outputs_wherever_they_lie():
         return turn(jaxsparse.momentum_regrowth(*trees, 1.0, growth="momentum_neuron")[name])
 
     assert (grown("weight", lambda x: x) == grown("kernel", jnp.transpose)).all()
+
+
+def test_drop_fractions_that_are_whole_in_decimals_are_not_rounded_up():
+    kept = jnp.array([10, 50, 90, 100, 170, 1000, 7])
+    assert losses(kept, 0.3).tolist() == [3, 15, 27, 30, 51, 300, 3]
+    assert losses(kept, 0.7).tolist() == [7, 35, 63, 70, 119, 700, 5]
+    assert losses(kept, 1.0).tolist() == kept.tolist()
+    assert losses(kept, 0.0).tolist() == [0] * len(kept)

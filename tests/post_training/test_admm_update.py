@@ -47,6 +47,24 @@ def test_it_is_the_plain_loop(per_group):
         assert (np.sum(np.asarray(mask).reshape(4, 4, 7), 1) == 2).all()
 
 
+@pytest.mark.parametrize("unit", [jaxsparse.n_of_m(1, 4), jaxsparse.n_of_m(2, 3), jaxsparse.n_of_m(4, 4)])
+def test_groups_keep_n_of_m_in_any_matrix(unit):
+    kernel, rows = correlated(12, 7, 64)
+    _, mask = admm_update(kernel, moments_of(rows).second, 0.0, structure=unit, iterations=3, pruning_iterations=2)
+    assert (np.sum(np.asarray(mask).reshape(-1, unit.m, 7), 1) == unit.n).all()
+
+
+@pytest.mark.slow
+def test_groups_keep_n_of_m_in_a_large_matrix():
+    """One weight too many in 2**22 would be taken of the n of a group."""
+    kernel = jnp.cos(jnp.arange(2.0**23)).reshape(4, 2**21)
+    pruned, mask = admm_update(
+        kernel, jnp.eye(4), 0.5, structure=jaxsparse.n_of_m(2, 4), iterations=1, pruning_iterations=1
+    )
+    assert np.array_equal(np.unique(np.sum(np.asarray(mask), 0)), [2])
+    assert not np.asarray(pruned)[~np.asarray(mask)].any()
+
+
 def test_it_is_near_the_least_squares_weights_under_its_mask():
     kernel, rows = correlated(16, 7, 64)
     gram = moments_of(rows).second

@@ -135,6 +135,29 @@ def test_scores_of_stacked_layers_are_those_of_layers_written_out():
             np.testing.assert_allclose(found, want, rtol=1e-4)
 
 
+def test_arguments_that_are_no_arrays_are_part_of_the_program():
+    plain, params = mlp()
+    x, calls = rand(2, 5, 4), []
+
+    def apply(p, x, mode, options):
+        calls.append(mode)
+        assert mode in ("eval", "other")
+        return plain(p, options["scale"](x + options["shift"]))
+
+    options = {"scale": jnp.sin, "shift": jnp.ones(4)}
+    batches = [(x, "eval", options), (x, "eval", options), (x, "other", options)]
+    small = prune_channels(apply, params, batches, {"units": 0.5}, samples=(0, 0, None))
+    by_hand = minitron(*3 * [np.tanh(np.sin(x + 1) @ params["up"])])
+    np.testing.assert_array_equal(small.params["up"], params["up"][:, np.sort(np.argsort(by_hand)[3:])])
+    groups = trace.channel_groups(apply, params, *batches[0])
+    calls.clear()
+    found = channel_scores(apply, params, batches, groups, samples=(0, None, None))
+    np.testing.assert_allclose(found["up"], by_hand, rtol=1e-5)
+    assert calls == ["eval", "other"]  # a program for each
+    with pytest.raises(ValueError, match=r"batch 0, \(float32\[2, 5, 3\], 'eval', .*sin.*, float32\[4\]\): .*shape"):
+        channel_scores(apply, params, [(x[..., :3], "eval", options)], groups, samples=(0, None, None))
+
+
 def test_bad_batches():
     apply, params = mlp()
     x = rand(2, 5, 4)

@@ -74,6 +74,26 @@ def test_scores_of_blocks_stacked_and_written_out():
     np.testing.assert_allclose(block_scores(scanned, stacked(params), batches, "blocks"), np.mean(want, 0), rtol=1e-4)
 
 
+def test_arguments_that_are_no_arrays_are_part_of_the_program():
+    params = {f"block_{i}": rand(4, 4, seed=i) for i in range(2)}
+
+    def apply(p, x, act, mode):
+        assert mode == "eval"
+        for w in p.values():
+            x = x + act(x @ w)
+        return x
+
+    x, found = rand(3, 4, seed=9), []
+    for act in (jnp.tanh, jnp.sin):
+        streams = [x, x + act(x @ params["block_0"])]
+        streams.append(streams[1] + act(streams[1] @ params["block_1"]))
+        found.append(by_hand(streams))
+    scores = block_scores(apply, params, [(x, jnp.tanh, "eval"), (x, jnp.sin, "eval")], "block_*")
+    np.testing.assert_allclose(scores, np.mean(found, 0), rtol=1e-4)
+    with pytest.raises(ValueError, match=r"batch 0, \(float32\[3, 2\], .*tanh.*, 'eval'\): .*shape"):
+        block_scores(apply, params, [(x[:, :2], jnp.tanh, "eval")], "block_*")
+
+
 def test_blocks_that_read_an_argument():
     params, x = {"w": [rand(4, 4), rand(4, 4, seed=1)]}, rand(3, 4, seed=2)
     streams = [x, x + x @ params["w"][0]]

@@ -128,6 +128,14 @@ def test_of_the_dense_network_at_once():
         np.testing.assert_array_equal(pruned[path]["kernel"], above(params[path]["kernel"], moments, 0, 0)[0])
 
 
+def test_a_token_is_looked_up_as_many_are():
+    params = {"embed": rand(9, 4), "up": rand(4, 6, seed=1), "head": rand(6, 3, seed=2)}
+    apply = lambda p, t: jnp.tanh(p["embed"][t] @ p["up"]) @ p["head"]  # noqa: E731
+    for token in (np.int32(3), np.arange(3)):
+        _, masks = prune_once(apply, params, [token], "magnitude", 0.5)
+        assert {path for path, mask in masks.items() if mask.ndim} == {"up"}
+
+
 def gpts():
     """The same transformer, its blocks in a scan and in a loop."""
     loop, params, args = plain_gpt(scan=False)

@@ -1,5 +1,8 @@
 """The rules by name: golden masks, exact numbers, traced sparsity, stacks, and which of them prunes best."""
 
+import math
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import pytest
 
 import jaxsparse
 from jaxsparse.post_training import RULES, Rule, resolve
+from jaxsparse.post_training.matrix import pruned_counts
 from tests.post_training.problems import GOLDEN, KERNEL, ROWS, correlated, moments_of, output_error
 from tests.problems import slow_except
 
@@ -28,6 +32,23 @@ def test_wanda_of_six_weights_by_hand():
     pruned, mask = RULES["wanda"].prune(kernel, moments, 0.5, WEIGHT)
     assert pruned.tolist() == [[-4.0, 1.0], [0.0, 2.0], [2.0, 0.0]]
     assert mask.tolist() == [[True, True], [False, True], [True, False]]
+
+
+def test_counts_are_exact_in_matrices_of_any_size():
+    sizes = [10, 30, 1_000_003, 4097 * 4097, 4096 * 4096, 4096 * 11008]
+    traced = jax.jit(pruned_counts)
+    for sparsity in (0, 0.05, 0.25, 0.29, 0.3, 0.5, 0.55, 0.7, 0.9, 1.0):
+        expected = [math.floor(size * Fraction(str(sparsity))) for size in sizes]
+        for given in (sparsity, np.float32(sparsity), jnp.float32(sparsity)):
+            assert pruned_counts(np.array(sizes), given).tolist() == expected
+            assert traced(np.array(sizes), given).tolist() == expected
+    assert int(pruned_counts(4096 * 4096, 0.5)) == 8388608
+    assert int(traced(4096 * 11008, 0.5)) == 22544384
+    for size in (3, 6, 7, 9):  # a fraction that is no decimal is a little less in float32 too
+        for part in range(size):
+            for given in (part / size, np.float32(part / size)):
+                assert int(pruned_counts(size, given)) == part
+    assert int(pruned_counts(10, 0.6999)) == int(pruned_counts(10, np.float32(0.6999))) == 6
 
 
 @pytest.mark.slow

@@ -292,5 +292,6 @@ def test_a_leaf_without_weights_counts_nothing():
 def test_a_scalar_mask_can_only_be_true():
     counts = multiply_adds(lambda p, x: x @ p["a"], {"a": jnp.ones((4, 5))}, jnp.ones((2, 4)))
     assert counts.under({"a": jnp.array(True)}) == {"a": 40}
-    with pytest.raises(ValueError, match="the mask of a is the scalar False"):
-        counts.under({"a": jnp.array(False)})
+    for false in (jnp.array(False), np.False_, False):
+        with pytest.raises(ValueError, match="the mask of a is the scalar False"):
+            counts.under({"a": false})

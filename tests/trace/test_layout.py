@@ -91,6 +91,41 @@ def test_axes_of_a_product(apply, shape, expected):
     assert one(apply, shape, X) == expected
 
 
+TABLE, KERNEL, BIASES = rand(9, 4), rand(4, 5, seed=1), rand(3, 4, seed=2)
+
+
+@pytest.mark.parametrize(
+    "apply",
+    [
+        lambda p, t: p["e"][t] @ p["w"],
+        lambda p, t: jnp.take(p["e"], t, 0) @ p["w"],
+        lambda p, t: jnp.tanh(2 * p["e"].astype(jnp.float32)[t] + 1) @ p["w"],
+        lambda p, t: (jnp.ones(4) * lax.dynamic_slice(p["e"].T, (0, t), (4, 1))[:, 0])[None] @ p["w"],
+        lambda p, t: lax.scan(lambda h, t: (h, p["e"][t] @ p["w"]), 0.0, t[None]),
+        lambda p, t: lax.fori_loop(0, 3, lambda i, t: jnp.argmax(p["e"][t] @ p["w"]), t),
+    ],
+    ids=["indexed", "take", "scaled", "a column", "scanned tokens", "generated tokens"],
+)
+def test_one_token_is_looked_up_as_many_are(apply):
+    """What stands in a table is activations, so the leaf behind it is in a product."""
+    found = matrices(apply, {"e": TABLE, "w": KERNEL}, np.int32(3))
+    assert found == {"e": Layout(0, 1), "w": Layout(0, 1)}
+
+
+def test_what_data_chooses_is_a_table_only_as_a_row():
+    params = {"w": jnp.ones((3, 4, 4)), "b": BIASES, "e": TABLE}
+
+    def expert(p, x, i):
+        return p["e"][i] @ (2 * p["w"][i]) + x @ p["w"][i]
+
+    def layers(p, x, i):
+        return lax.fori_loop(0, 3, lambda n, x: x @ p["w"][n] + p["b"][n], x) * p["e"][i].sum()
+
+    for apply in (expert, layers):  # a counter of layers is no token, so there are no biases among the tables
+        used = {path: params[path] for path in ("w", "e", *(["b"] if apply is layers else []))}
+        assert matrices(apply, used, jnp.ones(4), np.int32(1)) == {"e": Layout(0, 1), "w": Layout(1, 2, stack=0)}
+
+
 def test_windows_of_convolutions_are_places():
     image = jnp.ones((2, 6, 6, 4))
     found = one(lambda w, x: lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "OIHW", "NHWC")),

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -40,8 +41,18 @@ def test_values_that_have_no_relative_error():
     raises(lambda: np.array([True]), lambda: np.array([False]), r"at \[0\]: True and False")
 
 
+def test_keys_of_random_numbers():
+    keys = jax.random.wrap_key_data(np.arange(6, dtype=np.uint32).reshape(3, 2))
+    trace.same(lambda: {"key": keys, "y": 1.0}, lambda: {"key": keys, "y": 1.0})
+    other = jax.random.wrap_key_data(np.array([[0, 1], [2, 3], [4, 9]], np.uint32))
+    raises(lambda: {"key": keys}, lambda: {"key": other}, r"the key data of key differs most at \[2, 1\]: 5 and 9")
+
+
 def test_outputs_of_other_kinds():
     raises(lambda: {"a": 1.0, "b": 1.0}, lambda: {"a": 1.0, "c": 1.0}, "only one of the functions has the outputs b, c")
     raises(lambda: jnp.ones(3), lambda: jnp.ones(2), r"float32 of shape \(3,\), and float32 of shape \(2,\)")
     raises(lambda: jnp.ones(3), lambda: jnp.ones(3, jnp.bfloat16), "float32 .*, and bfloat16")
+    raises(lambda: jax.random.key(0), lambda: np.uint32(0), r"key<fry> of shape \(\), and uint32")
+    raises(lambda: np.uint32(0), lambda: jax.random.key(0), r"uint32 of shape \(\), and key<fry>")
+    raises(lambda: jax.random.key(0), lambda: jax.random.key(0, impl="rbg"), "key<fry> .*, and key<rbg>")
     trace.same(lambda: jnp.ones(3, jnp.bfloat16), lambda: jnp.ones(3, jnp.bfloat16))

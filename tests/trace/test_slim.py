@@ -128,8 +128,65 @@ def test_widths_become_multiples_by_the_best_closed_channels():
     assert small.params["fc2"]["kernel"].shape == (16, 16)
     stay = np.flatnonzero(small.apply.kept["fc1/kernel", 1])
     assert set(stay) > {*range(13), 20, 30}
-    whole = trace.slim(apply, params, {"fc2/kernel": np.arange(24) < 1}, x, multiple_of=64)
+    with pytest.warns(UserWarning, match="multiple_of=64 is missed along .*axis 1 of fc2/kernel, axis 0 of fc3/kernel"):
+        whole = trace.slim(apply, params, {"fc2/kernel": np.arange(24) < 1}, x, multiple_of=64)
     assert whole.params["fc3"]["kernel"].shape == (24, 6)
+
+
+def test_widths_of_stacked_layers_become_multiples():
+    def apply(params, x):
+        def layer(h, p):
+            return h + jax.nn.relu(h @ p["up"]) @ p["down"], None
+
+        return jax.lax.scan(layer, x, params)[0]
+
+    params, x = {"up": rand(3, 5, 16), "down": rand(3, 16, 5, seed=1)}, rand(2, 5)
+    groups = trace.channel_groups(apply, params, x).per_layer()
+    closed = {"up": np.arange(16) >= np.array([[5], [6], [7]])}  # channels 7 and more in all layers
+    closed = {"up": np.where(np.arange(16) == 9, [[False], [True], [True]], closed["up"]).ravel()}
+    shut = masked(params, gate_masks(params, groups, closed))
+    for multiple_of, width in ((1, 8), (4, 8), (3, 9)):
+        small = trace.slim(apply, shut, closed, x, groups=groups, multiple_of=multiple_of)
+        assert small.params["up"].shape == (3, 5, width)
+    trace.same(lambda x: apply(shut, x), lambda x: small.apply(small.params, x), x, rtol=2e-6)
+
+
+def test_widths_with_an_entry_that_must_stay_become_multiples():
+    def apply(params, x):
+        h = jnp.tanh(x @ params["w"])
+        return (h * h[:, 2:3]) @ params["v"]
+
+    params, x = {"w": rand(5, 8), "v": rand(8, 3, seed=1)}, rand(2, 5)
+    (group,) = groups = trace.channel_groups(apply, params, x)
+    assert group.size == 7
+    small = trace.slim(apply, params, {group.name: np.arange(7) >= 2}, x, groups=groups, multiple_of=4)
+    assert small.params["w"].shape == (5, 4)
+
+
+def test_widths_of_heads_and_their_inner_dimensions_become_multiples():
+    def apply(params, x):
+        heads = (x @ params["in"]).reshape(-1, 4, 4)
+        heads = heads / (1 + jnp.abs(heads).sum(1, keepdims=True))
+        return heads.reshape(-1, 16) @ params["out"]
+
+    params, x = {"in": rand(5, 16), "out": rand(16, 3, seed=1)}, rand(2, 5)
+    groups = trace.channel_groups(apply, params, x)
+    closed = {group.name: np.arange(4) >= 2 for group in groups}
+    small = trace.slim(apply, params, closed, x, groups=groups, multiple_of=8)
+    assert (len(groups), small.params["in"].shape) == (2, (5, 8))
+
+
+def test_layers_that_are_joined_each_become_multiples():
+    def apply(params, x):
+        return jnp.concatenate([jnp.tanh(x @ params["a"]), jnp.sin(x @ params["b"])], 1) @ params["out"]
+
+    params, x = {"a": rand(5, 8), "b": rand(5, 9, seed=1), "out": rand(17, 3, seed=2)}, rand(2, 5)
+    small = trace.slim(apply, params, {"a": np.arange(8) >= 3, "b": np.arange(9) >= 5}, x, multiple_of=4)
+    assert [leaf.shape[1] for leaf in (small.params["a"], small.params["b"])] == [4, 8]
+    message = "multiple_of=4 is missed along axis 1 of a: no closed channels were found that, kept, reach it"
+    with pytest.warns(UserWarning, match=message):  # not both n and n + 9 are multiples
+        small = trace.slim(apply, params, {"a": np.arange(8) >= 3}, x, multiple_of=4)
+    assert small.params["out"].shape == (12, 3)
 
 
 def test_heads_need_no_rounding():
@@ -169,6 +226,51 @@ def test_masks_of_a_part_of_the_params():
     assert np.flatnonzero(closed["params/fc1/kernel"]).tolist() == [3]
     with pytest.raises(ValueError, match="the masks have none of the leaves of the groups, but fc9"):
         trace.closed_channels(groups, {"fc9": masks})
+
+
+def test_masks_are_not_those_of_other_leaves_of_the_same_name():
+    def apply(p, x):
+        return jnp.tanh(jnp.tanh(x @ p["enc"]["w"]) @ p["w"]) @ p["v"]
+
+    params = {"enc": {"w": rand(4, 8)}, "w": rand(8, 8, seed=1), "v": rand(8, 3, seed=2)}
+    groups, mask = trace.channel_groups(apply, params, rand(2, 4)), np.arange(64).reshape(8, 8) % 8 != 2
+    for dense in (None, True):
+        closed = trace.closed_channels(groups, {"enc": {"w": dense}, "w": mask, "v": dense})
+        assert not closed["enc/w"].any()
+        assert np.flatnonzero(closed["w"]).tolist() == [2]
+    both = {"enc": params, "dec": params}
+    groups = trace.channel_groups(lambda p, x: apply(p["enc"], x) + apply(p["dec"], x), both, rand(2, 4))
+    with pytest.raises(ValueError, match="the masks may be those of dec, enc: give them in the tree of the params"):
+        trace.closed_channels(groups, {"w": mask})
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ({"v": np.ones((4, 3), bool)}, r"the mask of v must have shape \(8, 3\), got \(4, 3\)"),
+        ({"w": np.ones((4, 9), bool)}, r"the mask of w must have shape \(4, 8\), got \(4, 9\)"),
+        ({"w": False}, "the mask of w is the scalar False: a scalar can only be True, for a dense leaf"),
+    ],
+)
+def test_masks_of_other_shapes(masks, message):
+    params = {"w": rand(4, 8), "v": rand(8, 3, seed=1)}
+    groups = trace.channel_groups(lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"], params, rand(2, 4))
+    with pytest.raises(ValueError, match=message):
+        trace.closed_channels(groups, params | masks)
+
+
+def test_masks_that_do_not_have_the_channels_of_a_group():
+    whole = jaxsparse.Group("whole", {"v": 0}, {"w": 1}, size=8)
+    part = jaxsparse.Group("part", {"v": (0, (-1, 0, 1, 0, 1))}, {"w": 1})
+    found = trace.closed_channels([part], {"v": np.arange(5) % 2 > 0})
+    assert found["part"].tolist() == [False, True]
+    for group, shape, message in [
+        (whole, (4, 3), r"v has shape \(4, 3\), but group 'whole' needs a multiple of 8 entries along axis 0"),
+        (part, (4, 3), r"v has shape \(4, 3\), but group 'part' needs 5 entries along axis 0"),
+        (jaxsparse.Group("far", {"v": 2}), (4, 3), "group 'far' needs a multiple of"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            trace.closed_channels([group], {"v": np.ones(shape, bool)})
 
 
 def test_groups_written_by_hand():

@@ -292,6 +292,25 @@ def test_dense_gradients_of_the_weights(fixed):
     assert_close(step(jnp.array(False)), masked(want, masks))
 
 
+def test_gradients_of_what_scales_a_leaf_do_not_look_at_dead_weights():
+    params, x = {"w": rand(4, 4), "g": rand(4, seed=1) + 2, "h": rand(4, 4, seed=2)}, rand(3, 4, seed=3)
+    masks = {"w": np.eye(4, dtype=bool)}
+
+    def apply(p, x):
+        return x @ (2 * p["h"] * p["w"] / p["g"])
+
+    def grads(when, params):
+        fast = trace.sparse_apply(apply, dense_weight_grad=when)
+        return jax.grad(lambda p: loss_of(fast(p, masks, x)))(params)
+
+    want = jax.jit(jax.grad(lambda p: loss_of(apply(p, x))))(masked(params, masks))
+    poisoned = params | {"w": jnp.where(masks["w"], params["w"], jnp.nan)}
+    step = jit_once(grads)
+    for when in (True, False):
+        for given in (params, poisoned):
+            assert_close(step(jnp.array(when), given), want if when else masked(want, masks))
+
+
 @pytest.mark.parametrize("out", slow_except(["float32"], ["bfloat16", "float32"]))
 def test_bfloat16_and_wider_results(out):
     params = {"w": rand(64, 48).astype("bfloat16")}
@@ -460,6 +479,8 @@ def test_nothing_on_kernels_without_masks():
         ({"w": jnp.ones((8, 4), bool)}, {"block": {"v": (4, 4)}}, "block: 'v' matches none of w"),
         ({"w": jnp.ones((8, 4), bool)}, {"block": "blocks"}, "structure must be one of"),
         ({"w": jnp.ones((8, 4), bool)}, {"tile": (0, 4)}, "tile must be"),
+        ({"w": jnp.ones((8, 4), bool)}, {"tile": 128}, r"tile must be \(inputs, outputs\) .* got 128"),
+        ({"w": jnp.ones((8, 4), bool)}, {"tile": (64.0, 4)}, r"tile must be .* got \(64.0, 4\)"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(masks, options, message):

@@ -96,8 +96,10 @@ def from_hf(
                         leaf = finite_cast(leaf, functools.partial(leaf.astype, dtype))
                 block, _, rest = path.partition("/")
                 if scan and block.startswith("block_"):
-                    empty = np.empty((model.num_layers, *leaf.shape), leaf.dtype)
-                    leaves.setdefault(f"blocks/{rest}", empty)[int(block.removeprefix("block_"))] = leaf
+                    path, empty = f"blocks/{rest}", np.empty((model.num_layers, *leaf.shape), leaf.dtype)
+                    stacked = leaves.setdefault(path, empty)
+                    leaves[path] = stacked.astype(widest([stacked, leaf]), copy=False)  # blocks may be of other dtypes
+                    leaves[path][int(block.removeprefix("block_"))] = leaf
                 else:
                     leaves[path] = leaf
     computes = widest(leaves.values())
