@@ -94,6 +94,7 @@ def page(log: Path) -> str:
     """The table of what was tried, and what was lost."""
     made = lines_of(log)
     rows, dates = [], sorted({line["date"] for line in made.values()})
+    when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
     for name, (count, about) in ABOUT.items():
         lines = [line for (other, _), line in made.items() if other == name]
         if not lines or (count and len(lines) < count):
@@ -107,7 +108,7 @@ def page(log: Path) -> str:
         rows.append(f"| {name} | {about} | {tried} | {sum('lost' in line for line in lines)} |")
     return "\n".join([
         "# What was tried to lose something", "",
-        f"`make soak`, {dates[0]} to {dates[-1]}, JAX {jax.__version__}, Python {platform.python_version()}, "
+        f"`make soak`, {when}, JAX {jax.__version__}, Python {platform.python_version()}, "
         f"{os.cpu_count()} CPU cores.", "",
         "| | what is done | trials | lost |", "| --- | --- | --- | --- |", *rows, "",
         "Lost is a trial with other bits than those of a run to which nothing happens, without an end, or without a "
