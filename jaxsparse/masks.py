@@ -364,7 +364,7 @@ def _best_masks(
     if not together:
         allocation_lib.check_allocation(allocation, more=("global",) if may_be_global else ())
     chosen = prunable_leaves(params, prunable, layout=layout)
-    structures = leaf_structures(structure, params, chosen, layout=layout)
+    structures, layouts = leaf_structures(structure, params, chosen, layout=layout), leaf_layouts(params, layout)
     leaves, treedef = jax.tree.flatten(params)
     flat = zip(leaf_paths(params), leaves, treedef.flatten_up_to(structures), strict=True)
     sparse = {path: (leaf, unit) for path, leaf, unit in flat if not is_masked_node(unit)}
@@ -381,21 +381,19 @@ def _best_masks(
         total = jnp.sum(allocation_lib.layer_counts(free, sparsity, partial=is_partial(params)))
         best = global_top_k_masks(list(scores.values()), total, absolute=absolute, sizes=sizes, at_least=at_least)
     else:
-        layouts = leaf_layouts(params, layout) if allocation != "uniform" else None
-        if layouts is not None and not callable(sparsity) and np.ndim(sparsity) == 0:
+        if allocation != "uniform" and not callable(sparsity) and np.ndim(sparsity) == 0:
             warn_of_guesses({path: layouts[path] for path in free}, f"allocation {allocation!r}")
         counts = allocation_lib.layer_counts(
             free, sparsity, allocation, sizes, layouts=layouts, at_least=at_least, partial=is_partial(params)
         )
         if per_output:
-            layouts = leaf_layouts(params, layout)
             best = [best_of_outputs(scores[path], counts[i], at_least, layouts[path]) for i, path in enumerate(scores)]
         else:
             best = top_k_masks(list(scores.values()), counts, absolute=absolute)
     for (path, leaf), units in zip(free.items(), best, strict=True):
         kept[path] = sparse[path][1].expand(units, leaf)
     kept = {path: mask_like(mask, sparse[path][0]) for path, mask in kept.items()}
-    warn_of_empty(kept, layouts=leaf_layouts(params, layout))
+    warn_of_empty(kept, layouts=layouts)
     return treedef.unflatten([kept.get(path, jnp.ones((), bool)) for path in leaf_paths(params)])
 
 

@@ -252,9 +252,6 @@ def _links(opt_state: Any, params: Any = None) -> list[Any]:
 
 def _emptied(link: Any, params: Any) -> list[str]:
     """Warnings that name the layers, or groups of channels, of which nothing is left in any replica."""
-    advice = (
-        "Methods with a budget keep some with at_least=1; otherwise exclude the layer with prunable=, or prune less"
-    )
     if isinstance(link, HasGates):  # masks of gates are random while training
         kept, of = link.open_channels(), "open channels of group "
     else:
@@ -265,7 +262,10 @@ def _emptied(link: Any, params: Any) -> list[str]:
     for name, mask in kept.items():
         left = np.asarray(jnp.any(mask, axis=tuple(range(replica_axes, jnp.ndim(mask)))))
         if jnp.size(mask) and not left.all():
-            found.append(f"0 of {jnp.size(mask) // left.size} {of}{name} are left, so nothing passes through. {advice}")
+            found.append(
+                f"0 of {jnp.size(mask) // left.size} {of}{name} are left, so nothing passes through. Methods with a "
+                "budget keep some with at_least=1; otherwise exclude the layer with prunable=, or prune less"
+            )
     if params is not None and not replica_axes and not isinstance(link, HasGates):
         found += filter(None, [empty_layers(kept, leaf_layouts(params))])
     return found

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxsparse.layouts import Layout
 from jaxsparse.post_training.memory import widest
-from jaxsparse.post_training.samples import checked_batches
+from jaxsparse.post_training.samples import checked_batches, kind, shapes_of
 from jaxsparse.post_training.walk import Stops, Walk, Weights
 from jaxsparse.prunable import default_choice
 from jaxsparse.trace.analysis import Analysis
@@ -43,14 +43,14 @@ class Calibration:
         known: dict[Any, int] = {}
         for number, args in enumerate(checked_batches(() if batches is None else batches, least=0)):
             leaves, treedef = jax.tree.flatten(args)
-            key = (treedef, *(_kind(leaf) for leaf in leaves))
+            key = (treedef, *(kind(leaf) for leaf in leaves))
             if key not in known:
                 known[key] = len(self.programs)
                 try:
                     self.programs.append((trace(apply, params, *args), []))
                 except Exception as error:
                     raise ValueError(
-                        f"apply cannot take batch {number}, {_shapes(args)}, after the params: {error}"
+                        f"apply cannot take batch {number}, {shapes_of(args)}, after the params: {error}"
                     ) from error
             inputs = [jnp.asarray(leaf) if isinstance(leaf, np.ndarray | np.generic) else leaf for leaf in leaves]
             self.programs[known[key]][1].append([leaf for leaf in inputs if is_array(leaf)])
@@ -166,15 +166,3 @@ def _is_product(use: Any) -> bool:
 def _inputs(traced: Traced, now: Mapping[str, Any], batch: Sequence[Any]) -> list[Any]:
     rest = iter(batch)
     return [next(rest) if path is None else now.get(path) for path in traced.paths]
-
-
-def _kind(leaf: Any) -> Any:
-    """The part of an argument that its program depends on: shape and dtype of an array, anything else itself."""
-    if is_array(leaf):
-        return tuple(leaf.shape), leaf.dtype, getattr(jax.typeof(leaf), "weak_type", False)
-    return type(leaf), leaf if getattr(leaf, "__hash__", None) else id(leaf)
-
-
-def _shapes(args: Any) -> str:
-    shapes = [f"{leaf.dtype}{list(leaf.shape)}" if is_array(leaf) else repr(leaf) for leaf in jax.tree.leaves(args)]
-    return f"({', '.join(shapes)})"

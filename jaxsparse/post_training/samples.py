@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxsparse.trace.program import is_array
 
-__all__ = ["arrays_of", "by_sample", "checked_batches", "each_batch", "jitted"]
+__all__ = ["arrays_of", "by_sample", "checked_batches", "each_batch", "jitted", "kind", "shapes_of"]
 
 logger = logging.getLogger("jaxsparse")
 
@@ -45,10 +45,20 @@ def each_batch(step: Callable[..., Any], params: Any, batches: Iterable[Any]) ->
         try:
             yield step(params, *args)
         except Exception as error:
-            shapes = [
-                f"{leaf.dtype}{list(leaf.shape)}" if is_array(leaf) else repr(leaf) for leaf in jax.tree.leaves(args)
-            ]
-            raise ValueError(f"batch {number}, ({', '.join(shapes)}): {error}") from error
+            raise ValueError(f"batch {number}, {shapes_of(args)}: {error}") from error
+
+
+def shapes_of(args: Any) -> str:
+    """The shapes and dtypes of arguments, for messages; what is no array as it is."""
+    shapes = [f"{leaf.dtype}{list(leaf.shape)}" if is_array(leaf) else repr(leaf) for leaf in jax.tree.leaves(args)]
+    return f"({', '.join(shapes)})"
+
+
+def kind(leaf: Any) -> Any:
+    """The part of an argument that its program depends on: shape and dtype of an array, anything else itself."""
+    if is_array(leaf):
+        return tuple(leaf.shape), leaf.dtype, getattr(jax.typeof(leaf), "weak_type", False)
+    return type(leaf), leaf if getattr(leaf, "__hash__", None) else id(leaf)
 
 
 def arrays_of(params: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
@@ -79,19 +89,13 @@ def jitted(function: Callable[..., Any], params: Any) -> Callable[..., Any]:
 
     def call(params: Any, *args: Any) -> Any:
         arrays, put_args = arrays_of(args)
-        fixed = _fixed(args)
+        leaves, treedef = jax.tree.flatten(args)
+        fixed = treedef, *(None if is_array(leaf) else kind(leaf) for leaf in leaves)  # jit looks at the arrays
         if fixed not in programs:
             programs[fixed] = jax.jit(lambda weights, arrays: function(put(weights), *put_args(arrays)))
         return programs[fixed](arrays_of(params)[0], arrays)
 
     return call
-
-
-def _fixed(args: Any) -> Any:
-    """What the program of args depends on, besides the shapes and dtypes of arrays."""
-    leaves, treedef = jax.tree.flatten(args)
-    others = [None if is_array(leaf) else leaf for leaf in leaves]
-    return treedef, *((type(leaf), leaf if getattr(leaf, "__hash__", None) else id(leaf)) for leaf in others)
 
 
 def by_sample(function: Callable[..., Any], params: Any, samples: int | Sequence[int | None] | None) -> Callable:

@@ -280,7 +280,7 @@ def array_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 def _live(
     groups: tuple[Group, ...], shapes: Mapping[str, tuple[int, ...]], masks: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-    """What masks, or params, keep of the leaves that close channels: path -> bool array; dense leaves are left out."""
+    """The live entries of the leaves that close channels: path -> bool array; dense leaves are left out."""
     paths = {which.path for group in groups for choice in group.closed_by for which in choice}
     start = ""
     if not masks.keys() & {*paths, *shapes}:  # for all leaves alike: a shorter path may be that of another leaf

@@ -246,7 +246,10 @@ def test_layers_with_n_of_m_count_towards_the_budget_of_all(scope):
 def test_steps_may_be_whole_floats():
     params = make_params()
     with jax.numpy_dtype_promotion("strict"):
-        tx = jaxsparse.magnitude_pruning(0.5, begin=1.0, end=2.0, every=1.0)
-        jax.eval_shape(lambda: tx.update(params, tx.init(params), params))
-        tx = jaxsparse.iterative_hard_thresholding(0.5, every=2.0)
-        jax.eval_shape(lambda: tx.update(params, tx.init(params), params))
+        for make, steps in (
+            (jaxsparse.magnitude_pruning, {"begin": 0, "end": 2, "every": 1}),
+            (jaxsparse.iterative_hard_thresholding, {"every": 2}),
+        ):
+            by_ints, by_floats = make(0.5, **steps), make(0.5, **{name: float(n) for name, n in steps.items()})
+            found = [tx.update(params, tx.init(params), params)[1].masks for tx in (by_ints, by_floats)]
+            jax.tree.map(np.testing.assert_array_equal, *found)

@@ -59,11 +59,15 @@ def attempts(name: str, folder: Path) -> list[Attempt]:
     return [functools.partial(kills.killed, kinds[name], number, EACH) for number in range(count)]
 
 
+def all_lines(log: Path) -> list[dict[str, Any]]:
+    """The lines of the log, without what follows the last line's end, which was being written."""
+    text = log.read_text() if log.exists() else ""
+    return list(map(json.loads, text.split("\n")[:-1]))
+
+
 def lines_of(log: Path) -> dict[tuple[str, int], dict[str, Any]]:
     """The newest line of each trial."""
-    text = log.read_text() if log.exists() else ""
-    whole = map(json.loads, text.split("\n")[:-1])  # what follows the last line's end was being written
-    return {(line["name"], line["trial"]): line for line in whole}
+    return {(line["name"], line["trial"]): line for line in all_lines(log)}
 
 
 def make(name: str, folder: Path, log: Path, again: bool) -> bool:
@@ -106,6 +110,7 @@ def page(log: Path) -> str:
         else:
             tried = f"{sum(line.get('kills', 0) for line in lines)} kills in {len(lines)} runs"
         rows.append(f"| {name} | {about} | {tried} | {sum('lost' in line for line in lines)} |")
+    mended = sum("lost" in line for line in all_lines(log)) - sum("lost" in line for line in made.values())
     return "\n".join([
         "# What was tried to lose something", "",
         f"`make soak`, {when}, JAX {jax.__version__}, Python {platform.python_version()}, "
@@ -114,7 +119,8 @@ def page(log: Path) -> str:
         "Lost is a trial with other bits than those of a run to which nothing happens, without an end, or without a "
         "message of our own; of files one that is neither refused in words nor read in little memory, or, where it was "
         "not forged, read as something else than was saved. Files that are read in spite of a change are whole in what "
-        "counts, such as a checkpoint whose config.json has another value of a key that is not needed.",
+        "counts, such as a checkpoint whose config.json has another value of a key that is not needed. Trials that "
+        f"lost something at first, and were repeated after a mend: {mended}.",
     ]) + "\n"  # fmt: skip
 
 
